@@ -1,0 +1,38 @@
+"""safevlm: make a vision-language model safe, and show that it is (SafeVLM, arXiv 2405.13581).
+
+Importing this package registers its classes with the Auto classes of transformers.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+from .configuration_safevlm import SafeVlmConfig
+from .modeling_safevlm import SafeVlmForConditionalGeneration, SafeVlmOutput
+from .pipeline_safevlm import SafeVlmPipeline
+from .processing.processing_safevlm import SafeVlmProcessor
+from .safety_assessment import SafetyAssessment
+from .safety_policy import ACTIONS, POLICY_PRESETS, SafetyPolicy
+
+__version__ = "0.1.0"
+
+AutoConfig.register(SafeVlmConfig.model_type, SafeVlmConfig)
+AutoModel.register(SafeVlmConfig, SafeVlmForConditionalGeneration)
+AutoModelForImageTextToText.register(SafeVlmConfig, SafeVlmForConditionalGeneration)
+AutoProcessor.register(SafeVlmConfig, SafeVlmProcessor)
+
+# What is saved carries its code: `from_pretrained(..., trust_remote_code=True)` needs no safevlm.
+SafeVlmConfig.register_for_auto_class()
+SafeVlmForConditionalGeneration.register_for_auto_class("AutoModel")
+SafeVlmForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+SafeVlmProcessor.register_for_auto_class()
+
+__all__ = [
+    "ACTIONS",
+    "POLICY_PRESETS",
+    "SafeVlmConfig",
+    "SafeVlmForConditionalGeneration",
+    "SafeVlmOutput",
+    "SafeVlmPipeline",
+    "SafeVlmProcessor",
+    "SafetyAssessment",
+    "SafetyPolicy",
+]

@@ -1,0 +1,82 @@
+"""Puts safety embeddings into the base model's input, whatever the family does with its embeddings afterwards.
+
+One forward hook on the base's token embedding replaces the vectors at `<safety>` placeholders. Passing `inputs_embeds`
+instead would lose what families derive from token ids (M-RoPE positions, token types). What to place lives in a
+`ContextVar`, so that concurrent calls on one model cannot mix.
+"""
+
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass
+class Placement:
+    """
+    Args:
+        embedding (`nn.Module`): The embedding module that this placement is meant for.
+        values (`torch.FloatTensor` of shape `(num_placeholders, hidden_size)`)
+        slots (`torch.LongTensor` of shape `(batch_size, prompt_length)`): Index into `values`, or -1.
+        offset (`int`): Prompt position of the first token that the embedding sees next (moves on in chunked prefill).
+    """
+
+    embedding: nn.Module
+    values: torch.Tensor
+    slots: torch.Tensor
+    offset: int = 0
+
+
+_ACTIVE: ContextVar[Placement | None] = ContextVar("safevlm_placement", default=None)
+
+
+def placeholder_slots(input_ids: torch.Tensor, safety_token_id: int) -> torch.Tensor:
+    """Numbers the placeholders of `input_ids` row by row: shape of `input_ids`, -1 elsewhere."""
+    mask = input_ids == safety_token_id
+    return torch.where(mask, mask.flatten().cumsum(0).view_as(mask) - 1, -1)
+
+
+@contextmanager
+def place_embeddings(embedding: nn.Module, values: torch.Tensor, slots: torch.Tensor):
+    """Inside this context `embedding` returns `values` at the positions that `slots` numbers."""
+    token = _ACTIVE.set(Placement(embedding, values, slots))
+    try:
+        yield
+    finally:
+        _ACTIVE.reset(token)
+
+
+def install_hooks(base: nn.Module):
+    """Installs the hooks on a base model; again after its embedding module was replaced. Twice is once."""
+    embedding = base.get_input_embeddings()
+    for module, register in (
+        (base, lambda m: m.register_forward_pre_hook(_note_offset, with_kwargs=True)),
+        (embedding, lambda m: m.register_forward_hook(_replace_placeholders)),
+    ):
+        if not getattr(module, "_safevlm_hooked", False):
+            register(module)
+            module._safevlm_hooked = True
+
+
+def _note_offset(base, args, kwargs):
+    placement = _ACTIVE.get()
+    if placement is not None and placement.embedding is base.get_input_embeddings():
+        cache = kwargs.get("past_key_values")
+        placement.offset = 0 if cache is None else int(cache.get_seq_length())
+
+
+def _replace_placeholders(embedding, args, output):
+    placement = _ACTIVE.get()
+    if placement is None or placement.embedding is not embedding or output.ndim != 3:
+        return output
+    length, offset = output.shape[1], placement.offset
+    slots = placement.slots[:, offset : offset + length]
+    if slots.shape[1] == 0:  # decoding: every placeholder is in the cache already
+        return output
+    # Beams and several sequences per prompt repeat each row; tokens after the prompt are no placeholders.
+    slots = slots.repeat_interleave(output.shape[0] // slots.shape[0], dim=0).to(output.device)
+    slots = torch.nn.functional.pad(slots, (0, length - slots.shape[1]), value=-1)
+    values = placement.values.to(output.device, output.dtype)
+    return torch.where((slots >= 0).unsqueeze(-1), values[slots.clamp(min=0)], output)

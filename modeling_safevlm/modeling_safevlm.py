@@ -1,0 +1,519 @@
+"""SafeVLM (arXiv 2405.13581): a vision-language model wrapped with a safety projector, safety tokens and a safety head.
+
+Composition, not inheritance: `model.base` is any supported `AutoModelForImageTextToText`, untouched. The data flows
+
+    image -> `encode_images` -> `predict_safety` -> `apply_policy` -> `condition` -> the base model
+
+both in `forward` (training: conditioned on labels or predictions) and in `generate` (see generation_safevlm.py). The
+vision tower runs once; the head runs before the language model and reads the question's token embeddings.
+"""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import ModelOutput
+
+from .backbones import VisionFeatures, get_backbone, rows_of_images
+from .configuration_safevlm import SafeVlmConfig
+from .embedding_hook import install_hooks, place_embeddings, placeholder_slots
+from .generation_safevlm import SafeVlmGenerationMixin
+from .losses import IGNORE_INDEX, combine_losses, safety_losses
+from .policy_texts import generation_prompt_token_ids, policy_token_ids
+from .safety_assessment import SafetyAssessment, assess_logits, worst_images
+from .safety_modules import SafetyEmbeddings, SafetyModules, SafetyTokens
+from .safety_policy import SafetyPolicy
+
+
+@dataclass
+class SafeVlmOutput(ModelOutput):
+    """
+    Args:
+        loss (`torch.FloatTensor` of shape `(1,)`, *optional*): LM loss + coefficients x safety losses.
+        lm_loss, safety_level_loss, safety_category_loss (`torch.FloatTensor` of shape `(1,)`, *optional*): Its parts.
+        logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`)
+        safety_level_logits (`torch.FloatTensor` of shape `(batch_size, num_levels)`): Each row's worst image's logits; 0
+            for rows without an image (see `safety_assessed`). `None` where no images were passed.
+        safety_category_logits (`torch.FloatTensor` of shape `(batch_size, num_categories)`): Likewise.
+        safety_assessed (`torch.BoolTensor` of shape `(batch_size,)`)
+        past_key_values, hidden_states, attentions: As the base model returns them.
+    """
+
+    loss: torch.FloatTensor | None = None
+    lm_loss: torch.FloatTensor | None = None
+    safety_level_loss: torch.FloatTensor | None = None
+    safety_category_loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    safety_level_logits: torch.FloatTensor | None = None
+    safety_category_logits: torch.FloatTensor | None = None
+    safety_assessed: torch.BoolTensor | None = None
+    past_key_values: object | None = None
+    hidden_states: tuple[torch.FloatTensor] | None = None
+    attentions: tuple[torch.FloatTensor] | None = None
+
+
+@dataclass
+class ImageFeatures:
+    """
+    Args:
+        vision (`VisionFeatures`): The base's own features.
+        safety (`torch.FloatTensor` of shape `(num_images, num_safety_features, safety_hidden_size)`)
+        rows (`torch.LongTensor` of shape `(num_images,)`): The row of the batch each image belongs to.
+    """
+
+    vision: VisionFeatures
+    safety: torch.Tensor
+    rows: torch.Tensor
+
+
+@dataclass
+class SafetyPrediction:
+    """
+    Args:
+        level_logits (`torch.FloatTensor` of shape `(batch_size, num_levels)`): Of each row's worst image; 0 without one.
+        category_logits (`torch.FloatTensor` of shape `(batch_size, num_categories)`)
+        assessed (`torch.BoolTensor` of shape `(batch_size,)`): Whether the row has an image.
+        image_level_logits, image_category_logits: The same per image, first dimension `num_images`.
+    """
+
+    level_logits: torch.Tensor
+    category_logits: torch.Tensor
+    assessed: torch.Tensor
+    image_level_logits: torch.Tensor
+    image_category_logits: torch.Tensor
+
+
+class SafeVlmPreTrainedModel(PreTrainedModel):
+    config_class = SafeVlmConfig
+    base_model_prefix = "base"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        # The base model's own modules are initialised by its own `_init_weights`.
+        std = self.config.initializer_range
+        if isinstance(module, SafetyTokens):
+            nn.init.normal_(module.weight, std=module.initializer_range)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=std)
+        elif isinstance(module, (nn.Linear, nn.Conv2d)):
+            # Keeps the variance through the modules' depth whatever their width (0.02 is tuned to wide models only).
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, (nn.LayerNorm, nn.GroupNorm)):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+
+
+class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationMixin):
+    """
+    A safe vision-language model. Load a trained one with `from_pretrained`, start from a base with [`from_base`].
+
+    ```python
+    processor = SafeVlmProcessor.from_base("llava-hf/llava-1.5-7b-hf")
+    model = SafeVlmForConditionalGeneration.from_base("llava-hf/llava-1.5-7b-hf", processor)
+    ```
+    """
+
+    def __init__(self, config: SafeVlmConfig, base: PreTrainedModel | None = None):
+        super().__init__(config)
+        self.backbone = get_backbone(config.base_config)
+        self.base = AutoModelForImageTextToText.from_config(config.base_config) if base is None else base
+        self.safety = SafetyModules(config, self.backbone.vision_hidden_size)
+        install_hooks(self.base)
+        self.post_init()
+
+    @classmethod
+    def from_base(
+        cls, base, processor=None, config: SafeVlmConfig | None = None, safety_adapter=None, base_kwargs=None, **safety
+    ) -> "SafeVlmForConditionalGeneration":
+        """
+        Adds fresh safety modules to a base model.
+
+        Args:
+            base (`str`, `Path` or `PreTrainedModel`): Hub id, folder or a loaded vision-language model.
+            processor (*optional*): The [`SafeVlmProcessor`] that the model will be used with (or the base's own); gives
+                the placeholder's token id and the policy's texts. Loaded from `base` if left out.
+            config (`SafeVlmConfig`, *optional*): Safety sizes; its `base_config` is replaced by the base's. Without it
+                the default sizes are used, changed by `safety`.
+            safety_adapter (`str` or `Path`, *optional*): Folder written by [`save_safety_adapter`]; brings its own
+                configuration, which must fit the base.
+            base_kwargs (`dict`, *optional*): For loading `base`: `dtype`, `device_map`, `quantization_config`, ...
+            safety: Fields of [`SafeVlmConfig`], such as `num_prompt_tokens` or `safety_policy`.
+        """
+        if isinstance(base, PreTrainedModel):
+            name = base.config._name_or_path
+        else:
+            name = str(base)
+            get_backbone(AutoConfig.from_pretrained(name))  # a clear error before gigabytes are read
+            base = AutoModelForImageTextToText.from_pretrained(name, **(base_kwargs or {}))
+        get_backbone(base.config)
+        if safety_adapter is not None:
+            from .safety_adapter import adapter_config
+
+            config = adapter_config(safety_adapter, base.config)
+        if config is None:
+            config = SafeVlmConfig(base_config=base.config, **safety)
+        else:
+            config = copy.deepcopy(config)
+            config.base_config = base.config
+            for key, value in safety.items():
+                if not hasattr(config, key):
+                    raise TypeError(f"`from_base` got the unknown safety option {key!r}; see SafeVlmConfig.")
+                setattr(config, key, value)
+        config.dtype = base.dtype
+        if processor is None and safety_adapter is None:
+            processor = AutoProcessor.from_pretrained(name)
+
+        was_training = base.training
+        model = cls._wrap(base, config)
+        if processor is not None:
+            model._adopt_tokens(processor)
+        if safety_adapter is not None:
+            from .safety_adapter import load_adapter_weights
+
+            load_adapter_weights(model, safety_adapter)
+        return model.train(was_training)
+
+    @classmethod
+    def _wrap(cls, base, config) -> "SafeVlmForConditionalGeneration":
+        """Wraps a loaded base: its weights stay as they are; the safety modules are initialised beside them."""
+        base._is_hf_initialized = True
+        for module in base.modules():
+            module._is_hf_initialized = True
+        for parameter in base.parameters():
+            parameter._is_hf_initialized = True
+        model = cls(config, base=base)
+        # Beside the input embeddings: with `device_map` the base may be spread over several devices.
+        weight = base.get_input_embeddings().weight
+        model.safety.to(device=weight.device, dtype=base.dtype)
+        return model
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
+        """As `PreTrainedModel.from_pretrained`, but a checkpoint without (all) safety weights is an error."""
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        missing = sorted(key for key in info["missing_keys"] if key.startswith("safety."))
+        if missing or info.get("mismatched_keys"):
+            what = f"lacks {len(missing)} safety weights ({', '.join(missing[:3])}, ...)" if missing else (
+                f"holds weights of other sizes than its config says: {sorted(info['mismatched_keys'])[:3]}"
+            )
+            raise ValueError(
+                f"The checkpoint {str(pretrained_model_name_or_path)!r} {what}; a model with random safety modules would "
+                f"look safe and not be it. To add fresh safety modules to a base model, use "
+                f"`SafeVlmForConditionalGeneration.from_base`."
+            )
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As `PreTrainedModel.save_pretrained`; remote code includes the pipeline."""
+        if self._auto_class is not None:
+            # transformers notes one Auto class per model; this one loads through two.
+            auto_map = getattr(self.config, "auto_map", None) or {}
+            self.config.auto_map = {**auto_map, "AutoModel": "modeling_safevlm.SafeVlmForConditionalGeneration"}
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if self._auto_class is not None and Path(save_directory).is_dir():
+            from .pipeline_safevlm import SafeVlmPipeline
+
+            custom_object_save(SafeVlmPipeline, save_directory)
+
+    def save_safety_adapter(self, save_directory):
+        """Saves the safety modules alone, for `from_base(base, safety_adapter=...)`."""
+        from .safety_adapter import save_adapter
+
+        save_adapter(self, save_directory)
+
+    # -- tokens and policy -------------------------------------------------------------------------------------------
+
+    def _adopt_tokens(self, processor):
+        """Takes the placeholder's id and the policy's texts from the processor."""
+        tokenizer = getattr(processor, "tokenizer", processor)
+        token = getattr(processor, "safety_token", "<safety>")
+        token_id = tokenizer.convert_tokens_to_ids(token)
+        known = token_id is not None and token_id != tokenizer.unk_token_id
+        self.config.safety_token_id = token_id if known else len(tokenizer)
+        num_rows = self.base.get_input_embeddings().weight.shape[0]
+        if self.config.safety_token_id >= num_rows:
+            # Most checkpoints have spare rows in their embedding table. The others grow by some, and then the logits
+            # have more columns than the base's.
+            self.resize_token_embeddings(self.config.safety_token_id + 1, pad_to_multiple_of=64)
+        self.set_safety_policy(self.config.safety_policy, processor)
+
+    def set_safety_policy(self, policy, processor=None):
+        """
+        Makes `policy` the model's own (it is saved with the model).
+
+        Args:
+            policy (`SafetyPolicy`, `dict`, file or preset name)
+            processor (*optional*): Needed when the policy brings texts that the model has no token ids for.
+        """
+        policy = SafetyPolicy.from_value(policy)
+        policy.check_labels(self.config.category_names, self.config.level_names)
+        if processor is not None:
+            self.config.generation_prompt_token_ids = generation_prompt_token_ids(processor)
+            self.config.policy_token_ids = {
+                **self.config.policy_token_ids,
+                **policy_token_ids(processor, policy.texts(self.config.category_names)),
+            }
+        self.config.safety_policy = policy.to_dict()
+
+    def resolve_policy(self, policy=None) -> SafetyPolicy:
+        """The policy a call asks for, or the model's own."""
+        policy = SafetyPolicy.from_value(self.config.safety_policy if policy is None else policy)
+        policy.check_labels(self.config.category_names, self.config.level_names)
+        return policy
+
+    # -- the safety path ---------------------------------------------------------------------------------------------
+
+    def encode_images(self, input_ids: torch.Tensor, **image_inputs) -> ImageFeatures | None:
+        """
+        Vision features and safety features of a batch's images; `None` if it has no images.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`)
+            image_inputs: The processor's image tensors, `pixel_values` and what else the family has.
+        """
+        image_inputs = {name: value for name, value in image_inputs.items() if name in self.backbone.image_inputs}
+        image_tokens = (input_ids == self.backbone.image_token_id).sum(dim=1).tolist()
+        if image_inputs.get("pixel_values") is None:
+            if any(image_tokens):
+                raise ValueError(
+                    f"`input_ids` has {sum(image_tokens)} image tokens, but `pixel_values` is missing: pass all that the "
+                    f"processor returned."
+                )
+            return None
+        vision = self.backbone.encode(self.base, **image_inputs)
+        rows = rows_of_images(image_tokens, vision.tokens_per_image)
+        self._check_placeholders(input_ids, rows)
+        projector = self.safety.projector
+        weight = next(projector.parameters())
+        patches = vision.patches.to(weight.device, weight.dtype)
+        safety = projector(patches, vision.patch_mask)
+        return ImageFeatures(vision, safety, torch.tensor(rows, device=safety.device))
+
+    def _check_placeholders(self, input_ids, rows):
+        expected = [rows.count(row) * self.config.tokens_per_image for row in range(len(input_ids))]
+        found = [0] * len(input_ids)
+        if self.config.safety_token_id is not None:
+            found = (input_ids == self.config.safety_token_id).sum(dim=1).tolist()
+        if found != expected:
+            raise ValueError(
+                f"`input_ids` has {found} `<safety>` placeholders per row, the model expects {expected} "
+                f"({self.config.tokens_per_image} per image): the processor does not match the model. Use the "
+                f"SafeVlmProcessor saved with it, or `SafeVlmProcessor.from_base(..., config=model.config)`."
+            )
+
+    def predict_safety(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        features: ImageFeatures | None,
+        question_mask: torch.Tensor | None = None,
+    ) -> SafetyPrediction:
+        """
+        The safety head's logits, per image and per row.
+
+        Args:
+            question_mask (`torch.BoolTensor` of shape `(batch_size, sequence_length)`, *optional*): What the head may
+                read. By default all prompt tokens but padding and placeholders. In training it must leave out answers.
+        """
+        batch_size = len(input_ids)
+        head = self.safety.head
+        weight = head.level_classifier.weight
+        if features is None:
+            empty = [weight.new_zeros(n, len(names)) for n in (batch_size, 0) for names in self._label_names()]
+            assessed = torch.zeros(batch_size, dtype=torch.bool, device=weight.device)
+            return SafetyPrediction(empty[0], empty[1], assessed, empty[2], empty[3])
+        if question_mask is None:
+            question_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        question_mask = question_mask.bool() & (input_ids != self.backbone.image_token_id)
+        if self.config.safety_token_id is not None:
+            question_mask = question_mask & (input_ids != self.config.safety_token_id)
+        text = self.base.get_input_embeddings()(input_ids.to(self.base.get_input_embeddings().weight.device))
+        rows = features.rows
+        level_logits, category_logits = head(
+            text.to(weight.device, weight.dtype)[rows], question_mask.to(weight.device)[rows], features.safety
+        )
+        worst = worst_images(level_logits, rows, batch_size)
+        assessed = worst >= 0
+        pick = worst.clamp(min=0)
+        return SafetyPrediction(
+            level_logits[pick] * assessed.unsqueeze(1),
+            category_logits[pick] * assessed.unsqueeze(1),
+            assessed,
+            level_logits,
+            category_logits,
+        )
+
+    def _label_names(self):
+        return self.config.level_names, self.config.category_names
+
+    def apply_policy(self, prediction: SafetyPrediction, policy: SafetyPolicy) -> SafetyAssessment:
+        """The verdict on each row under `policy`."""
+        return assess_logits(
+            prediction.level_logits, prediction.category_logits, prediction.assessed, policy, self.config
+        )
+
+    def condition(self, features: ImageFeatures, action: torch.Tensor, category: torch.Tensor) -> torch.Tensor:
+        """
+        Safety embeddings for all placeholders, conditioned on each row's action and category.
+
+        Args:
+            action, category (`torch.LongTensor` of shape `(batch_size,)`)
+
+        Returns:
+            `torch.FloatTensor` of shape `(num_images * tokens_per_image, text_hidden_size)`
+        """
+        embeddings: SafetyEmbeddings | None = self.safety.embeddings
+        if embeddings is None:
+            return features.safety.new_zeros(0, self.config.get_text_config().hidden_size)
+        category = torch.where(action == 0, self.config.safe_category_id, category)
+        rows = features.rows
+        return embeddings(features.safety, action.to(rows.device)[rows], category.to(rows.device)[rows]).flatten(0, 1)
+
+    # -- training ----------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        safety_level_labels: torch.LongTensor | None = None,
+        safety_category_labels: torch.LongTensor | None = None,
+        safety_question_mask: torch.Tensor | None = None,
+        label_conditioning: float = 0.0,
+        past_key_values=None,
+        **kwargs,
+    ) -> SafeVlmOutput:
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): With `<safety>` placeholders.
+            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`): Token ids of answers, -100 elsewhere.
+            safety_level_labels, safety_category_labels (`torch.LongTensor` of shape `(batch_size,)`): -100 is ignored.
+            safety_question_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`): See `predict_safety`; by
+                default all tokens that `labels` does not supervise.
+            label_conditioning (`float` in [0, 1]): Share of labelled rows whose safety embeddings are conditioned on
+                their label; the others on the head's prediction, as at inference.
+            kwargs: For the base model (further image inputs, `num_items_in_batch`, ...).
+        """
+        if input_ids is None:
+            raise ValueError("`input_ids` is required: the safety head reads the prompt's token ids.")
+        image_inputs = {
+            name: kwargs.pop(name) for name in self.backbone.image_inputs if name in kwargs and name != "pixel_values"
+        }
+        features = self.encode_images(input_ids, pixel_values=pixel_values, **image_inputs)
+        if safety_question_mask is None and labels is not None:
+            seen = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            safety_question_mask = seen.bool() & (labels == IGNORE_INDEX)
+        prediction = self.predict_safety(input_ids, attention_mask, features, safety_question_mask)
+
+        base_inputs = dict(
+            input_ids=input_ids, attention_mask=attention_mask, labels=labels, past_key_values=past_key_values, **kwargs
+        )
+        base_inputs["return_dict"] = True
+        if features is None:
+            output = self.base(**base_inputs)
+        else:
+            action, category = self._training_condition(
+                prediction, safety_level_labels, safety_category_labels, label_conditioning
+            )
+            base_inputs["mm_encoder_outputs"] = features.vision.mm_encoder_outputs
+            slots = placeholder_slots(input_ids, self.config.safety_token_id)
+            with place_embeddings(
+                self.base.get_input_embeddings(), self.condition(features, action, category), slots
+            ):
+                output = self.base(**base_inputs)
+
+        losses = safety_losses(
+            prediction.level_logits,
+            prediction.category_logits,
+            safety_level_labels,
+            safety_category_labels,
+            prediction.assessed,
+        )
+        lm_loss = output.loss if labels is not None else None
+        return SafeVlmOutput(
+            loss=combine_losses(
+                lm_loss,
+                losses["safety_level_loss"],
+                losses["safety_category_loss"],
+                self.config.safety_level_loss_coef,
+                self.config.safety_category_loss_coef,
+            ),
+            lm_loss=lm_loss,
+            **losses,
+            logits=output.logits,
+            safety_level_logits=None if features is None else prediction.level_logits,
+            safety_category_logits=None if features is None else prediction.category_logits,
+            safety_assessed=None if features is None else prediction.assessed,
+            past_key_values=output.get("past_key_values"),
+            hidden_states=output.get("hidden_states"),
+            attentions=output.get("attentions"),
+        )
+
+    def _training_condition(self, prediction, level_labels, category_labels, label_conditioning):
+        """Action and category ids per row: the labels' for a share of the labelled rows, else the prediction's."""
+        policy = self.resolve_policy()
+        if not policy.enabled:  # a model saved with policy "off" can still be trained
+            policy = SafetyPolicy()
+        verdict = self.apply_policy(prediction, policy)
+        action, category = verdict.action, verdict.category
+        if label_conditioning > 0 and level_labels is not None and category_labels is not None:
+            level_labels, category_labels = level_labels.to(action.device), category_labels.to(action.device)
+            use_label = (level_labels != IGNORE_INDEX) & (category_labels != IGNORE_INDEX)
+            use_label &= torch.rand(len(action), device=action.device) < label_conditioning
+            table = policy.action_table(self.config.category_names, self.config.level_names).to(action.device)
+            labelled = table[category_labels.clamp(min=0), level_labels.clamp(min=0)]
+            action = torch.where(use_label, labelled, action)
+            category = torch.where(use_label, category_labels, category)
+        return action, category
+
+    # -- what transformers asks of a model ---------------------------------------------------------------------------
+
+    @property
+    def generation_config(self):
+        """The base model's, since the base generates."""
+        return self.base.generation_config
+
+    @generation_config.setter
+    def generation_config(self, value):
+        # transformers sets one made from the wrapper's config before there is a base; the base makes its own.
+        if "base" in self._modules:
+            self.base.generation_config = value
+
+    def get_input_embeddings(self):
+        return self.base.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.base.set_input_embeddings(value)
+        install_hooks(self.base)
+
+    def get_output_embeddings(self):
+        return self.base.get_output_embeddings()
+
+    def set_output_embeddings(self, value):
+        self.base.set_output_embeddings(value)
+
+    def get_decoder(self):
+        return self.base.get_decoder()
+
+    def resize_token_embeddings(self, *args, **kwargs):
+        embeddings = self.base.resize_token_embeddings(*args, **kwargs)
+        self.config.base_config = self.base.config
+        install_hooks(self.base)
+        return embeddings

@@ -1,0 +1,43 @@
+"""Data in: the row schema, hostile-proof image loading, readers, and sampling. Imports neither torch nor datasets."""
+
+from .dataset import SafetyDataset
+from .errors import DataError, ImageError
+from .images import ALLOWED_FORMATS, MAX_PIXELS, ImageSource, load_image, probe_image
+from .readers import (
+    RowFormat,
+    Rows,
+    detect_format,
+    read_llava_json,
+    read_rows,
+    read_safevlm_jsonl,
+    register_format,
+)
+from .sampling import balance, split_holdout
+from .schema import CATEGORY_NAMES, LEVEL_NAMES, SafetyExample, label_ids, safe_category_id
+from .writers import write_safevlm_jsonl
+
+__all__ = [
+    "ALLOWED_FORMATS",
+    "CATEGORY_NAMES",
+    "LEVEL_NAMES",
+    "MAX_PIXELS",
+    "DataError",
+    "ImageError",
+    "ImageSource",
+    "RowFormat",
+    "Rows",
+    "SafetyDataset",
+    "SafetyExample",
+    "balance",
+    "detect_format",
+    "label_ids",
+    "load_image",
+    "probe_image",
+    "read_llava_json",
+    "read_rows",
+    "read_safevlm_jsonl",
+    "register_format",
+    "safe_category_id",
+    "split_holdout",
+    "write_safevlm_jsonl",
+]

@@ -1,0 +1,151 @@
+"""Choosing rows, by seed: the paper's stage-1 mix (supplement, Table 1) and a held-out part that shares no image."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+
+from PIL import Image
+
+from .errors import DataError
+from .images import ImageSource
+from .schema import CATEGORY_NAMES, SafetyExample, safe_category_id
+
+logger = logging.getLogger(__name__)
+
+
+def balance(
+    rows: Sequence[SafetyExample],
+    *,
+    per_category: int | None = None,
+    clean: int | None = None,
+    seed: int = 0,
+    category_names: Sequence[str] = CATEGORY_NAMES,
+) -> list[SafetyExample]:
+    """The same number of rows of each risk category present, plus clean (safe) rows, sampled without repeats.
+
+    The paper's stage 1 has about 11,000 risky rows and 3,000 clean ones, "close to the size of one risk type"; the
+    count of clean rows trades head accuracy against utility.
+
+    Args:
+        rows (`Sequence[SafetyExample]`): Labelled rows.
+        per_category (`int`, *optional*): Rows per risk category. Defaults to the size of the smallest one.
+        clean (`int`, *optional*): Clean rows. Defaults to `per_category`, or all where there are fewer.
+        seed (`int`, *optional*, defaults to 0): Which rows are drawn.
+        category_names (`Sequence[str]`, *optional*): The label names in order, one of them `"safe"`.
+
+    Returns:
+        `list[SafetyExample]` in the order of `rows`.
+
+    Raises:
+        `DataError`: A row without category, no risky row, or fewer rows than asked for.
+    """
+    safe = safe_category_id(category_names)
+    by_category: dict[int, list[int]] = defaultdict(list)
+    for index, row in enumerate(rows):
+        if row.category is None or row.category >= len(category_names):
+            raise DataError(
+                f"row {row.row_id!r}: `category` is {row.category}, balancing needs 0 to {len(category_names) - 1}; "
+                "label the row, or read clean data with `assume_safe=True`."
+            )
+        by_category[row.category].append(index)
+    safe_rows = by_category.pop(safe, [])
+    if not by_category:
+        raise DataError(f"no risky row among {len(rows)}; there is nothing to balance.")
+    if per_category is None:
+        per_category = min(map(len, by_category.values()))
+    if clean is None:
+        clean = min(per_category, len(safe_rows))
+
+    draw = random.Random(seed)
+    chosen = []
+    for category, indices in [*sorted(by_category.items()), (safe, safe_rows)]:
+        count = clean if category == safe else per_category
+        if not 0 <= count <= len(indices):
+            raise DataError(
+                f"asked for {count} rows of category {category_names[category]!r}, which has {len(indices)}; "
+                f"lower `{'clean' if category == safe else 'per_category'}` or add rows."
+            )
+        chosen += draw.sample(indices, count)
+    logger.info("chose %d of %d rows: %d per risk category, %d clean", len(chosen), len(rows), per_category, clean)
+    return [rows[index] for index in sorted(chosen)]
+
+
+def split_holdout(
+    rows: Sequence[SafetyExample], fraction: float, seed: int = 0
+) -> tuple[list[SafetyExample], list[SafetyExample]]:
+    """Splits off a held-out part; rows that share an image, directly or through other rows, stay on the same side.
+
+    Strata are the sets of categories that such groups hold; each gives about `fraction` of its rows, and what one
+    cannot give (its groups are too large) the next makes up for.
+
+    Args:
+        rows (`Sequence[SafetyExample]`): Rows; unlabelled ones are a stratum of their own.
+        fraction (`float`): Wanted size of the held-out part, in (0, 1). The groups decide how near the result is.
+        seed (`int`, *optional*, defaults to 0): Which groups are drawn.
+
+    Returns:
+        `tuple[list[SafetyExample], list[SafetyExample]]`: The rest and the held-out part, in the order of `rows`.
+
+    Raises:
+        `ValueError`: `fraction` is not in (0, 1).
+        `DataError`: One of the parts would be empty.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"`fraction` must be between 0 and 1, both excluded, got {fraction!r}.")
+    groups = _groups_by_image(rows)
+    strata: dict[tuple[int, ...], list[list[int]]] = defaultdict(list)
+    for group in groups:
+        categories = {-1 if rows[index].category is None else rows[index].category for index in group}
+        strata[tuple(sorted(categories))].append(group)
+
+    draw = random.Random(seed)
+    held_out: set[int] = set()
+    wanted = 0.0
+    for _, stratum in sorted(strata.items()):
+        draw.shuffle(stratum)
+        wanted += fraction * sum(map(len, stratum))
+        for group in stratum:
+            if len(group) < 2 * wanted:  # taking it leaves less open than leaving it
+                held_out.update(group)
+                wanted -= len(group)
+    if not 0 < len(held_out) < len(rows):
+        raise DataError(
+            f"cannot hold out {fraction:.0%} of {len(rows)} rows, which form {len(groups)} group(s) sharing images; "
+            "use another `fraction` or more rows."
+        )
+    rest = [row for index, row in enumerate(rows) if index not in held_out]
+    return rest, [rows[index] for index in sorted(held_out)]
+
+
+def _groups_by_image(rows: Sequence[SafetyExample]) -> list[list[int]]:
+    """Connected components of "shares an image", as lists of row indices (union-find)."""
+    parent = list(range(len(rows)))
+
+    def root(index: int) -> int:
+        while parent[index] != index:
+            parent[index] = parent[parent[index]]
+            index = parent[index]
+        return index
+
+    first_with: dict[str, int] = {}
+    for index, row in enumerate(rows):
+        for image in row.images:
+            parent[root(index)] = root(first_with.setdefault(_image_key(image), index))
+    groups: dict[int, list[int]] = defaultdict(list)
+    for index in range(len(rows)):
+        groups[root(index)].append(index)
+    return list(groups.values())
+
+
+def _image_key(image: ImageSource) -> str:
+    """The same key for the same file or the same content in memory. Copies of a file under two names are not found."""
+    if isinstance(image, Image.Image):
+        return hashlib.sha256(repr((image.mode, image.size)).encode() + image.tobytes()).hexdigest()
+    if isinstance(image, bytes):
+        return hashlib.sha256(image).hexdigest()
+    return os.path.realpath(image)

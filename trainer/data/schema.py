@@ -1,0 +1,172 @@
+"""The one row schema: images, a conversation in the Hub chat format, and the two safety labels.
+
+Every reader produces `SafetyExample`s and everything after reads only these. A row is checked when it is made, so a
+`SafetyExample` that exists is well-formed; nothing downstream checks again.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from .errors import DataError
+from .images import MAX_PIXELS, ImageSource, load_image
+
+# Ids of the reference data (method.md, "Architecture"): the index in these tuples is the label.
+CATEGORY_NAMES = ("politics", "illegal risk", "insults and bullying", "fairness", "privacy", "misleading", "safe")
+LEVEL_NAMES = ("none", "low", "medium", "high")
+SAFE_CATEGORY_NAME = "safe"
+
+
+@dataclass(frozen=True)
+class SafetyExample:
+    """One row.
+
+    Args:
+        row_id (`str`): Names the row in errors and reports. As the file gives it, so not always unique.
+        images (`tuple` of paths, `bytes` or `PIL.Image.Image`): In the order of the `{"type": "image"}` parts, one
+            each. Paths stay paths until `load_images`.
+        messages (`list[dict]`): Turns `{"role", "content"}`: an optional `system` first, then `user` and `assistant`
+            in turn. `content` is a list of `{"type": "image"}` (user turns only) and `{"type": "text", "text": str}`.
+            Parts have no other keys: a chat template would fetch an `"url"` or `"path"` by itself.
+        category (`int`, *optional*): Index of the risk category, `None` where unknown.
+        level (`int`, *optional*): Index of the risk level, `None` where unknown.
+        source (`str`, *optional*, defaults to `""`): The data set the row comes from.
+
+    Raises:
+        `DataError`: A field breaks one of these rules.
+    """
+
+    row_id: str
+    images: tuple[ImageSource, ...]
+    messages: list[dict[str, Any]]
+    category: int | None = None
+    level: int | None = None
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "images", tuple(self.images))
+        try:
+            _check_messages(self.messages, len(self.images))
+            for field in ("category", "level"):
+                value = getattr(self, field)
+                if value is not None and (type(value) is not int or value < 0):
+                    raise DataError(f"`{field}` must be a label index or None, got {short(value)}")
+        except DataError as error:
+            raise DataError(f"row {self.row_id!r}: {error}.") from None
+
+    def load_images(self, max_pixels: int = MAX_PIXELS) -> list[Image.Image]:
+        """Decodes the images, in order, to RGB.
+
+        Raises:
+            `ImageError`: An image cannot be loaded; the error names this row.
+        """
+        return [load_image(image, max_pixels=max_pixels, row_id=self.row_id) for image in self.images]
+
+
+def label_ids(
+    category: Any,
+    level: Any,
+    category_names: Sequence[str] = CATEGORY_NAMES,
+    level_names: Sequence[str] = LEVEL_NAMES,
+) -> tuple[int, int]:
+    """Turns labels given as indices or names into indices, and checks that the pair makes sense.
+
+    The safe category with a level above the first is a contradiction. A risky category with the first level is not:
+    the reference data has it, e.g. a "misleading" question asked with the right picture.
+
+    Raises:
+        `DataError`: An unknown label, a wrong type or a contradiction.
+    """
+    category_id = _label_id("category", category, category_names)
+    level_id = _label_id("level", level, level_names)
+    if category_names[category_id] == SAFE_CATEGORY_NAME and level_id > 0:
+        raise DataError(
+            f"category {SAFE_CATEGORY_NAME!r} contradicts level {level_names[level_id]!r} ({level_id}); "
+            f"a safe row has level {level_names[0]!r} (0)"
+        )
+    return category_id, level_id
+
+
+def safe_category_id(category_names: Sequence[str] = CATEGORY_NAMES) -> int:
+    """The index of the category named `"safe"`.
+
+    Raises:
+        `DataError`: No category has that name.
+    """
+    return _label_id("category", SAFE_CATEGORY_NAME, category_names)
+
+
+def short(value: Any) -> str:
+    """A `repr` short enough for an error message."""
+    return reprlib.repr(value)
+
+
+def _label_id(field: str, value: Any, names: Sequence[str]) -> int:
+    if type(value) is int and 0 <= value < len(names):  # `type`, as True is an int
+        return value
+    if isinstance(value, str) and value in names:
+        return list(names).index(value)
+    known = ", ".join(f"{index} {name}" for index, name in enumerate(names))
+    raise DataError(f"unknown {field} {short(value)}; use the integer or the name of one of: {known}")
+
+
+def _check_messages(messages: Any, num_images: int) -> None:
+    if not isinstance(messages, list) or not messages:
+        raise DataError(f"`messages` must be a non-empty list of turns, got {short(messages)}")
+    turns = [_check_turn(turn, number) for number, turn in enumerate(messages, start=1)]
+    roles = turns[1:] if turns[0] == "system" else turns
+    for number, role in enumerate(roles):
+        expected = ("user", "assistant")[number % 2]
+        if role != expected:
+            where = f"turn {number + 1 + len(turns) - len(roles)}"
+            raise DataError(f"{where} is from {role!r}, expected {expected!r}; user and assistant alternate")
+    if not roles:
+        raise DataError("the conversation has no user turn")
+    parts = sum(part["type"] == "image" for turn in messages for part in turn["content"])
+    if parts != num_images:
+        raise DataError(f"{num_images} image(s) but {parts} image part(s) in the conversation; they must agree")
+
+
+def _check_turn(turn: Any, number: int) -> str:
+    where = f"turn {number}"
+    if not isinstance(turn, dict) or turn.keys() != {"role", "content"}:
+        raise DataError(f"{where} must have exactly the keys 'role' and 'content', got {short(turn)}")
+    role, content = turn["role"], turn["content"]
+    if role not in ("system", "user", "assistant"):
+        raise DataError(f"{where} has the role {short(role)}, expected system, user or assistant")
+    if not isinstance(content, list):
+        raise DataError(f"{where}: `content` must be a list of parts, got {short(content)}")
+    has_content = False
+    for part in content:
+        if part == {"type": "image"} and role == "user":
+            has_content = True
+        elif isinstance(part, dict) and part.keys() == {"type", "text"} and part["type"] == "text":
+            has_content |= bool(check_text(part["text"], where).strip())
+        else:
+            raise DataError(
+                f"{where} ({role}) has the part {short(part)}; allowed are {{'type': 'text', 'text': …}} and, "
+                "in user turns, {'type': 'image'} without other keys"
+            )
+    if not has_content:
+        raise DataError(f"{where} ({role}) is empty; give it a text or drop the row")
+    return role
+
+
+def check_text(text: Any, where: str) -> str:
+    """Returns `text` if it is a `str` that tokenizers can take.
+
+    Raises:
+        `DataError`: It is something else, or holds half a surrogate pair (JSON can spell that, UTF-8 cannot).
+    """
+    if not isinstance(text, str):
+        raise DataError(f"{where}: text must be a string, got {short(text)}")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{where}: text {short(text)} is no valid Unicode; fix its encoding") from None
+    return text

@@ -1,0 +1,73 @@
+"""Writing rows as a PSA-VLM/SafeVLM JSONL file, the inverse of `read_safevlm_jsonl`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from .errors import DataError
+from .readers import IMAGE_MARKER, IMAGE_SEPARATOR
+from .schema import SafetyExample
+
+_SPEAKERS = {"user": "USER", "assistant": "ASSISTANT", "system": "SYSTEM"}
+
+
+def write_safevlm_jsonl(
+    rows: Iterable[SafetyExample], path: str | os.PathLike, image_folder: str | os.PathLike | None = None
+) -> None:
+    """Writes labelled rows with their image paths relative to `image_folder`; replaces `path` only when complete.
+
+    Args:
+        rows (`Iterable[SafetyExample]`): Rows with labels and with images as paths inside `image_folder`.
+        path (`str` or `os.PathLike`): The file to write.
+        image_folder (`str` or `os.PathLike`, *optional*): Defaults to the folder of `path`.
+
+    Raises:
+        `DataError`: The format cannot hold a row (no label, an image in memory or outside the folder, a text that
+            spells `<image>`); nothing is written.
+    """
+    path = Path(path)
+    folder = Path(os.path.abspath(path.parent if image_folder is None else image_folder))
+    partial = path.with_name(path.name + ".partial")
+    lines = [json.dumps(_record(row, folder), ensure_ascii=False) + "\n" for row in rows]
+    partial.write_text("".join(lines), encoding="utf-8", newline="\n")
+    os.replace(partial, path)
+
+
+def _record(row: SafetyExample, folder: Path) -> dict:
+    if row.category is None or row.level is None:
+        raise DataError(f"row {row.row_id!r}: this format needs `category` and `level`; label the row.")
+    record = {"id": row.row_id, "safe_type": row.category, "safe_level": row.level}
+    if row.images:
+        names = [_relative(image, folder, row.row_id) for image in row.images]
+        record["image"] = IMAGE_SEPARATOR.join(names)
+    record["conversations"] = [
+        {"from": _SPEAKERS[turn["role"]], "value": _value(turn, row.row_id)} for turn in row.messages
+    ]
+    return record
+
+
+def _relative(image, folder: Path, row_id: str) -> str:
+    if not isinstance(image, (str, os.PathLike)):
+        raise DataError(f"row {row_id!r}: an image in memory has no path to write; save it to a file first.")
+    path = Path(os.path.abspath(image))
+    if not path.is_relative_to(folder) or IMAGE_SEPARATOR in str(path.relative_to(folder)):
+        raise DataError(
+            f"row {row_id!r}: image {str(path)!r} must lie in {str(folder)!r} and not spell {IMAGE_SEPARATOR}."
+        )
+    return path.relative_to(folder).as_posix()
+
+
+def _value(turn: dict, row_id: str) -> str:
+    """The parts as one text: a marker gets a line of its own."""
+    value = ""
+    for part in turn["content"]:
+        if part["type"] == "image":
+            value += ("\n" if value and not value.endswith(f"{IMAGE_MARKER}\n") else "") + f"{IMAGE_MARKER}\n"
+        elif turn["role"] == "user" and IMAGE_MARKER in part["text"]:
+            raise DataError(f"row {row_id!r}: the text of a user turn spells {IMAGE_MARKER}, a marker in this format.")
+        else:
+            value += part["text"]
+    return value

@@ -1,0 +1,1 @@
+"""The embedded default: a picture world, a tiny base VLM, the whole run."""
