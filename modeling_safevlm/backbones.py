@@ -31,6 +31,8 @@ class Backbone:
 
     # The arguments of `forward` that carry images; `pixel_values` first.
     image_inputs: tuple[str, ...] = ("pixel_values",)
+    # Where the language model's parameters are within the base: what stage 2 trains, LoRA goes into the first.
+    language_model_parts: tuple[str, ...] = ("model.language_model", "lm_head")
 
     def __init__(self, config):
         self.config = config

@@ -37,6 +37,17 @@ class SafeVlmConfig(PreTrainedConfig):
 
     model_type = "safevlm"
     sub_configs = {"base_config": AutoConfig}
+    # The Trainer takes every other output as a prediction: the head's logits.
+    keys_to_ignore_at_inference = [
+        "lm_loss",
+        "safety_level_loss",
+        "safety_category_loss",
+        "logits",
+        "safety_assessed",
+        "past_key_values",
+        "hidden_states",
+        "attentions",
+    ]
 
     def __init__(
         self,

@@ -20,16 +20,17 @@ def generation_prompt_token_ids(processor) -> list[int]:
     if not getattr(processor, "chat_template", None):
         return []
     closed = _render(processor, [_user("a")])
-    return _render(processor, [_user("a")], add_generation_prompt=True)[len(closed) :]
+    opened = _render(processor, [_user("a")], add_generation_prompt=True)
+    return opened[_common_prefix(closed, opened) :]
 
 
 def _hint_ids(processor, text: str) -> list[int]:
     if not getattr(processor, "chat_template", None):
         return _encode(processor, " " + text)
-    plain = _render(processor, [_user("a")])
-    hinted = _render(processor, [_user(f"a {text}")])
+    plain = _render(processor, [_user("a")], add_generation_prompt=True)
+    hinted = _render(processor, [_user(f"a {text}")], add_generation_prompt=True)
     start = _common_prefix(plain, hinted)
-    end = len(plain) - start  # what follows the user's words, such as an end-of-turn token
+    end = len(plain) - start  # what follows the user's words: end of turn, generation prompt
     return hinted[start : len(hinted) - end]
 
 

@@ -1,6 +1,5 @@
 """Data in: the row schema, hostile-proof image loading, readers, and sampling. Imports neither torch nor datasets."""
 
-from .dataset import SafetyDataset
 from .errors import DataError, ImageError
 from .images import ALLOWED_FORMATS, MAX_PIXELS, ImageSource, load_image, probe_image
 from .readers import (
@@ -26,7 +25,6 @@ __all__ = [
     "ImageSource",
     "RowFormat",
     "Rows",
-    "SafetyDataset",
     "SafetyExample",
     "balance",
     "detect_format",

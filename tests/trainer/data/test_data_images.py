@@ -138,9 +138,9 @@ def test_transparency_is_composited_on_white():
 
 
 def test_sixteen_bit_grey_is_scaled_not_clipped(odd):
-    values = np.array([[0, 128, 257, 32768, 65535]], np.uint16)
+    values = np.array([[0, 128, 250, 257, 32768, 65535]], np.uint16)
     loaded = load_image(as_bytes(Image.fromarray(values)))
-    assert np.asarray(loaded)[0, :, 0].tolist() == [0, 0, 1, 128, 255]
+    assert np.asarray(loaded)[0, :, 0].tolist() == [0, 0, 1, 1, 128, 255]
     grey = Image.open(odd / "hopper.ppm").convert("L").convert("RGB")
     assert mean_difference(load_image(odd / "hopper_16bit.pgm"), grey) < 2
 
@@ -261,7 +261,7 @@ SEEDS = [as_bytes(NOISE, format) for format in ("PNG", "JPEG", "GIF", "BMP", "TI
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.sampled_from(SEEDS), st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=8), st.data())
 def test_damaged_bytes_load_or_raise_image_error(seed, changes, data):
     damaged = bytearray(seed[: data.draw(st.integers(0, len(seed)))])

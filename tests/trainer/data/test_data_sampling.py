@@ -66,7 +66,7 @@ def test_holdout_depends_on_the_seed_alone():
     assert split_holdout(MIXED, 0.3, seed=1) != split_holdout(MIXED, 0.3, seed=2)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.tuples(st.sampled_from([None, 0, 1, 6]), st.sets(st.integers(0, 15), max_size=3)), max_size=40),
     st.floats(0.05, 0.95),
@@ -90,6 +90,11 @@ def test_holdout_of_unshared_rows_has_the_size_asked_for(categories, fraction):
     rows = [row(number, category) for number, category in enumerate(categories)]
     _, held_out = split_holdout(rows, fraction)
     assert abs(len(held_out) - fraction * len(rows)) <= 1
+
+
+def test_holdout_counts_rows_not_groups():
+    rows = [row(number, 6, (f"{number // 5}.png",)) for number in range(100)]
+    assert len(split_holdout(rows, 0.2)[1]) == 20
 
 
 def test_the_same_picture_is_found_under_other_spellings_and_in_memory(tmp_path):

@@ -10,7 +10,6 @@ from safevlm.trainer.data import (
     CATEGORY_NAMES,
     DataError,
     ImageError,
-    SafetyDataset,
     SafetyExample,
     label_ids,
     safe_category_id,
@@ -70,6 +69,7 @@ def test_well_formed_conversations_are_accepted(messages):
         ([USER, turn("assistant", IMAGE)], "in user turns"),
         ([turn("user", {"type": "video"})], "allowed are"),
         ([turn("user", {"type": "image", "url": "http://example.org/x.png"})], "without other keys"),
+        ([turn("user", {**text("x"), "path": "/etc/hostname"})], "without other keys"),
         ([turn("user", IMAGE)], r"0 image\(s\) but 1 image part"),
     ],
 )
@@ -118,12 +118,6 @@ def test_safe_row_with_a_risk_level_is_a_contradiction_but_a_risky_category_may_
     with pytest.raises(DataError, match=r"'safe' contradicts level 'high' \(3\)"):
         label_ids(6, 3)
     assert label_ids(CATEGORY_NAMES.index("misleading"), 0) == (5, 0)
-
-
-def test_dataset_is_a_view_of_the_rows():
-    rows = [SafetyExample(str(number), (), [USER]) for number in range(3)]
-    dataset = SafetyDataset(rows)
-    assert len(dataset) == 3 and dataset[1] is rows[1] and list(dataset) == rows
 
 
 def test_data_modules_do_not_import_torch_or_datasets():

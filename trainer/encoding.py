@@ -1,0 +1,134 @@
+"""From a row to tensors: token ids, labels on the answers only, what the safety head may read, and hints.
+
+A row is encoded with the same template, processor and hint placement as at inference.
+"""
+
+import hashlib
+
+import torch
+
+from safevlm.generation_safevlm import last_occurrence
+from safevlm.losses import IGNORE_INDEX
+from safevlm.safety_policy import ACTIONS, SafetyPolicy
+
+from .data import DataError, SafetyExample
+
+
+class EncodedDataset(torch.utils.data.Dataset):
+    """
+    Encodes rows on access.
+
+    Args:
+        rows (sequence of `SafetyExample`)
+        processor (`SafeVlmProcessor`)
+        config (`SafeVlmConfig`): The model's; its policy writes the hints.
+        hint_probability (`float` in [0, 1]): Share of risky rows that carry the hint for their label. Which ones depends
+            on `seed` and the row's index only, so that an interrupted run resumes with the same rows.
+        max_length (`int`, *optional*): Longer rows raise `DataError`.
+        cache (`bool`): Keep encoded rows in memory.
+    """
+
+    def __init__(self, rows, processor, config, hint_probability=0.0, max_length=None, seed=0, cache=False):
+        self.rows = rows
+        self.processor = processor
+        self.config = config
+        self.policy = SafetyPolicy.from_value(config.safety_policy)
+        self.actions = self.policy.action_table(config.category_names, config.level_names)
+        self.hint_probability = hint_probability
+        self.max_length = max_length
+        self.seed = seed
+        self._cache = {} if cache else None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if self._cache is not None and index in self._cache:
+            return self._cache[index]
+        example = self.rows[index]
+        encoded = encode_example(example, self.processor, self.config, hint=self._hint(example, index))
+        if self.max_length is not None and len(encoded["input_ids"]) > self.max_length:
+            raise DataError(
+                f"row {example.row_id!r}: {len(encoded['input_ids'])} tokens, `max_length` is {self.max_length}; "
+                f"raise `max_length` or shorten the row."
+            )
+        if self._cache is not None:
+            self._cache[index] = encoded
+        return encoded
+
+    def _hint(self, example: SafetyExample, index: int) -> list[int] | None:
+        if example.category is None or example.level is None or not self._chance(index):
+            return None
+        action = ACTIONS[self.actions[example.category, example.level]]
+        text = self.policy.hint(action, self.config.category_names[example.category])
+        return None if text is None else [int(i) for i in self.config.policy_token_ids[text].split()]
+
+    def _chance(self, index: int) -> bool:
+        """True for a fixed `hint_probability` of all indices."""
+        digest = hashlib.sha256(f"{self.seed}:{index}".encode()).digest()
+        return int.from_bytes(digest[:8], "big") < self.hint_probability * 2**64
+
+
+def encode_example(
+    example: SafetyExample, processor, config, hint: list[int] | None = None
+) -> dict[str, torch.Tensor]:
+    """
+    Encodes one row.
+
+    Args:
+        hint (`list[int]`, *optional*): Token ids to put before the last answer's generation prompt.
+
+    Returns:
+        `input_ids`, `labels` (-100 outside the answers) and `safety_question_mask` (1 where the safety head may read),
+        all of shape `(sequence_length,)`; `safety_level_labels` and `safety_category_labels`, scalars (-100: no label);
+        and the image tensors, with a leading dimension over the row's images.
+    """
+    messages = example.messages
+    if messages[-1]["role"] != "assistant":
+        raise DataError(f"row {example.row_id!r}: the conversation ends without an answer to train on; add one.")
+    images = example.load_images()
+    tokenizer = processor.tokenizer
+    text = processor.apply_chat_template(messages).rstrip()
+    special = {"add_special_tokens": not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))}
+    inputs = processor(images=images or None, text=text, return_tensors="pt", **special)
+    ids = inputs.pop("input_ids")[0].tolist()
+    inputs.pop("attention_mask", None)
+    plain = tokenizer(text, **special)["input_ids"]
+
+    def token_index(num_messages: int, **template) -> int:
+        """Where the rendering of the first messages ends, in tokens of the whole (expanded) row."""
+        prefix = processor.apply_chat_template(messages[:num_messages], **template)
+        prefix_ids = tokenizer(prefix.rstrip() if num_messages == len(messages) else prefix, **special)["input_ids"]
+        shared = next((i for i, (a, b) in enumerate(zip(prefix_ids, plain, strict=False)) if a != b), len(prefix_ids))
+        shared = min(shared, len(plain))
+        later_images = sum(part["type"] == "image" for m in messages[num_messages:] for part in m["content"])
+        if later_images:  # their placeholders are not part of the prefix: expand the prefix by itself
+            mine = images[: len(images) - later_images]
+            expanded = processor(images=mine or None, text=prefix, **special)["input_ids"][0]
+            return len(expanded) - (len(prefix_ids) - shared)
+        return shared + len(ids) - len(plain)
+
+    labels = [IGNORE_INDEX] * len(ids)
+    start = 0
+    for turn, message in enumerate(messages):
+        if message["role"] == "assistant":
+            start, end = token_index(turn, add_generation_prompt=True), token_index(turn + 1)
+            labels[start:end] = ids[start:end]
+    if ids[-1] != tokenizer.eos_token_id:  # templates such as LLaVA-1.5's leave the end of the last answer open
+        ids.append(tokenizer.eos_token_id)
+        labels.append(tokenizer.eos_token_id)
+
+    question_mask = [int(label == IGNORE_INDEX) for label in labels]
+    if hint:
+        at = last_occurrence(ids[:start], config.generation_prompt_token_ids)
+        ids[at:at] = hint
+        labels[at:at] = [IGNORE_INDEX] * len(hint)
+        question_mask[at:at] = [0] * len(hint)
+    return {
+        "input_ids": torch.tensor(ids),
+        "labels": torch.tensor(labels),
+        "safety_question_mask": torch.tensor(question_mask),
+        "safety_level_labels": torch.tensor(IGNORE_INDEX if example.level is None else example.level),
+        "safety_category_labels": torch.tensor(IGNORE_INDEX if example.category is None else example.category),
+        **inputs,
+    }

@@ -1,0 +1,66 @@
+"""Arguments of [`SafeVlmTrainer`]: those of `TrainingArguments`, and what the safety stages add."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+STAGES = ("safety_alignment", "joint_finetuning")
+LABEL_NAMES = ["labels", "safety_level_labels", "safety_category_labels"]
+
+
+@dataclass
+class SafeVlmTrainingArguments(TrainingArguments):
+    """
+    Args:
+        > Parameters that control the stage
+
+        stage (`str`): `"safety_alignment"` (stage 1: the safety modules learn, the base is frozen) or
+            `"joint_finetuning"` (stage 2: the language model learns, too).
+        trainable (`list[str]`, *optional*): What learns: `"safety"`, `"language_model"` or prefixes of parameter names.
+            Defaults to the stage's.
+        lora_r (`int`): Rank of LoRA on the language model's linear layers; 0 trains them in full.
+        lora_alpha (`int`), lora_dropout (`float`): LoRA's scale and dropout.
+
+        > Parameters that control the safety losses and the conditioning
+
+        safety_level_loss_coef, safety_category_loss_coef (`float`, *optional*): Override the model's configuration.
+        label_conditioning_start, label_conditioning_end (`float` in [0, 1]): Share of rows whose safety embeddings are
+            conditioned on their label rather than on the head's prediction; linear from start to end of the training.
+        hint_probability (`float` in [0, 1]): Share of risky rows that carry the policy's hint for their label.
+
+        > Parameters that control the data
+
+        max_length (`int`, *optional*): A row with more tokens than this is an error (nothing is cut off silently).
+        cache_encoded (`bool`): Keep encoded rows in memory after the first epoch. For data that fits.
+    """
+
+    stage: str = field(default="safety_alignment", metadata={"help": f"One of {', '.join(STAGES)}."})
+    trainable: list[str] | None = field(default=None, metadata={"help": "What learns; defaults to the stage's."})
+    lora_r: int = field(default=0, metadata={"help": "LoRA rank on the language model; 0 is full fine-tuning."})
+    lora_alpha: int = field(default=16, metadata={"help": "LoRA scale."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "LoRA dropout."})
+    safety_level_loss_coef: float | None = field(default=None, metadata={"help": "Overrides the model's."})
+    safety_category_loss_coef: float | None = field(default=None, metadata={"help": "Overrides the model's."})
+    label_conditioning_start: float = field(default=1.0, metadata={"help": "Share of label-conditioned rows at first."})
+    label_conditioning_end: float = field(default=0.0, metadata={"help": "Share of label-conditioned rows at the end."})
+    hint_probability: float = field(default=0.5, metadata={"help": "Share of risky rows with the policy's hint."})
+    max_length: int | None = field(default=None, metadata={"help": "Longest row allowed, in tokens."})
+    cache_encoded: bool = field(default=False, metadata={"help": "Keep encoded rows in memory."})
+    # Trainer would drop the collator's inputs that `forward` takes through **kwargs.
+    remove_unused_columns: bool = False
+    # Some vision towers have parameters that the features never pass through (CLIP's `post_layernorm`).
+    ddp_find_unused_parameters: bool | None = True
+
+    def __post_init__(self):
+        if self.stage not in STAGES:
+            raise ValueError(f"`stage` must be one of {', '.join(map(repr, STAGES))}, got {self.stage!r}.")
+        for name in ("label_conditioning_start", "label_conditioning_end", "hint_probability"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` must be in [0, 1], got {getattr(self, name)!r}.")
+        if self.trainable is None:
+            self.trainable = ["safety"] if self.stage == "safety_alignment" else ["safety", "language_model"]
+        # Without all of them named, the Trainer would collect every argument with "label" in its name and then, one
+        # being absent, silently report no evaluation loss.
+        if self.label_names is None:
+            self.label_names = list(LABEL_NAMES)
+        super().__post_init__()
