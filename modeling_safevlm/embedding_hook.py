@@ -19,12 +19,14 @@ class Placement:
     Args:
         embedding (`nn.Module`): The embedding module that this placement is meant for.
         values (`torch.FloatTensor` of shape `(num_placeholders, hidden_size)`)
+        token_id (`int`): The placeholder's; no other token is ever replaced.
         slots (`torch.LongTensor` of shape `(batch_size, prompt_length)`): Index into `values`, or -1.
         offset (`int`): Prompt position of the first token that the embedding sees next (moves on in chunked prefill).
     """
 
     embedding: nn.Module
     values: torch.Tensor
+    token_id: int
     slots: torch.Tensor
     offset: int = 0
 
@@ -39,17 +41,28 @@ def placeholder_slots(input_ids: torch.Tensor, safety_token_id: int) -> torch.Te
 
 
 @contextmanager
-def place_embeddings(embedding: nn.Module, values: torch.Tensor, slots: torch.Tensor):
-    """Inside this context `embedding` returns `values` at the positions that `slots` numbers."""
-    token = _ACTIVE.set(Placement(embedding, values, slots))
+def place_embeddings(base: nn.Module, values: torch.Tensor, input_ids: torch.Tensor, token_id: int | None):
+    """
+    Inside this context the base's token embedding returns `values` at the placeholders of the prompt `input_ids`.
+
+    Args:
+        values (`torch.FloatTensor` of shape `(num_placeholders, hidden_size)`): In the order of the prompt's rows.
+        token_id (`int`): The placeholder's.
+    """
+    if len(values) == 0:  # a model without safety tokens
+        yield
+        return
+    _install_hooks(base)
+    slots = placeholder_slots(input_ids, token_id)
+    token = _ACTIVE.set(Placement(base.get_input_embeddings(), values, token_id, slots))
     try:
         yield
     finally:
         _ACTIVE.reset(token)
 
 
-def install_hooks(base: nn.Module):
-    """Installs the hooks on a base model; again after its embedding module was replaced. Twice is once."""
+def _install_hooks(base: nn.Module):
+    """Once per module; the embedding may be another one than last time (after a resize, say)."""
     embedding = base.get_input_embeddings()
     for module, register in (
         (base, lambda m: m.register_forward_pre_hook(_note_offset, with_kwargs=True)),
@@ -79,4 +92,6 @@ def _replace_placeholders(embedding, args, output):
     slots = slots.repeat_interleave(output.shape[0] // slots.shape[0], dim=0).to(output.device)
     slots = torch.nn.functional.pad(slots, (0, length - slots.shape[1]), value=-1)
     values = placement.values.to(output.device, output.dtype)
-    return torch.where((slots >= 0).unsqueeze(-1), values[slots.clamp(min=0)], output)
+    # Passes over other tokens at these positions (classifier-free guidance has its own cache) keep their embeddings.
+    placed = (slots >= 0) & (args[0].to(output.device) == placement.token_id)
+    return torch.where(placed.unsqueeze(-1), values[slots.clamp(min=0)], output)

@@ -11,7 +11,7 @@ import copy
 import torch
 from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
 
-from .embedding_hook import place_embeddings, placeholder_slots
+from .embedding_hook import place_embeddings
 from .safety_assessment import SafetyAssessment
 from .safety_policy import ACTIONS, SafetyPolicy
 
@@ -67,8 +67,8 @@ class SafeVlmGenerationMixin(GenerationMixin):
         input_ids = self._check_generate_inputs(inputs, generation_config, kwargs)
         kwargs.pop("input_ids", None)
         policy = self.resolve_policy(safety_policy)
-        attention_mask = self._attention_mask(input_ids, kwargs.pop("attention_mask", None), generation_config)
         call = dict(kwargs, generation_config=generation_config)
+        attention_mask = self._attention_mask(input_ids, call.pop("attention_mask", None), call)
         if tokenizer is not None:
             call["tokenizer"] = tokenizer
         # Tensors with one entry per prompt token (token types and the like) move along with the tokens.
@@ -102,18 +102,16 @@ class SafeVlmGenerationMixin(GenerationMixin):
                 EnforcePolicy(
                     refusals,
                     prompt_length=prompt["input_ids"].shape[1],
-                    end_token_id=self._end_token_id(call),
-                    forbidden_token_id=self.config.safety_token_id,
+                    end_token_id=next(iter(self._end_token_ids(call)), None),
+                    forbidden_token_ids=[self.config.safety_token_id, self.backbone.image_token_id],
                 ),
             ]
         )
         if features is None:
             return self._finish(self.base.generate(**call), input_ids, prompt, assessment)
         call["mm_encoder_outputs"] = features.vision.mm_encoder_outputs
-        slots = placeholder_slots(prompt["input_ids"], self.config.safety_token_id)
-        with place_embeddings(
-            self.base.get_input_embeddings(), self.condition(features, assessment.action, assessment.category), slots
-        ):
+        embeddings = self.condition(features, assessment.action, assessment.category)
+        with place_embeddings(self.base, embeddings, prompt["input_ids"], self.config.safety_token_id):
             output = self.base.generate(**call)
         return self._finish(output, input_ids, prompt, assessment)
 
@@ -147,7 +145,7 @@ class SafeVlmGenerationMixin(GenerationMixin):
             )
         return input_ids
 
-    def _attention_mask(self, input_ids, attention_mask, generation_config=None) -> torch.Tensor:
+    def _attention_mask(self, input_ids, attention_mask, call=None) -> torch.Tensor:
         if attention_mask is not None:
             if attention_mask.shape != input_ids.shape:
                 raise ValueError(
@@ -155,28 +153,33 @@ class SafeVlmGenerationMixin(GenerationMixin):
                     f"got {tuple(attention_mask.shape)}."
                 )
             return attention_mask
-        pad = getattr(generation_config or self.generation_config, "pad_token_id", None)
-        eos = getattr(generation_config or self.generation_config, "eos_token_id", None)
-        if pad is not None and pad not in (eos if isinstance(eos, list) else [eos]):
+        pad = self._setting("pad_token_id", call or {})
+        if pad is not None and pad not in self._end_token_ids(call or {}):
             return (input_ids != pad).long()
         return torch.ones_like(input_ids)
 
-    def _keep_answer_length(self, call, added: int):
-        """A `max_length` counts the caller's prompt, not the hint."""
-        settings = call["generation_config"] or self.generation_config
-        if not added or call.get("max_new_tokens") is not None:
-            return
-        if call.get("max_length") is not None:
-            call["max_length"] += added
-        elif settings.max_new_tokens is None and settings.max_length is not None:
-            call["generation_config"] = copy.deepcopy(settings)
-            call["generation_config"].max_length += added
+    def _setting(self, name: str, call: dict):
+        """A generation setting as the base's `generate` resolves it: argument, passed config, the model's config."""
+        if name in call:
+            return call[name]
+        value = getattr(call.get("generation_config"), name, None)
+        return getattr(self.generation_config, name, None) if value is None else value
 
-    def _end_token_id(self, call) -> int | None:
-        eos = call.get("eos_token_id", (call["generation_config"] or self.generation_config).eos_token_id)
-        if isinstance(eos, torch.Tensor):
-            eos = eos.flatten().tolist()
-        return eos[0] if isinstance(eos, (list, tuple)) else eos
+    def _end_token_ids(self, call: dict) -> list[int]:
+        eos = self._setting("eos_token_id", call)
+        return [] if eos is None else torch.as_tensor(eos).flatten().tolist()
+
+    def _keep_answer_length(self, call: dict, added: int):
+        """`max_length` and `min_length` count the caller's prompt, not the hint."""
+        for name, instead in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+            length = self._setting(name, call)
+            if not added or length is None or self._setting(instead, call) is not None:
+                continue
+            if call.get(name) is None and call["generation_config"] is not None:
+                call["generation_config"] = copy.deepcopy(call["generation_config"])
+                setattr(call["generation_config"], name, length + added)
+            else:
+                call[name] = length + added
 
     def _policy_texts(self, assessment: SafetyAssessment, policy: SafetyPolicy, tokenizer):
         """Token ids of each row's hint and forced refusal, `None` where there is none."""
@@ -216,7 +219,7 @@ class SafeVlmGenerationMixin(GenerationMixin):
 
 class EnforcePolicy(LogitsProcessor):
     """
-    Writes forced refusals, token by token, and keeps the model from writing the `<safety>` placeholder.
+    Writes forced refusals, token by token, and keeps the model from writing placeholders.
 
     It runs after all other processors and leaves one token possible for refused rows, whatever prompt, sampling, beams
     or other processors want. Other rows of the batch are not touched.
@@ -225,13 +228,19 @@ class EnforcePolicy(LogitsProcessor):
         refusals (`list[list[int] | None]`): One entry per prompt; `None` lets the model answer.
         prompt_length (`int`): Number of prompt tokens.
         end_token_id (`int`): Written after the refusal.
+        forbidden_token_ids (`list[int]`): Placeholders. In an answer they would stand for images that are not there
+            (prompt-lookup decoding copies them from the prompt).
     """
 
     def __init__(
-        self, refusals: list[list[int] | None], prompt_length: int, end_token_id: int | None, forbidden_token_id: int | None
+        self,
+        refusals: list[list[int] | None],
+        prompt_length: int,
+        end_token_id: int | None,
+        forbidden_token_ids: list[int | None],
     ):
         self.prompt_length = prompt_length
-        self.forbidden_token_id = forbidden_token_id
+        self.forbidden_token_ids = forbidden_token_ids
         self.script = None
         if any(refusal is not None for refusal in refusals):
             if end_token_id is None:
@@ -245,9 +254,8 @@ class EnforcePolicy(LogitsProcessor):
             )
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        if self.forbidden_token_id is not None:
-            scores = scores.clone()
-            scores[:, self.forbidden_token_id] = float("-inf")
+        forbidden = [i for i in self.forbidden_token_ids if i is not None and i < scores.shape[1]]
+        scores = scores.index_fill(1, torch.tensor(forbidden, device=scores.device), float("-inf"))
         if self.script is None:
             return scores
         self.script = self.script.to(scores.device)

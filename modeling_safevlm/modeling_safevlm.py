@@ -8,7 +8,7 @@ both in `forward` (training: conditioned on labels or predictions) and in `gener
 vision tower runs once; the head runs before the language model and reads the question's token embeddings.
 """
 
-import copy
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,13 +20,16 @@ from transformers.utils import ModelOutput
 
 from .backbones import VisionFeatures, get_backbone, rows_of_images
 from .configuration_safevlm import SafeVlmConfig
-from .embedding_hook import install_hooks, place_embeddings, placeholder_slots
+from .embedding_hook import place_embeddings
 from .generation_safevlm import SafeVlmGenerationMixin
 from .losses import IGNORE_INDEX, combine_losses, safety_losses
 from .policy_texts import generation_prompt_token_ids, policy_token_ids
 from .safety_assessment import SafetyAssessment, assess_logits, worst_images
 from .safety_modules import SafetyEmbeddings, SafetyModules, SafetyTokens
 from .safety_policy import SafetyPolicy
+
+# What a SafeVlmConfig says beside its base: the options of `from_base`.
+_SAFETY_FIELDS = [name for name in inspect.signature(SafeVlmConfig).parameters if name not in ("base_config", "kwargs")]
 
 
 @dataclass
@@ -132,7 +135,6 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
         self.backbone = get_backbone(config.base_config)
         self.base = AutoModelForImageTextToText.from_config(config.base_config) if base is None else base
         self.safety = SafetyModules(config, self.backbone.vision_hidden_size)
-        install_hooks(self.base)
         self.post_init()
 
     @classmethod
@@ -155,6 +157,8 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
         """
         if isinstance(base, PreTrainedModel):
             name = base.config._name_or_path
+        elif not isinstance(base, (str, Path)):
+            raise TypeError(f"`base` must be a Hub id, a folder or a loaded model, got {type(base).__name__}.")
         else:
             name = str(base)
             get_backbone(AutoConfig.from_pretrained(name))  # a clear error before gigabytes are read
@@ -164,16 +168,10 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
             from .safety_adapter import adapter_config
 
             config = adapter_config(safety_adapter, base.config)
-        if config is None:
-            config = SafeVlmConfig(base_config=base.config, **safety)
-        else:
-            config = copy.deepcopy(config)
-            config.base_config = base.config
-            for key, value in safety.items():
-                if not hasattr(config, key):
-                    raise TypeError(f"`from_base` got the unknown safety option {key!r}; see SafeVlmConfig.")
-                setattr(config, key, value)
-        config.dtype = base.dtype
+        if unknown := sorted(set(safety) - set(_SAFETY_FIELDS)):
+            raise TypeError(f"`from_base` got the unknown option {unknown[0]!r}; known: {', '.join(_SAFETY_FIELDS)}.")
+        chosen = {} if config is None else {name: getattr(config, name) for name in _SAFETY_FIELDS}
+        config = SafeVlmConfig(**{**chosen, **safety}, base_config=base.config, dtype=base.dtype)
         if processor is None and safety_adapter is None:
             processor = AutoProcessor.from_pretrained(name)
 
@@ -184,6 +182,7 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
         if safety_adapter is not None:
             from .safety_adapter import load_adapter_weights
 
+            model._make_room_for_placeholder()
             load_adapter_weights(model, safety_adapter)
         return model.train(was_training)
 
@@ -246,12 +245,14 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
         token_id = tokenizer.convert_tokens_to_ids(token)
         known = token_id is not None and token_id != tokenizer.unk_token_id
         self.config.safety_token_id = token_id if known else len(tokenizer)
-        num_rows = self.base.get_input_embeddings().weight.shape[0]
-        if self.config.safety_token_id >= num_rows:
-            # Most checkpoints have spare rows in their embedding table. The others grow by some, and then the logits
-            # have more columns than the base's.
-            self.resize_token_embeddings(self.config.safety_token_id + 1, pad_to_multiple_of=64)
+        self._make_room_for_placeholder()
         self.set_safety_policy(self.config.safety_policy, processor)
+
+    def _make_room_for_placeholder(self):
+        # Most checkpoints have spare rows in their embedding table. The others grow by some, and then the logits have
+        # more columns than the base's.
+        if self.config.safety_token_id >= self.base.get_input_embeddings().weight.shape[0]:
+            self.resize_token_embeddings(self.config.safety_token_id + 1, pad_to_multiple_of=64)
 
     def set_safety_policy(self, policy, processor=None):
         """
@@ -433,10 +434,8 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
                 prediction, safety_level_labels, safety_category_labels, label_conditioning
             )
             base_inputs["mm_encoder_outputs"] = features.vision.mm_encoder_outputs
-            slots = placeholder_slots(input_ids, self.config.safety_token_id)
-            with place_embeddings(
-                self.base.get_input_embeddings(), self.condition(features, action, category), slots
-            ):
+            embeddings = self.condition(features, action, category)
+            with place_embeddings(self.base, embeddings, input_ids, self.config.safety_token_id):
                 output = self.base(**base_inputs)
 
         losses = safety_losses(
@@ -501,7 +500,6 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
 
     def set_input_embeddings(self, value):
         self.base.set_input_embeddings(value)
-        install_hooks(self.base)
 
     def get_output_embeddings(self):
         return self.base.get_output_embeddings()
@@ -515,5 +513,4 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
     def resize_token_embeddings(self, *args, **kwargs):
         embeddings = self.base.resize_token_embeddings(*args, **kwargs)
         self.config.base_config = self.base.config
-        install_hooks(self.base)
         return embeddings

@@ -9,6 +9,7 @@ the preset `"paper"`, and the default also enforces refusals without the languag
 """
 
 import json
+import math
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -73,11 +74,15 @@ class SafetyPolicy:
         for flag in ("enabled", "forced_refusal"):
             if not isinstance(getattr(self, flag), bool):
                 raise ValueError(f"Policy field `{flag}` must be true or false, got {getattr(self, flag)!r}.")
+        for name in ("category_risk_thresholds", "level_actions", "category_actions", "hints", "refusals"):
+            value = getattr(self, name)
+            if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+                raise ValueError(f"Policy field `{name}` must be a mapping from names, got {value!r}.")
         for name, threshold in {"risk_threshold": self.risk_threshold, **self.category_risk_thresholds}.items():
             if not _is_number(threshold) or not 0 <= threshold <= 1:
                 raise ValueError(f"Policy threshold `{name}` must be a probability in [0, 1], got {threshold!r}.")
         for name in ("level_temperature", "category_temperature"):
-            if not _is_number(getattr(self, name)) or not getattr(self, name) > 0:
+            if not _is_number(getattr(self, name)) or not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"Policy field `{name}` must be a number above 0, got {getattr(self, name)!r}.")
         for where, actions in {"level_actions": self.level_actions, **self.category_actions}.items():
             if not isinstance(actions, dict):

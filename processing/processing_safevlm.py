@@ -1,7 +1,8 @@
 """SafeVlmProcessor: the base model's own processor, plus `<safety>` placeholders beside each image.
 
 User text can never become a control token: in chat messages, anything that spells a special token (`<image>`,
-`<safety>`, `</s>`, ...) gets a space after its first character before the template is applied.
+`<safety>`, `</s>`, ...), be it across several texts of a message, gets a space after its first character before the
+template is applied.
 """
 
 import copy
@@ -114,6 +115,13 @@ class SafeVlmProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         return self.base.model_input_names
 
+    def __getstate__(self):
+        return {name: value for name, value in self.__dict__.items() if name != "base"}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self.base = self._make_base()
+
     def to_dict(self):
         base = self.__dict__.pop("base", None)  # made from the other fields, and holds the tokenizer again
         try:
@@ -142,25 +150,36 @@ class SafeVlmProcessor(ProcessorMixin):
         """As in the base's processor; special tokens in the messages' text are neutralised first."""
         return super().apply_chat_template(self._neutralised(conversation), *args, **kwargs)
 
-    def neutralise(self, text: str) -> str:
-        """`text` with a space inside whatever spells a special token: `"<image>"` becomes `"< image>"`."""
+    def neutralise(self, *texts: str) -> list[str]:
+        """
+        `texts` with a space inside whatever spells a special token: `"<image>"` becomes `"< image>"`.
+
+        Templates may join texts without anything between them: `"<ima", "ge>"` becomes `"< ima", "ge>"`.
+        """
         special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         special |= {*self.tokenizer.all_special_tokens, self.safety_token, self.image_token}
-        pattern = "|".join(re.escape(token) for token in sorted(special, key=len, reverse=True) if len(token) > 1)
-        return re.sub(pattern, lambda match: match.group()[0] + " " + match.group()[1:], text)
+        starts = re.compile("(?=" + "|".join(re.escape(token) for token in special if len(token) > 1) + ").", re.DOTALL)
+        pieces = [starts.sub(r"\g<0> ", text) for text in texts]
+        offset = 0
+        for i, piece in enumerate(pieces):
+            at = {match.start() - offset for match in starts.finditer("".join(pieces))}
+            pieces[i] = "".join(c + " " if j in at else c for j, c in enumerate(piece))
+            offset += len(pieces[i])
+        return pieces
 
     def _neutralised(self, value):
-        """Messages with every text in them neutralised, whatever the nesting; images and the like are passed on."""
+        """Messages with every text in them neutralised; images and the like are passed on."""
+        if hasattr(value, "messages"):  # the pipeline's Chat
+            value = value.messages
         if isinstance(value, (list, tuple)):
             return [self._neutralised(item) for item in value]
-        if hasattr(value, "messages"):  # the pipeline's Chat
-            return self._neutralised(value.messages)
-        if not isinstance(value, dict):
+        content = value.get("content") if isinstance(value, dict) else None
+        if isinstance(content, str):
+            return {**value, "content": self.neutralise(content)[0]}
+        if not isinstance(content, (list, tuple)):
             return value
-        out = dict(value)
-        for key in ("content", "text"):
-            if isinstance(out.get(key), str):
-                out[key] = self.neutralise(out[key])
-            elif key in out:
-                out[key] = self._neutralised(out[key])
-        return out
+        items = [dict(item) if isinstance(item, dict) else item for item in content]
+        texts = [item for item in items if isinstance(item, dict) and isinstance(item.get("text"), str)]
+        for item, text in zip(texts, self.neutralise(*(item["text"] for item in texts)), strict=True):
+            item["text"] = text
+        return {**value, "content": items}

@@ -14,6 +14,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from safevlm import SafeVlmForConditionalGeneration
+
 CHAT_TEMPLATE = (
     "{% for m in messages %}"
     "{% if m['role'] == 'assistant' %}ASSISTANT:{% for p in m['content'] %} {{ p['text'] }}{% endfor %}</s>"
@@ -89,3 +91,54 @@ def picture(seed: int = 0, size: tuple[int, int] = (32, 32)) -> Image.Image:
 def chat(question: str = "What is in the picture?", images: int = 1) -> list[dict]:
     content = [{"type": "image"} for _ in range(images)] + [{"type": "text", "text": question}]
     return [{"role": "user", "content": content}]
+
+
+LEVELS = ("none", "low", "medium", "high")
+SIZES = dict(safety_hidden_size=32, num_safety_features=4, num_attention_heads=4, num_head_tokens=2)
+
+
+def safe_model(base, processor, seed: int = 0, **safety) -> SafeVlmForConditionalGeneration:
+    """Wraps a tiny base; its safety embeddings are large enough to change answers."""
+    torch.manual_seed(seed)
+    model = SafeVlmForConditionalGeneration.from_base(base, processor, **{**SIZES, **safety})
+    if model.safety.embeddings is not None:
+        with torch.no_grad():
+            for parameter in model.safety.embeddings.parameters():
+                parameter.normal_(std=1.0)
+    return model.eval()
+
+
+def encode(processor, questions: list[str], images: list[int], seed: int = 0, **kwargs):
+    """A batch of prompts with `images[i]` pictures in row i, numbered through from `seed`."""
+    pictures = [picture(seed + i) for i in range(sum(images))]
+    prompts = [
+        processor.apply_chat_template(chat(question, n), add_generation_prompt=True)
+        for question, n in zip(questions, images, strict=True)
+    ]
+    return processor(images=pictures or None, text=prompts, return_tensors="pt", padding=True, **kwargs)
+
+
+def force_verdicts(monkeypatch, model, levels: list[int], category: str):
+    """Makes the safety head sure of one level per row (for the rows that have an image)."""
+    predict_safety = model.predict_safety
+    names = model.config.category_names
+
+    def predict(*args, **kwargs):
+        prediction = predict_safety(*args, **kwargs)
+        wanted = torch.tensor(levels, device=prediction.level_logits.device)
+        category_ids = torch.where(wanted > 0, names.index(category), model.config.safe_category_id)
+        seen = prediction.assessed.unsqueeze(1)
+        prediction.level_logits = 20.0 * torch.nn.functional.one_hot(wanted, len(model.config.level_names)) * seen
+        prediction.category_logits = 20.0 * torch.nn.functional.one_hot(category_ids, len(names)) * seen
+        return prediction
+
+    monkeypatch.setattr(model, "predict_safety", predict)
+
+
+def new_tokens(sequences: torch.Tensor, inputs) -> torch.Tensor:
+    return sequences[:, inputs["input_ids"].shape[1] :]
+
+
+def answers(processor, sequences: torch.Tensor, inputs) -> list[str]:
+    """What a user would read."""
+    return processor.batch_decode(new_tokens(sequences, inputs), skip_special_tokens=True)

@@ -1,0 +1,291 @@
+"""`safevlm demo`: the whole of SafeVLM on two cores in minutes, from nothing.
+
+    picture world -> unsafe tiny base -> stage 1 -> stage 2 -> saved with remote code and card -> used by a fresh process
+
+Every part but the world and the base is what a 7B model goes through. No weights are downloaded.
+"""
+
+import json
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+
+import torch
+import transformers
+from tqdm.auto import tqdm
+from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
+
+from safevlm import SafetyPolicy, SafeVlmForConditionalGeneration, SafeVlmProcessor
+from safevlm.model_card import write_card
+
+from ..stages import Recipe, run_schedule
+from .answers import instructions, to_row
+from .base import build_base
+from .evaluation import Record, ask_all, summarise
+from .sheet import draw_sheet
+from .world import CATEGORY_NAMES, LEVEL_NAMES, make_examples
+
+logger = logging.getLogger(__name__)
+
+# Test scenes come from a stream of their own: no choice in this package was made by looking at them.
+TEST_SEED_OFFSET = 1_000_003
+COLUMNS = {"base": "base", "1-safety_alignment": "stage1", "2-joint_finetuning": "stage2"}
+
+
+@dataclass(frozen=True)
+class DemoSizes:
+    """How many pictures to train and to test on, and training arguments that replace the recipe's."""
+
+    train_pictures: int
+    test_pictures: int
+    stage_overrides: tuple[dict, ...] = ({}, {})
+
+
+FULL = DemoSizes(train_pictures=6_000, test_pictures=1_600)
+FAST = DemoSizes(
+    train_pictures=1_500,
+    test_pictures=400,
+    stage_overrides=(
+        {"max_steps": 60, "warmup_steps": 5, "per_device_train_batch_size": 32},
+        {"max_steps": 30, "warmup_steps": 5, "per_device_train_batch_size": 32},
+    ),
+)
+
+
+def run_demo(output_dir: str | Path, seed: int = 0, fast: bool = False, started: float | None = None) -> dict:
+    """
+    Builds, trains, evaluates, saves and uses a SafeVLM; returns what goes into `results.json`.
+
+    Args:
+        output_dir: Gets `results.json`, `sheet.png`, `base/`, `model/` and `training/`. Training that was interrupted there
+            is resumed; a finished run is done again from its trained models.
+        seed (`int`): The run is reproducible in it (same machine, same number of threads).
+        fast (`bool`): Smaller and rougher, for smoke tests.
+        started (`float`, *optional*): `time.time()` at which the process started, for the total.
+    """
+    started = time.time() if started is None else started
+    sizes = FAST if fast else FULL
+    output_dir = Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    _check_same_run(output_dir, {"seed": seed, "fast": fast})
+    set_seed(seed)
+    policy = SafetyPolicy()
+    recipe = Recipe.load("demo")
+    recipe = replace(
+        recipe, stages=[{**a, **b} for a, b in zip(recipe.stages, sizes.stage_overrides, strict=True)]
+    )
+    seconds: dict[str, float] = {}
+    clock = _Clock(seconds, started)
+    clock("import")
+
+    base_dir = output_dir / "base"
+    if not base_dir.is_dir():
+        partial = output_dir / ".base.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        build_base(partial, seed=seed, instructions=instructions(policy), fast=fast)
+        partial.rename(base_dir)
+    clock("unsafe base")
+
+    train_rows = [to_row(example, policy) for example in make_examples("train", sizes.train_pictures, seed)]
+    test = make_examples("test", sizes.test_pictures, seed + TEST_SEED_OFFSET)
+    clock("data")
+
+    metrics: dict[str, dict] = {}
+    answers: dict[str, list[Record]] = {}
+
+    def evaluate(name: str, model, processor):
+        records = ask_all(model, processor, test, COLUMNS[name])
+        metrics[COLUMNS[name]] = summarise(records, list(CATEGORY_NAMES), list(LEVEL_NAMES))
+        answers[COLUMNS[name]] = records
+        clock(f"evaluate {COLUMNS[name]}")
+
+    evaluate(
+        "base", AutoModelForImageTextToText.from_pretrained(base_dir), AutoProcessor.from_pretrained(base_dir)
+    )
+
+    processor = SafeVlmProcessor.from_base(base_dir, tokens_per_image=_tokens_per_image(recipe))
+    set_seed(seed)
+    model = SafeVlmForConditionalGeneration.from_base(base_dir, processor, **recipe.safety)
+
+    def after_stage(folder: Path, model):
+        clock(COLUMNS[folder.name])
+        evaluate(folder.name, model, processor)
+
+    model = run_schedule(
+        model,
+        processor,
+        train_rows,
+        output_dir / "training",
+        recipe,
+        after_stage=after_stage,
+        seed=seed,
+        data_seed=seed,
+        use_cpu=not torch.cuda.is_available(),
+    )
+
+    model_dir = output_dir / "model"
+    shutil.rmtree(model_dir, ignore_errors=True)
+    shutil.copytree(output_dir / "training" / f"{len(recipe.stages)}-{recipe.stages[-1]['stage']}" / "model", model_dir)
+    results = {
+        "total_seconds": None,
+        "seed": seed,
+        "metrics": metrics,
+        "num_test_rows": len(test),
+        "seconds": seconds,
+        "environment": _environment(),
+    }
+    write_card(model_dir, _card_facts(results, sizes, recipe))
+    draw_sheet(answers, output_dir / "sheet.png")
+    clock("save")
+
+    examples = _showcase(output_dir, answers["stage2"])
+    fresh = use_in_fresh_process(model_dir, examples)
+    clock("fresh process")
+
+    results["total_seconds"] = round(time.time() - started, 1)
+    (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    tqdm.write(_table(metrics))
+    tqdm.write(_conversation(fresh))
+    tqdm.write(
+        f"\n{results['total_seconds']} s in all on {results['environment']['device']}, {len(test)} test rows, seed {seed}.\n"
+        f"Results: {output_dir / 'results.json'}\nPicture sheet: {output_dir / 'sheet.png'}\nModel: {model_dir}"
+    )
+    return results
+
+
+FRESH_PROCESS = """
+import json, sys
+
+class NoSafeVlm:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "safevlm":
+            raise ModuleNotFoundError(f"{name} is blocked: the saved model must not need it")
+
+sys.meta_path.insert(0, NoSafeVlm())
+from PIL import Image
+from transformers import pipeline
+
+model, requests = sys.argv[1], json.loads(sys.argv[2])
+pipe = pipeline("image-text-to-text", model=model, trust_remote_code=True)
+answers = []
+for request in requests:
+    content = [{"type": "image", "image": Image.open(request["image"])}, {"type": "text", "text": request["question"]}]
+    answer = pipe(text=[{"role": "user", "content": content}], max_new_tokens=48, return_full_text=False)[0]
+    answers.append({**request, "answer": answer["generated_text"].strip(), "safety": answer["safety"]})
+print("ANSWERS " + json.dumps(answers))
+"""
+
+
+def use_in_fresh_process(model_dir: str | Path, requests: list[dict]) -> list[dict]:
+    """
+    Answers `requests` (`image` path, `question`) in a new process that cannot import safevlm, through the stock pipeline.
+
+    Returns each request with its `answer` and `safety`. Raises `RuntimeError` with the process's output if that fails.
+    """
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    process = subprocess.run(
+        [sys.executable, "-c", FRESH_PROCESS, str(Path(model_dir).resolve()), json.dumps(requests)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=600,
+    )
+    lines = [line for line in process.stdout.splitlines() if line.startswith("ANSWERS ")]
+    if process.returncode or not lines:
+        raise RuntimeError(f"The saved model failed in a fresh process:\n{process.stdout}\n{process.stderr}")
+    return json.loads(lines[-1].removeprefix("ANSWERS "))
+
+
+class _Clock:
+    """Notes the seconds since the last call under a name."""
+
+    def __init__(self, seconds: dict[str, float], start: float):
+        self.seconds, self.last = seconds, start
+
+    def __call__(self, name: str):
+        now = time.time()
+        self.seconds[name] = round(now - self.last, 1)
+        self.last = now
+
+
+def _check_same_run(output_dir: Path, settings: dict):
+    """A folder holds one run: resuming it with other settings would mix two."""
+    path = output_dir / "settings.json"
+    if path.is_file() and (found := json.loads(path.read_text(encoding="utf-8"))) != settings:
+        raise ValueError(
+            f"--output {str(output_dir)!r} holds a run with {found}, asked for {settings}; use another folder or remove it."
+        )
+    path.write_text(json.dumps(settings) + "\n", encoding="utf-8")
+
+
+def _tokens_per_image(recipe: Recipe) -> int:
+    return recipe.safety["num_prompt_tokens"] + recipe.safety["num_projected_tokens"]
+
+
+def _environment() -> dict[str, str]:
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "date": date.today().isoformat(),
+    }
+
+
+def _showcase(output_dir: Path, records: list[Record]) -> list[dict]:
+    """A safe and a risky question about one risky picture, as files for the fresh process."""
+    by_pair: dict[int, dict[str, Record]] = {}
+    for record in records:
+        if record.example.pair_id is not None:
+            by_pair.setdefault(record.example.pair_id, {})[record.example.kind] = record
+    pair = next(pair for pair in by_pair.values() if pair["pair_risky"].example.level == 3)
+    requests = []
+    for kind in ("pair_benign", "pair_risky"):
+        example = pair[kind].example
+        path = output_dir / "example.png"
+        example.image.save(path)
+        requests.append({"image": str(path.resolve()), "question": example.question})
+    return requests
+
+
+def _card_facts(results: dict, sizes: DemoSizes, recipe: Recipe) -> dict:
+    return {
+        "model_name": "SafeVLM demo",
+        "base_model": "the picture world's tiny LLaVA, trained on the spot (see `safevlm demo`)",
+        "training_data": f"{sizes.train_pictures} drawn pictures of the picture world (`safevlm.trainer.demo.world`)",
+        "stages": recipe.stages,
+        "metrics": results["metrics"],
+        "evaluation": {
+            "data": f"{results['num_test_rows']} questions about held-out scenes of the picture world",
+            "command": f"safevlm demo --seed {results['seed']}{' --fast' if sizes == FAST else ''}",
+            **results["environment"],
+        },
+        "safety": recipe.safety,
+    }
+
+
+def _table(metrics: dict[str, dict]) -> str:
+    names = list(metrics["stage2"])
+    width = max(map(len, names))
+    lines = ["", f"{'%':<{width}}  " + "".join(f"{column:>8}" for column in metrics)]
+    for name in names:
+        values = [f"{100 * m[name]:8.1f}" if m.get(name) is not None else f"{'-':>8}" for m in metrics.values()]
+        lines.append(f"{name:<{width}}  " + "".join(values))
+    return "\n".join(lines)
+
+
+def _conversation(fresh: list[dict]) -> str:
+    lines = ["\nThe saved model in a fresh process without safevlm, about one picture:"]
+    for turn in fresh:
+        safety = turn["safety"]
+        lines.append(f"  > {turn['question']}\n  {turn['answer']}")
+        lines.append(f"    [{safety['action']}; {safety['category']}, {safety['level']}; risk {safety['score']:.3f}]")
+    return "\n".join(lines)

@@ -1,0 +1,51 @@
+"""How good the safety head's verdicts are. Pure functions over arrays; the measures themselves are scikit-learn's."""
+
+import numpy as np
+
+
+def head_metrics(
+    level_labels, level_predictions, category_labels, category_predictions, scores
+) -> dict[str, float | int | None]:
+    """
+    Args:
+        level_labels, level_predictions, category_labels, category_predictions (int arrays of shape `(n,)`)
+        scores (float array of shape `(n,)`): Probability of any risk, in [0, 1].
+
+    Returns:
+        `category_macro_f1` (over the categories that occur), `level_accuracy`, `auroc` of `scores` for "level above 0"
+        (`None` if only one of the two occurs), all in [0, 1]; and `num_assessed`, the number of rows.
+    """
+    try:
+        from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
+    except ImportError as error:
+        raise ImportError("Head metrics need scikit-learn: pip install 'safevlm[eval]'.") from error
+    level_labels, category_labels = np.asarray(level_labels), np.asarray(category_labels)
+    if not len(level_labels):
+        raise ValueError("No labelled row with an image to evaluate the safety head on.")
+    risky = level_labels > 0
+    occurring = np.unique(category_labels)
+    return {
+        "category_macro_f1": float(
+            f1_score(category_labels, category_predictions, labels=occurring, average="macro", zero_division=0)
+        ),
+        "level_accuracy": float(accuracy_score(level_labels, level_predictions)),
+        "auroc": float(roc_auc_score(risky, scores)) if 0 < risky.sum() < len(risky) else None,
+        "num_assessed": len(level_labels),
+    }
+
+
+def trainer_metrics(prediction) -> dict[str, float]:
+    """`compute_metrics` for [`SafeVlmTrainer`]: the head's plain arg max, before any policy."""
+    level_logits, category_logits = prediction.predictions[:2]
+    _, level_labels, category_labels = prediction.label_ids
+    known = (level_labels >= 0) & (category_labels >= 0)
+    exponentials = np.exp(level_logits - level_logits.max(axis=-1, keepdims=True))
+    scores = 1 - exponentials[:, 0] / exponentials.sum(axis=-1)
+    metrics = head_metrics(
+        level_labels[known],
+        level_logits.argmax(-1)[known],
+        category_labels[known],
+        category_logits.argmax(-1)[known],
+        scores[known],
+    )
+    return {name: value for name, value in metrics.items() if value is not None}
