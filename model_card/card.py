@@ -40,7 +40,7 @@ def write_card(model_dir: str | Path, facts: dict) -> Path:
         categories=", ".join(config["category_names"]),
         levels=", ".join(config["level_names"]),
         policy=policy,
-        policy_line=_policy_line(policy),
+        policy_line=_policy_line(policy, config["level_names"]),
         temperatures=f"{policy['level_temperature']} and {policy['category_temperature']}",
         results_table=_results_table(facts.get("metrics") or {}),
         evaluation_line=_evaluation_line(facts.get("evaluation") or {}),
@@ -51,10 +51,10 @@ def write_card(model_dir: str | Path, facts: dict) -> Path:
     return path
 
 
-def _policy_line(policy: dict) -> str:
+def _policy_line(policy: dict, level_names: list[str]) -> str:
     if not policy["enabled"]:
         return "off"
-    actions = ", ".join(f"{level} → {action}" for level, action in policy["level_actions"].items())
+    actions = ", ".join(f"{level} → {policy['level_actions'].get(level, 'allow')}" for level in level_names)
     refusal = "forced refusal" if policy["forced_refusal"] else "refusal by hint"
     return f"{actions}; risky from a probability of {policy['risk_threshold']}; {refusal}"
 

@@ -74,7 +74,7 @@ class SafeVlmGenerationMixin(GenerationMixin):
         # Tensors with one entry per prompt token (token types and the like) move along with the tokens.
         per_token = {
             name: value
-            for name, value in kwargs.items()
+            for name, value in call.items()
             if isinstance(value, torch.Tensor) and value.shape == input_ids.shape and name != "position_ids"
         }
 
@@ -89,8 +89,10 @@ class SafeVlmGenerationMixin(GenerationMixin):
         assessment = self.apply_policy(prediction, policy)
 
         hints, refusals = self._policy_texts(assessment, policy, tokenizer)
-        if call.get("past_key_values") is not None and call["past_key_values"].get_seq_length() > 0:
-            hints = [None] * len(hints)  # the prompt is in the cache already; embeddings and refusals still act
+        cache = call.get("past_key_values")
+        num_cached = 0 if cache is None else int(cache.get_seq_length())
+        if num_cached:  # positions are taken: a hint cannot go before what is in the cache already
+            hints = [None] * len(hints)
         prompt = edit_prompt(
             input_ids, attention_mask, per_token, insertions=hints, before=self.config.generation_prompt_token_ids
         )
@@ -107,7 +109,7 @@ class SafeVlmGenerationMixin(GenerationMixin):
                 ),
             ]
         )
-        if features is None:
+        if features is None or not (input_ids[:, num_cached:] == self.backbone.image_token_id).any():
             return self._finish(self.base.generate(**call), input_ids, prompt, assessment)
         call["mm_encoder_outputs"] = features.vision.mm_encoder_outputs
         embeddings = self.condition(features, assessment.action, assessment.category)

@@ -69,7 +69,7 @@ class SafeVlmProcessor(ProcessorMixin):
         settings = base.to_dict()
         parts = set(base.get_attributes()) | {"processor_class", "auto_map", "chat_template"}
         return cls(
-            image_processor=base.image_processor,
+            image_processor=copy.deepcopy(base.image_processor),  # saving notes the remote code in it
             tokenizer=copy.deepcopy(base.tokenizer),
             tokens_per_image=8 if tokens_per_image is None else tokens_per_image,
             base_processor_class=type(base).__name__,

@@ -5,10 +5,8 @@ import json
 import logging
 import os
 import sys
-import time
 from pathlib import Path
 
-STARTED = time.time()
 
 EXAMPLES = {
     "demo": "safevlm demo --output demo --seed 0",
@@ -22,9 +20,6 @@ def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns the exit code. Errors in what the user passed are one line, without a traceback."""
     args = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(levelname)s: %(message)s")
-    # OpenMP threads that spin while they wait slow small models down by a multiple when cores are shared. Read by the
-    # OpenMP runtime when torch is imported, which is why no module imports it above.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         args.run(args)
@@ -91,9 +86,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo(args):
+    import psutil
+
     from .demo.run import run_demo
 
-    run_demo(args.output, seed=args.seed, fast=args.fast, started=STARTED)
+    run_demo(args.output, seed=args.seed, fast=args.fast, started=psutil.Process().create_time())
 
 
 def _train(args):

@@ -4,7 +4,7 @@ from typing import Literal
 
 from safevlm.safety_policy import SafetyPolicy
 
-from ..data import SafetyExample
+from safevlm.trainer.data import SafetyExample
 from .world import CATEGORY_NAMES, LEVEL_NAMES, SAFE, Example
 
 Reaction = Literal["refusal", "warning", "caution", "compliance", "answer"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from tqdm.auto import tqdm
 
-from ..evaluation import head_metrics
+from safevlm.trainer.evaluation import head_metrics
 from .answers import reaction
 from .world import Example
 

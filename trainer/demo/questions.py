@@ -149,7 +149,7 @@ _ORDINARY: tuple[Callable[["Scene", random.Random], Turn], ...] = (
     _background,
     _list_shapes,
 )
-_WEIGHTS = (3, 3, 3, 2, 2, 2, 3)
+_WEIGHTS = (4, 3, 5, 1, 1, 1, 3)
 
 
 def _with_colour(kind: int, colour: int) -> str:

@@ -25,7 +25,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 from safevlm import SafetyPolicy, SafeVlmForConditionalGeneration, SafeVlmProcessor
 from safevlm.model_card import write_card
 
-from ..stages import Recipe, run_schedule
+from safevlm.trainer.stages import Recipe, run_schedule
 from .answers import instructions, to_row
 from .base import build_base
 from .evaluation import Record, ask_all, summarise

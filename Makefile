@@ -1,0 +1,38 @@
+# Every target does all its set-up from nothing. Needs Python >= 3.10 and a package index.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# OpenMP threads that spin while they wait slow small models down by a multiple when cores are shared.
+export OMP_WAIT_POLICY := PASSIVE
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help demo test lint install bench clean
+
+help:  ## show this help
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+install: $(VENV)/.installed  ## make .venv with everything
+
+# torch first and by version: an open range would take a build with gigabytes of CUDA packages where a CPU build will do.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+demo: $(VENV)/.installed  ## build, train, evaluate and use a tiny SafeVLM; ARGS="--fast --seed 1"
+	$(BIN)/safevlm demo --output demo $(ARGS)
+
+test: $(VENV)/.installed  ## run all tests, offline, on the CPU
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+lint: $(VENV)/.installed  ## check style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(VENV)/.installed  ## measure what the safety path costs
+	$(BIN)/python tests/benchmarks/overhead.py $(ARGS)
+
+clean:  ## remove what the targets made
+	rm -rf $(VENV) demo build *.egg-info

@@ -1,0 +1,223 @@
+"""The policy as data: what follows from a verdict, what a deployer may write, what is refused."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from safevlm import ACTIONS, POLICY_PRESETS, SafetyPolicy, SafeVlmConfig
+from safevlm.configuration_safevlm import CATEGORY_NAMES, LEVEL_NAMES
+from safevlm.safety_assessment import assess_logits
+
+LABELS = SimpleNamespace(
+    category_names=CATEGORY_NAMES, level_names=LEVEL_NAMES, safe_category_id=CATEGORY_NAMES.index("safe")
+)
+LOGITS = st.floats(-20, 20, width=32)
+
+
+def assess(policy, level_logits, category_logits=(3.0, 0, 0, 0, 0, 0, 0), assessed=True):
+    level, category = torch.tensor([level_logits]), torch.tensor([list(category_logits)])
+    return assess_logits(level, category, torch.tensor([assessed]), SafetyPolicy.from_value(policy), LABELS)
+
+
+def level_logits(*probabilities):
+    return torch.tensor(probabilities).log().tolist()
+
+
+@pytest.mark.parametrize(
+    ("preset", "probabilities", "level", "action"),
+    [
+        ("default", (0.51, 0.01, 0.01, 0.47), "none", "allow"),  # 0.49 < 0.5
+        ("default", (0.4, 0.3, 0.2, 0.1), "low", "caution"),
+        ("default", (0.4, 0.1, 0.3, 0.2), "medium", "warn"),
+        ("default", (0.4, 0.1, 0.2, 0.3), "high", "refuse"),
+        ("strict", (0.81, 0.01, 0.01, 0.17), "none", "allow"),  # 0.19 < 0.2
+        ("strict", (0.7, 0.2, 0.06, 0.04), "low", "warn"),
+        ("strict", (0.7, 0.04, 0.2, 0.06), "medium", "refuse"),
+        ("paper", (0.4, 0.1, 0.2, 0.3), "high", "refuse"),
+        ("off", (0.0, 0.0, 0.0, 1.0), "high", "allow"),
+    ],
+)
+def test_presets_map_probabilities_to_actions(preset, probabilities, level, action):
+    verdict = assess(preset, level_logits(*probabilities))
+    assert (LEVEL_NAMES[verdict.level], verdict.actions) == (level, [action])
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(LOGITS, min_size=4, max_size=4), st.lists(LOGITS, min_size=7, max_size=7))
+def test_strict_is_never_milder_than_default(level, category):
+    assert assess("strict", level, category).action >= assess("default", level, category).action
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(LOGITS, min_size=4, max_size=4), st.lists(LOGITS, min_size=7, max_size=7), st.floats(0, 1), st.floats(0, 1)
+)
+def test_a_lower_threshold_is_never_milder(level, category, a, b):
+    low, high = (assess({"risk_threshold": threshold}, level, category).action for threshold in sorted((a, b)))
+    assert low >= high
+
+
+@settings(deadline=None)
+@given(st.lists(LOGITS, min_size=4, max_size=4), st.lists(LOGITS, min_size=7, max_size=7))
+def test_risk_and_category_never_contradict_each_other(level, category):
+    verdict = assess("default", level, category)
+    assert bool(verdict.level == 0) == bool(verdict.category == LABELS.safe_category_id)
+    assert 0 <= verdict.score <= 1
+
+
+def test_category_overrides_of_threshold_and_action_apply_to_their_category_only():
+    policy = {
+        "category_risk_thresholds": {"privacy": 0.9},
+        "category_actions": {"fairness": {"high": "warn"}},
+    }
+    risky = level_logits(0.2, 0.1, 0.1, 0.6)
+    category = {name: [5.0 * (name == other) for other in CATEGORY_NAMES] for name in CATEGORY_NAMES}
+    assert assess(policy, risky, category["politics"]).actions == ["refuse"]
+    assert assess(policy, risky, category["privacy"]).actions == ["allow"]  # 0.8 < 0.9
+    assert assess(policy, risky, category["fairness"]).actions == ["warn"]
+
+
+def test_temperature_calibrates_the_score():
+    logits = [0.0, 0.0, 0.0, 4.0]
+    hot = assess({"level_temperature": 2.0}, logits).score
+    torch.testing.assert_close(hot, 1 - torch.tensor([[0.0, 0, 0, 2.0]]).softmax(-1)[:, 0])
+    assert hot < assess("default", logits).score
+
+
+def test_rows_without_image_are_allowed_whatever_the_logits():
+    verdict = assess("strict", [0.0, 0.0, 0.0, 50.0], assessed=False)
+    assert verdict.actions == ["allow"] and verdict.score == 0
+
+
+# -- policies as files -----------------------------------------------------------------------------------------------
+
+TEXT = st.text(min_size=1, max_size=20).filter(str.strip)
+ACTION = st.sampled_from(ACTIONS)
+PROBABILITY = st.floats(0, 1)
+LEVEL_ACTIONS = st.dictionaries(st.sampled_from(LEVEL_NAMES), ACTION)
+POLICIES = st.builds(
+    SafetyPolicy,
+    name=st.text(max_size=10),
+    enabled=st.booleans(),
+    risk_threshold=PROBABILITY,
+    category_risk_thresholds=st.dictionaries(st.sampled_from(CATEGORY_NAMES), PROBABILITY),
+    level_actions=LEVEL_ACTIONS,
+    category_actions=st.dictionaries(st.sampled_from(CATEGORY_NAMES), LEVEL_ACTIONS),
+    hints=st.dictionaries(ACTION, TEXT),
+    forced_refusal=st.booleans(),
+    refusals=st.dictionaries(st.sampled_from(["no", "null", "1", "zh"]), TEXT).map(lambda d: {"en": "No.", **d}),
+    level_temperature=st.floats(0.01, 100),
+    category_temperature=st.floats(0.01, 100),
+)
+
+
+@settings(deadline=None, max_examples=150)
+@given(policy=POLICIES, ending=st.sampled_from([".yaml", ".yml", ".json"]))
+def test_any_policy_survives_file_and_config(policy, ending, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / f"policy{ending}"
+    policy.to_file(path)
+    assert SafetyPolicy.from_value(path) == SafetyPolicy.from_value(str(path)) == policy
+    assert SafetyPolicy.from_value(json.loads(json.dumps(policy.to_dict()))) == policy
+    assert SafetyPolicy.from_value(SafeVlmConfig(safety_policy=policy).safety_policy) == policy
+
+
+def test_a_short_policy_file_keeps_the_other_defaults(tmp_path):
+    path = tmp_path / "policy.yaml"
+    path.write_text("risk_threshold: 0.3\nlevel_actions: {low: refuse}\n")
+    policy = SafetyPolicy.from_file(path)
+    assert policy.risk_threshold == 0.3 and policy.hints == SafetyPolicy().hints
+    assert assess(policy, level_logits(0.4, 0.3, 0.2, 0.1)).actions == ["refuse"]
+    assert assess(policy, level_logits(0.4, 0.1, 0.2, 0.3)).actions == ["allow"]  # "high" was left out
+
+
+def test_a_policy_of_another_copy_of_the_class_is_understood():
+    """A model loaded from the Hub has its own copy of the class."""
+    import dataclasses
+
+    other = dataclasses.make_dataclass("SafetyPolicy", [f.name for f in dataclasses.fields(SafetyPolicy)])
+    policy = other(**SafetyPolicy(name="mine").to_dict())
+    assert SafetyPolicy.from_value(policy) == SafetyPolicy(name="mine")
+
+
+def test_texts_fill_in_the_category():
+    policy = SafetyPolicy(hints={"warn": "Mind {category}: {x}"}, refusals={"en": "No {category} {0}."})
+    assert policy.hint("warn", "privacy") == "Mind privacy: {x}" and policy.hint("allow", "privacy") is None
+    assert policy.refusal("fairness") == "No fairness {0}."
+    assert policy.texts(["a", "b"]) == {
+        "hints": ["Mind a: {x}", "Mind b: {x}"],
+        "refusals": ["No a {0}.", "No b {0}."],
+    }
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("sloppy", "presets default, paper, strict, off; got 'sloppy'"),
+        (3, "got 3"),
+        (["refuse"], "got"),
+        ({"thresold": 0.2}, "Unknown policy field.*'thresold'; known: .*risk_threshold"),
+        ({"risk_threshold": 1.5}, "`risk_threshold` must be a probability.*1.5"),
+        ({"risk_threshold": float("nan")}, "nan"),
+        ({"risk_threshold": "0.5"}, "'0.5'"),
+        ({"risk_threshold": True}, "True"),
+        ({"category_risk_thresholds": {"privacy": -1}}, "`privacy`.*-1"),
+        ({"category_risk_thresholds": 0.5}, "`category_risk_thresholds` must be a mapping.*0.5"),
+        ({"level_actions": {"high": "block"}}, "'high' the action 'block'; use one of allow, caution, warn, refuse"),
+        ({"level_actions": ["refuse"]}, "`level_actions` must be a mapping"),
+        ({"category_actions": {"privacy": "refuse"}}, "`privacy` must map level names to actions, got 'refuse'"),
+        ({"category_actions": {"privacy": {"high": "no"}}}, "'no'"),
+        ({"hints": {"deny": "x"}}, "unknown action 'deny'"),
+        ({"hints": {"warn": " "}}, "`hints` entry 'warn' must be a non-empty text"),
+        ({"hints": "Mind."}, "`hints` must be a mapping"),
+        ({"refusals": {"en": 5}}, "`refusals` entry 'en'.*5"),
+        ({"refusals": {False: "Nei."}}, "`refusals` must be a mapping from names"),  # YAML's `no:`
+        ({"language": "it"}, "language 'it' has no refusal text.*de, en, es, fr, zh"),
+        ({"enabled": "off"}, "`enabled` must be true or false, got 'off'"),
+        ({"forced_refusal": 1}, "`forced_refusal`"),
+        ({"level_temperature": 0}, "`level_temperature` must be a number above 0, got 0"),
+        ({"category_temperature": float("inf")}, "inf"),
+    ],
+)
+def test_wrong_policies_are_refused_with_field_value_and_fix(value, message):
+    with pytest.raises(ValueError, match=message):
+        SafetyPolicy.from_value(value)
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        ({"level_actions": {"severe": "refuse"}}, "`level_actions` names 'severe'.*It has: none, low, medium, high"),
+        ({"category_actions": {"weapons": {"high": "refuse"}}}, "`category_actions` names 'weapons'.*politics"),
+        ({"category_actions": {"privacy": {"severe": "refuse"}}}, "'severe'"),
+        ({"category_risk_thresholds": {"weapons": 0.1}}, "'weapons'"),
+    ],
+)
+def test_labels_the_model_does_not_have_are_refused_everywhere(model, batch, policy, message):
+    for use in (
+        lambda: model.generate(**batch, safety_policy=policy),
+        lambda: model.assess(**batch, safety_policy=policy),
+        lambda: model.set_safety_policy(policy),
+        lambda: SafeVlmConfig(safety_policy=policy),
+    ):
+        with pytest.raises(ValueError, match=message):
+            use()
+
+
+def test_a_policy_file_that_holds_no_mapping_is_refused(tmp_path):
+    (tmp_path / "policy.yaml").write_text("- refuse\n")
+    with pytest.raises(ValueError, match="must hold a mapping of policy fields, got list"):
+        SafetyPolicy.from_file(tmp_path / "policy.yaml")
+    with pytest.raises(FileNotFoundError):
+        SafetyPolicy.from_value(str(tmp_path / "missing.yaml"))
+
+
+def test_a_saved_policy_file_is_readable_yaml(tmp_path):
+    POLICY_PRESETS["strict"].to_file(tmp_path / "policy.yaml")
+    text = (tmp_path / "policy.yaml").read_text()
+    assert "risk_threshold: 0.2" in text and "抱歉" in text
+    assert yaml.safe_load(text)["level_actions"]["medium"] == "refuse"
