@@ -202,15 +202,16 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
-        """As `PreTrainedModel.from_pretrained`, but a checkpoint without (all) safety weights is an error."""
+        """As `PreTrainedModel.from_pretrained`, but a checkpoint that lacks weights is an error."""
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
         )
-        missing = sorted(key for key in info["missing_keys"] if key.startswith("safety."))
-        if missing or info.get("mismatched_keys"):
-            what = f"lacks {len(missing)} safety weights ({', '.join(missing[:3])}, ...)" if missing else (
-                f"holds weights of other sizes than its config says: {sorted(info['mismatched_keys'])[:3]}"
-            )
+        missing, mismatched = sorted(info["missing_keys"]), sorted(info.get("mismatched_keys") or [])
+        if missing or mismatched:
+            safety = sum(name.startswith("safety.") for name in missing)
+            what = f"lacks {len(missing)} weights, {safety} of them safety weights ({', '.join(missing[:3])}, ...)"
+            if not missing:
+                what = f"holds weights of other sizes than its config says: {mismatched[:3]}"
             raise ValueError(
                 f"The checkpoint {str(pretrained_model_name_or_path)!r} {what}; a model with random safety modules would "
                 f"look safe and not be it. To add fresh safety modules to a base model, use "

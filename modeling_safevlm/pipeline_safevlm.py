@@ -21,7 +21,8 @@ class SafeVlmPipeline(ImageTextToTextPipeline):
         generate_kwargs = self._prepare_generate_kwargs(generate_kwargs)
         output = self.model.generate(**model_inputs, **generate_kwargs)
         return {
-            "generated_sequence": output.sequences,
+            # One entry per prompt: several with `num_return_sequences`, which `batch_size` must not tear apart.
+            "generated_sequence": output.sequences.reshape(len(input_ids), -1, output.sequences.shape[-1]),
             "prompt_text": prompt_text,
             "input_ids": input_ids,
             "safety": None if output["safety"] is None else output["safety"].to_list(),
