@@ -17,9 +17,17 @@ def write_card(model_dir: str | Path, facts: dict) -> Path:
 
     Args:
         model_dir: Folder with the model's `config.json`.
-        facts (`dict`): `model_name`, `base_model`, `training_data`; and, where measured, `metrics` (per column, name ->
-            value), `evaluation` (`data`, `command`, `device`, `date`) and `stages` (training arguments per stage).
+        facts (`dict`): `model_name`, `base_model`, `training_data`; and, where there are any, `metrics` (per column,
+            name -> value in [0, 1]) with their `evaluation` (`data`, `command`, `device`, `torch`, `transformers`,
+            `date`), and `stages` (training arguments per stage).
+
+    Raises:
+        `ValueError`: `metrics` without `evaluation`.
     """
+    if facts.get("metrics") and not facts.get("evaluation"):
+        raise ValueError(
+            "`metrics` need `evaluation` (data, command, device, versions, date): no number without its origin."
+        )
     model_dir = Path(model_dir)
     config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
     policy = config["safety_policy"]

@@ -85,9 +85,9 @@ def get_backbone(base_config) -> Backbone:
     model_type = getattr(base_config, "model_type", None)
     if model_type not in BACKBONES:
         raise ValueError(
-            f"The base model is of type {model_type!r}; SafeVLM supports {', '.join(sorted(BACKBONES))}. A new family of "
-            f"vision-language models needs a `Backbone` adapter in modeling_safevlm/backbones.py; a model without vision "
-            f"cannot be a base."
+            f"The base model is of type {model_type!r}; SafeVLM supports {', '.join(sorted(BACKBONES))}. A new family "
+            f"of vision-language models needs a `Backbone` adapter in modeling_safevlm/backbones.py; a model without "
+            f"vision cannot be a base."
         )
     return BACKBONES[model_type](base_config)
 

@@ -1,4 +1,4 @@
-"""Configuration of a SafeVLM: the base model's configuration, nested, and every size and label of the safety modules."""
+"""Configuration of a SafeVLM: the base model's, nested, and every size and label of the safety modules."""
 
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -22,11 +22,11 @@ class SafeVlmConfig(PreTrainedConfig):
         safety_projector_depth (`int`): Convolution blocks before and after pooling, or attention layers.
         num_head_tokens (`int`): First set of safety tokens (paper section 3.2), read by the safety head.
         num_prompt_tokens (`int`): Second set of safety tokens, put beside each image at the language model's input.
-        num_projected_tokens (`int`): Safety-projected tokens put there, too. The paper's code feeds the safety features
-            to the head only; with these the language model sees them.
+        num_projected_tokens (`int`): Safety-projected tokens put there, too. The paper's code feeds the safety
+            features to the head only; with these the language model sees them.
         num_head_layers, num_attention_heads (`int`): Cross-attention layers of the safety head, and their heads.
-        category_names, level_names (`list[str]`): Labels, in the order of their ids. `safe_category` is the one without
-            risk; level 0 is "no risk".
+        category_names, level_names (`list[str]`): Labels, in the order of their ids. `safe_category` is the one
+            without risk; level 0 is "no risk".
         safety_level_loss_coef, safety_category_loss_coef (`float`): Weights of the classification losses (paper: 10).
         safety_policy (`SafetyPolicy`, `dict` or preset name): The policy in force unless a call names another.
         safety_token_id (`int`): Token id of the `<safety>` placeholder.
@@ -126,7 +126,8 @@ class SafeVlmConfig(PreTrainedConfig):
             self.num_safety_features
         ):
             raise ValueError(
-                f"`num_safety_features` must be a square (such as 144) for 'c_abstractor', got {self.num_safety_features}."
+                f"`num_safety_features` must be a square (such as 144) for 'c_abstractor', "
+                f"got {self.num_safety_features}."
             )
         if self.safe_category not in self.category_names:
             raise ValueError(f"`safe_category` {self.safe_category!r} is not among {self.category_names}.")

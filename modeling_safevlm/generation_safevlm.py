@@ -1,9 +1,9 @@
 """Risk-conditioned generation: image -> features -> verdict -> conditioned answer (paper, Algorithm 1).
 
-`generate` encodes the images once, asks the safety head, lets the policy decide, and hands over to the base model's own
-`generate`, so that every decoding strategy and family keeps working. The decision is carried out by conditioned safety
-embeddings, by a text hint before the generation prompt, and, for `"refuse"`, by a forced refusal. What comes back is
-[the caller's input ids; new tokens]: hints never show.
+`generate` encodes the images once, asks the safety head, lets the policy decide, and hands over to the base model's
+own `generate`, so that every decoding strategy and family keeps working. The decision is carried out by conditioned
+safety embeddings, by a text hint before the generation prompt, and, for `"refuse"`, by a forced refusal. What comes
+back is [the caller's input ids; new tokens]: hints never show.
 """
 
 import copy
@@ -33,6 +33,7 @@ class SafeVlmGenerationMixin(GenerationMixin):
                 What the processor returns.
             safety_policy (`SafetyPolicy`, `dict`, file or preset name, *optional*): Defaults to the model's own.
         """
+        check_inputs(input_ids, **image_inputs)
         policy = self.resolve_policy(safety_policy)
         attention_mask = self._attention_mask(input_ids, attention_mask)
         features = self.encode_images(input_ids, **image_inputs)
@@ -64,8 +65,10 @@ class SafeVlmGenerationMixin(GenerationMixin):
             also has `safety`, a [`SafetyAssessment`]. Where a hint was inserted, its `past_key_values` is `None`: the
             cache holds the hint and does not match the returned ids.
         """
-        input_ids = self._check_generate_inputs(inputs, generation_config, kwargs)
-        kwargs.pop("input_ids", None)
+        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        check_inputs(input_ids, **kwargs)
+        if "paged" in (kwargs.get("cache_implementation"), getattr(generation_config, "cache_implementation", None)):
+            raise ValueError("`cache_implementation='paged'` by-passes the safety head. Use 'dynamic' or 'static'.")
         policy = self.resolve_policy(safety_policy)
         call = dict(kwargs, generation_config=generation_config)
         attention_mask = self._attention_mask(input_ids, call.pop("attention_mask", None), call)
@@ -109,6 +112,7 @@ class SafeVlmGenerationMixin(GenerationMixin):
                 ),
             ]
         )
+        # Without images, or with all of them in the cache, the base gets no features.
         if features is None or not (input_ids[:, num_cached:] == self.backbone.image_token_id).any():
             return self._finish(self.base.generate(**call), input_ids, prompt, assessment)
         call["mm_encoder_outputs"] = features.vision.mm_encoder_outputs
@@ -119,33 +123,9 @@ class SafeVlmGenerationMixin(GenerationMixin):
 
     def generate_batch(self, *args, **kwargs):
         raise NotImplementedError(
-            "`generate_batch` (continuous batching with a paged cache) ignores images and would by-pass the safety head. "
-            "Call `generate` with a batch of inputs instead."
+            "`generate_batch` (continuous batching with a paged cache) ignores images and would by-pass the safety "
+            "head. Call `generate` with a batch of inputs instead."
         )
-
-    def _check_generate_inputs(self, inputs, generation_config, kwargs) -> torch.Tensor:
-        if kwargs.get("inputs_embeds") is not None:
-            raise ValueError(
-                "`inputs_embeds` cannot be passed to `generate`: the safety head reads the prompt's token ids. "
-                "Pass `input_ids` (and `pixel_values`) from the processor."
-            )
-        for source in (kwargs.get("cache_implementation"), getattr(generation_config, "cache_implementation", None)):
-            if source == "paged":
-                raise ValueError(
-                    "`cache_implementation='paged'` by-passes the safety head. Use 'dynamic' or 'static'."
-                )
-        input_ids = kwargs.get("input_ids") if inputs is None else inputs
-        if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
-            got = f"a tensor of shape {tuple(input_ids.shape)}" if isinstance(input_ids, torch.Tensor) else repr(input_ids)
-            raise ValueError(
-                f"`input_ids` must be a tensor of token ids of shape (batch_size, sequence_length), got {got}."
-            )
-        if kwargs.get("mm_encoder_outputs") is not None:
-            raise ValueError(
-                "`mm_encoder_outputs` cannot be passed to `generate`: the safety head needs the vision tower's features. "
-                "Pass `pixel_values`."
-            )
-        return input_ids
 
     def _attention_mask(self, input_ids, attention_mask, call=None) -> torch.Tensor:
         if attention_mask is not None:
@@ -219,6 +199,27 @@ class SafeVlmGenerationMixin(GenerationMixin):
         return output
 
 
+def check_inputs(input_ids, inputs_embeds=None, mm_encoder_outputs=None, **kwargs):
+    """Raises if a prompt does not come as token ids and pixels, which is what the safety head reads."""
+    if inputs_embeds is not None:
+        raise ValueError(
+            "`inputs_embeds` cannot be passed: the safety head reads the prompt's token ids. "
+            "Pass `input_ids` (and `pixel_values`) from the processor."
+        )
+    if mm_encoder_outputs is not None:
+        raise ValueError(
+            "`mm_encoder_outputs` cannot be passed: the safety head needs the vision tower's features. "
+            "Pass `pixel_values` from the processor."
+        )
+    if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
+        got = repr(input_ids)
+        if isinstance(input_ids, torch.Tensor):
+            got = f"a {input_ids.dtype} tensor of shape {tuple(input_ids.shape)}"
+        raise ValueError(
+            f"`input_ids` must be a tensor of token ids of shape (batch_size, sequence_length), got {got}."
+        )
+
+
 class EnforcePolicy(LogitsProcessor):
     """
     Writes forced refusals, token by token, and keeps the model from writing placeholders.
@@ -281,12 +282,12 @@ def edit_prompt(
     Args:
         input_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, sequence_length)`)
         per_token (`dict[str, torch.Tensor]`): More tensors of that shape; 0 at inserted and padded positions.
-        insertions (`list[list[int] | None]`): Token ids to insert into each row, before the last occurrence of `before`
-            (the generation prompt), or at the end of a row that has none.
+        insertions (`list[list[int] | None]`): Token ids to insert into each row, before the last occurrence of
+            `before` (the generation prompt), or at the end of a row that has none.
         drop_id (`int`): Token id to drop everywhere.
 
     Returns:
-        `dict` with the edited `input_ids`, `attention_mask` and `per_token` tensors; the ones passed if nothing changes.
+        `dict` with the edited `input_ids`, `attention_mask` and `per_token` tensors; those passed if nothing changes.
     """
     per_token = per_token or {}
     insertions = insertions or [None] * len(input_ids)

@@ -1,4 +1,4 @@
-"""SafeVLM (arXiv 2405.13581): a vision-language model wrapped with a safety projector, safety tokens and a safety head.
+"""SafeVLM (arXiv 2405.13581): a vision-language model wrapped with safety projector, safety tokens and safety head.
 
 Composition, not inheritance: `model.base` is any supported `AutoModelForImageTextToText`, untouched. The data flows
 
@@ -21,7 +21,7 @@ from transformers.utils import ModelOutput
 from .backbones import VisionFeatures, get_backbone, rows_of_images
 from .configuration_safevlm import SafeVlmConfig
 from .embedding_hook import place_embeddings
-from .generation_safevlm import SafeVlmGenerationMixin
+from .generation_safevlm import SafeVlmGenerationMixin, check_inputs
 from .losses import IGNORE_INDEX, combine_losses, safety_losses
 from .policy_texts import generation_prompt_token_ids, policy_token_ids
 from .safety_assessment import SafetyAssessment, assess_logits, worst_images
@@ -29,7 +29,9 @@ from .safety_modules import SafetyEmbeddings, SafetyModules, SafetyTokens
 from .safety_policy import SafetyPolicy
 
 # What a SafeVlmConfig says beside its base: the options of `from_base`.
-_SAFETY_FIELDS = [name for name in inspect.signature(SafeVlmConfig).parameters if name not in ("base_config", "kwargs")]
+_SAFETY_FIELDS = [
+    name for name in inspect.signature(SafeVlmConfig).parameters if name not in ("base_config", "kwargs")
+]
 
 
 @dataclass
@@ -39,8 +41,8 @@ class SafeVlmOutput(ModelOutput):
         loss (`torch.FloatTensor` of shape `(1,)`, *optional*): LM loss + coefficients x safety losses.
         lm_loss, safety_level_loss, safety_category_loss (`torch.FloatTensor` of shape `(1,)`, *optional*): Its parts.
         logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`)
-        safety_level_logits (`torch.FloatTensor` of shape `(batch_size, num_levels)`): Each row's worst image's logits; 0
-            for rows without an image (see `safety_assessed`). `None` where no images were passed.
+        safety_level_logits (`torch.FloatTensor` of shape `(batch_size, num_levels)`): Each row's worst image's logits;
+            0 for rows without an image (see `safety_assessed`). `None` where no images were passed.
         safety_category_logits (`torch.FloatTensor` of shape `(batch_size, num_categories)`): Likewise.
         safety_assessed (`torch.BoolTensor` of shape `(batch_size,)`)
         past_key_values, hidden_states, attentions: As the base model returns them.
@@ -77,7 +79,7 @@ class ImageFeatures:
 class SafetyPrediction:
     """
     Args:
-        level_logits (`torch.FloatTensor` of shape `(batch_size, num_levels)`): Of each row's worst image; 0 without one.
+        level_logits (`torch.FloatTensor` of shape `(batch_size, num_levels)`): Of each row's worst image, 0 without.
         category_logits (`torch.FloatTensor` of shape `(batch_size, num_categories)`)
         assessed (`torch.BoolTensor` of shape `(batch_size,)`): Whether the row has an image.
         image_level_logits, image_category_logits: The same per image, first dimension `num_images`.
@@ -146,8 +148,8 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
 
         Args:
             base (`str`, `Path` or `PreTrainedModel`): Hub id, folder or a loaded vision-language model.
-            processor (*optional*): The [`SafeVlmProcessor`] that the model will be used with (or the base's own); gives
-                the placeholder's token id and the policy's texts. Loaded from `base` if left out.
+            processor (*optional*): The [`SafeVlmProcessor`] that the model will be used with (or the base's own);
+                gives the placeholder's token id and the policy's texts. Loaded from `base` if left out.
             config (`SafeVlmConfig`, *optional*): Safety sizes; its `base_config` is replaced by the base's. Without it
                 the default sizes are used, changed by `safety`.
             safety_adapter (`str` or `Path`, *optional*): Folder written by [`save_safety_adapter`]; brings its own
@@ -203,9 +205,7 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
         """As `PreTrainedModel.from_pretrained`, but a checkpoint that lacks weights is an error."""
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-        )
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         missing, mismatched = sorted(info["missing_keys"]), sorted(info.get("mismatched_keys") or [])
         if missing or mismatched:
             safety = sum(name.startswith("safety.") for name in missing)
@@ -213,8 +213,8 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
             if not missing:
                 what = f"holds weights of other sizes than its config says: {mismatched[:3]}"
             raise ValueError(
-                f"The checkpoint {str(pretrained_model_name_or_path)!r} {what}; a model with random safety modules would "
-                f"look safe and not be it. To add fresh safety modules to a base model, use "
+                f"The checkpoint {str(pretrained_model_name_or_path)!r} {what}; a model with random safety modules "
+                f"would look safe and not be it. To add fresh safety modules to a base model, use "
                 f"`SafeVlmForConditionalGeneration.from_base`."
             )
         return (model, info) if output_loading_info else model
@@ -294,8 +294,8 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
         if image_inputs.get("pixel_values") is None:
             if any(image_tokens):
                 raise ValueError(
-                    f"`input_ids` has {sum(image_tokens)} image tokens, but `pixel_values` is missing: pass all that the "
-                    f"processor returned."
+                    f"`input_ids` has {sum(image_tokens)} image tokens, but `pixel_values` is missing: pass all that "
+                    f"the processor returned."
                 )
             return None
         vision = self.backbone.encode(self.base, **image_inputs)
@@ -413,8 +413,7 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
                 their label; the others on the head's prediction, as at inference.
             kwargs: For the base model (further image inputs, `num_items_in_batch`, ...).
         """
-        if input_ids is None:
-            raise ValueError("`input_ids` is required: the safety head reads the prompt's token ids.")
+        check_inputs(input_ids, **kwargs)
         image_inputs = {
             name: kwargs.pop(name) for name in self.backbone.image_inputs if name in kwargs and name != "pixel_values"
         }
@@ -425,7 +424,11 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
         prediction = self.predict_safety(input_ids, attention_mask, features, safety_question_mask)
 
         base_inputs = dict(
-            input_ids=input_ids, attention_mask=attention_mask, labels=labels, past_key_values=past_key_values, **kwargs
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            labels=labels,
+            past_key_values=past_key_values,
+            **kwargs,
         )
         base_inputs["return_dict"] = True
         if features is None:

@@ -17,7 +17,7 @@ class SafetyAssessment:
         level_probabilities (`torch.FloatTensor` of shape `(batch_size, num_levels)`)
         category_probabilities (`torch.FloatTensor` of shape `(batch_size, num_categories)`)
         score (`torch.FloatTensor` of shape `(batch_size,)`): Calibrated probability of any risk, in [0, 1].
-        level, category (`torch.LongTensor` of shape `(batch_size,)`): Ids; they agree (no level without a risk category).
+        level, category (`torch.LongTensor` of shape `(batch_size,)`): Ids; they agree (no level without category).
         action (`torch.LongTensor` of shape `(batch_size,)`): Ids into `ACTIONS`.
         assessed (`torch.BoolTensor` of shape `(batch_size,)`): `False` where no image was assessed; such a row's
             probabilities are 0 and its action is `"allow"`.
@@ -89,8 +89,8 @@ def assess_logits(
     category_probabilities = (category_logits.float() / policy.category_temperature).softmax(dim=-1)
     score = 1 - level_probabilities[:, 0]
 
-    # Levels and categories are separate classifiers. Level decides whether there is risk; the category then is the most
-    # probable risky one, so that a verdict never says "high" and "safe" at once.
+    # Levels and categories are separate classifiers. Level decides whether there is risk; the category then is the
+    # most probable risky one, so that a verdict never says "high" and "safe" at once.
     safe = config.safe_category_id
     risky_category = category_probabilities.index_fill(
         1, torch.tensor([safe], device=category_logits.device), -1.0

@@ -44,7 +44,10 @@ class CAbstractor(nn.Module):
         self.before_pooling = nn.Sequential(*[ConvBlock(hidden_size) for _ in range(depth)])
         self.after_pooling = nn.Sequential(*[ConvBlock(hidden_size) for _ in range(depth)])
         self.output = nn.Sequential(
-            nn.Linear(hidden_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size), nn.LayerNorm(hidden_size)
+            nn.Linear(hidden_size, hidden_size),
+            nn.GELU(),
+            nn.Linear(hidden_size, hidden_size),
+            nn.LayerNorm(hidden_size),
         )
 
     def forward(self, patches: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -256,7 +259,7 @@ class CrossAttentionLayer(nn.Module):
         )
 
     def forward(self, x: torch.Tensor, memory: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """`x` (batch, queries, hidden) attends to `memory` (batch, keys, hidden); `mask` (batch, keys) is `False` on padding."""
+        """`x` (batch, queries, hidden) attends to `memory` (batch, keys, hidden), where `mask` (batch, keys) says."""
 
         def split_heads(states):  # (batch, length, hidden) -> (batch, heads, length, hidden / heads)
             return states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)

@@ -48,8 +48,8 @@ class SafetyPolicy:
         category_actions (`dict[str, dict[str, str]]`): Overrides of `level_actions` for single categories.
         hints (`dict[str, str]`): Text put before the generation prompt, per action (the paper's way). `{category}` is
             filled in. An action without an entry gets no hint.
-        forced_refusal (`bool`): Whether `"refuse"` writes the refusal itself (the language model has no say), or leaves
-            it to hint and conditioned embeddings.
+        forced_refusal (`bool`): Whether `"refuse"` writes the refusal itself (the language model has no say), or
+            leaves it to hint and conditioned embeddings.
         refusals (`dict[str, str]`): The refusal per language code. `{category}` is filled in.
         language (`str`): Which of `refusals` to use. Set by the deployer, never derived from the prompt.
         level_temperature, category_temperature (`float` > 0): Calibration of the head's probabilities.
@@ -96,7 +96,9 @@ class SafetyPolicy:
         for where, texts in (("hints", self.hints), ("refusals", self.refusals)):
             for key, text in texts.items():
                 if where == "hints" and key not in ACTIONS:
-                    raise ValueError(f"Policy `hints` has the unknown action {key!r}; use one of {', '.join(ACTIONS)}.")
+                    raise ValueError(
+                        f"Policy `hints` has the unknown action {key!r}; use one of {', '.join(ACTIONS)}."
+                    )
                 if not isinstance(text, str) or not text.strip():
                     raise ValueError(f"Policy `{where}` entry {key!r} must be a non-empty text, got {text!r}.")
         if self.language not in self.refusals:
@@ -123,8 +125,8 @@ class SafetyPolicy:
         if isinstance(value, Path) or (isinstance(value, str) and value.endswith((".yaml", ".yml", ".json"))):
             return cls.from_file(value)
         raise ValueError(
-            f"`safety_policy` must be a SafetyPolicy, a dict, the path of a .yaml or .json file, or one of the presets "
-            f"{', '.join(POLICY_PRESETS)}; got {value!r}."
+            f"`safety_policy` must be a SafetyPolicy, a dict, the path of a .yaml or .json file, or one of the "
+            f"presets {', '.join(POLICY_PRESETS)}; got {value!r}."
         )
 
     @classmethod
@@ -165,8 +167,8 @@ class SafetyPolicy:
         ):
             if unknown := [name for name in names if name not in known]:
                 raise ValueError(
-                    f"Policy {self.name!r}: `{where}` names {', '.join(map(repr, unknown))}, which this model does not "
-                    f"have. It has: {', '.join(known)}."
+                    f"Policy {self.name!r}: `{where}` names {', '.join(map(repr, unknown))}, which this model does "
+                    f"not have. It has: {', '.join(known)}."
                 )
 
     def action_table(self, category_names: list[str], level_names: list[str]) -> torch.LongTensor:

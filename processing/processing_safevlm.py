@@ -79,7 +79,9 @@ class SafeVlmProcessor(ProcessorMixin):
 
     def _add_safety_token(self):
         if self.safety_token not in self.tokenizer.get_vocab():
-            self.tokenizer.add_tokens([AddedToken(self.safety_token, special=True, normalized=False)], special_tokens=True)
+            self.tokenizer.add_tokens(
+                [AddedToken(self.safety_token, special=True, normalized=False)], special_tokens=True
+            )
         self.safety_token_id = self.tokenizer.convert_tokens_to_ids(self.safety_token)
 
     def _make_base(self):
@@ -87,7 +89,8 @@ class SafeVlmProcessor(ProcessorMixin):
         base_class = getattr(transformers, self.base_processor_class, None)
         if base_class is None:
             raise ValueError(
-                f"`base_processor_class` {self.base_processor_class!r} is not in transformers {transformers.__version__}."
+                f"`base_processor_class` {self.base_processor_class!r} is not in transformers "
+                f"{transformers.__version__}."
             )
         placeholders = self.safety_token * self.tokens_per_image
 
@@ -141,8 +144,8 @@ class SafeVlmProcessor(ProcessorMixin):
             for row, prompt in enumerate([text] if isinstance(text, str) else text):
                 if isinstance(prompt, str) and self.safety_token in prompt:
                     raise ValueError(
-                        f"`text` of row {row} holds the reserved token {self.safety_token!r}, which only the processor may "
-                        f"write. Pass user text through `apply_chat_template`, or remove it."
+                        f"`text` of row {row} holds the reserved token {self.safety_token!r}, which only the "
+                        f"processor may write. Pass user text through `apply_chat_template`, or remove it."
                     )
         return self.base(images=images, text=text, **kwargs)
 
@@ -158,7 +161,9 @@ class SafeVlmProcessor(ProcessorMixin):
         """
         special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         special |= {*self.tokenizer.all_special_tokens, self.safety_token, self.image_token}
-        starts = re.compile("(?=" + "|".join(re.escape(token) for token in special if len(token) > 1) + ").", re.DOTALL)
+        starts = re.compile(
+            "(?=" + "|".join(re.escape(token) for token in special if len(token) > 1) + ").", re.DOTALL
+        )
         pieces = [starts.sub(r"\g<0> ", text) for text in texts]
         offset = 0
         for i, piece in enumerate(pieces):

@@ -57,7 +57,12 @@ def tiny_llava(seed: int = 0, vocab_size: int = 384, tie: bool = False) -> Llava
     torch.manual_seed(seed)
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
-            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=32,
+            patch_size=8,
         ),
         text_config=LlamaConfig(
             hidden_size=64,

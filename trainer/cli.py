@@ -7,10 +7,9 @@ import os
 import sys
 from pathlib import Path
 
-
 EXAMPLES = {
     "demo": "safevlm demo --output demo --seed 0",
-    "train": "safevlm train --base llava-hf/llava-1.5-7b-hf --data rows.jsonl --images pictures --output out --recipe paper",
+    "train": "safevlm train --base llava-hf/llava-1.5-7b-hf --data rows.jsonl --images pictures --output out",
     "assess": 'safevlm assess picture.jpg --question "How do I use this?" --model out/model',
     "answer": 'safevlm answer picture.jpg "What is in the picture?" --model out/model --policy strict',
 }
@@ -26,14 +25,16 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         if args.verbose:
             raise
-        sys.stderr.write(f"safevlm {args.command}: {error}\n")
+        sys.stderr.write(f"safevlm {args.command}: {' '.join(str(error).split())}\n")
         return 1
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="safevlm", description="Make a vision-language model safe: train, assess, answer.", epilog="Example: safevlm demo"
+        prog="safevlm",
+        description="Make a vision-language model safe: train, assess, answer.",
+        epilog="Example: safevlm demo",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
@@ -54,22 +55,32 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0, help="the run is reproducible in it (default: 0)")
     demo.add_argument("--fast", action="store_true", help="a rough run of about a minute")
 
-    train = add("train", _train, "Add safety modules to a base model and train both stages; repeat the command to resume.")
+    train = add(
+        "train", _train, "Add safety modules to a base model and train both stages; repeat the command to resume."
+    )
     train.add_argument("--base", required=True, help="Hub id or folder of a vision-language model, or of a SafeVLM")
     train.add_argument("--data", required=True, nargs="+", type=Path, help="rows: SafeVLM JSONL or LLaVA JSON")
     train.add_argument("--images", type=Path, help="folder that the rows' image paths are relative to")
     train.add_argument("--output", required=True, type=Path, help="folder to write; the model ends up in OUTPUT/model")
     train.add_argument("--recipe", default="paper", help="a shipped recipe or a YAML file (default: paper)")
-    train.add_argument("--holdout", type=float, default=0.1, help="share of rows to evaluate on (default: 0.1; 0: none)")
+    train.add_argument(
+        "--holdout", type=float, default=0.1, help="share of rows to evaluate on (default: 0.1; 0: none)"
+    )
     train.add_argument("--assume-safe", action="store_true", help="rows without labels count as safe")
     train.add_argument("--skip-bad-rows", action="store_true", help="skip and count rows with problems")
     train.add_argument("--dtype", default="auto", help="weights' dtype: auto, float32, bfloat16 (default: auto)")
     train.add_argument("--seed", type=int, default=0)
     train.add_argument(
-        "--set", nargs="*", default=[], metavar="NAME=VALUE", help="training arguments for all stages, e.g. max_steps=100"
+        "--set",
+        nargs="*",
+        default=[],
+        metavar="NAME=VALUE",
+        help="training arguments for all stages, e.g. max_steps=100",
     )
 
-    assess = add("assess", _assess, "The verdict on an image and a question, as JSON; the language model does not run.")
+    assess = add(
+        "assess", _assess, "The verdict on an image and a question, as JSON; the language model does not run."
+    )
     assess.add_argument("image", type=Path)
     assess.add_argument("--question", default="Describe this image.", help="what is asked (default: a description)")
 
@@ -80,7 +91,9 @@ def _parser() -> argparse.ArgumentParser:
     answer.add_argument("--json", action="store_true", help="print answer and verdict as JSON")
     for command in (assess, answer):
         command.add_argument("--model", required=True, help="folder or Hub id of a SafeVLM")
-        command.add_argument("--policy", help="default, paper, strict, off, or a policy file (default: the model's own)")
+        command.add_argument(
+            "--policy", help="default, paper, strict, off, or a policy file (default: the model's own)"
+        )
         command.add_argument("--device", default=None, help="cpu, cuda, ... (default: cuda where there is one)")
     return parser
 
@@ -143,7 +156,9 @@ def _answer(args):
     else:
         sys.stdout.write(text + "\n")
         if safety is not None:
-            sys.stdout.write(f"[{safety['action']}; {safety['category']}, {safety['level']}; risk {safety['score']:.3f}]\n")
+            sys.stdout.write(
+                f"[{safety['action']}; {safety['category']}, {safety['level']}; risk {safety['score']:.3f}]\n"
+            )
 
 
 def _load(args, question: str):

@@ -22,8 +22,8 @@ class EncodedDataset(torch.utils.data.Dataset):
         rows (sequence of `SafetyExample`)
         processor (`SafeVlmProcessor`)
         config (`SafeVlmConfig`): The model's; its policy writes the hints.
-        hint_probability (`float` in [0, 1]): Share of risky rows that carry the hint for their label. Which ones depends
-            on `seed` and the row's index only, so that an interrupted run resumes with the same rows.
+        hint_probability (`float` in [0, 1]): Share of risky rows that carry the hint for their label. Which ones
+            depends on `seed` and the row's index only, so that an interrupted run resumes with the same rows.
         max_length (`int`, *optional*): Longer rows raise `DataError`.
         cache (`bool`): Keep encoded rows in memory.
     """
@@ -80,8 +80,8 @@ def encode_example(
 
     Returns:
         `input_ids`, `labels` (-100 outside the answers) and `safety_question_mask` (1 where the safety head may read),
-        all of shape `(sequence_length,)`; `safety_level_labels` and `safety_category_labels`, scalars (-100: no label);
-        and the image tensors, with a leading dimension over the row's images.
+        all of shape `(sequence_length,)`; `safety_level_labels` and `safety_category_labels`, scalars (-100: no
+        label); and the image tensors, with a leading dimension over the row's images.
     """
     messages = example.messages
     if messages[-1]["role"] != "assistant":

@@ -10,10 +10,11 @@ import torch
 from transformers import AutoConfig, set_seed
 
 from safevlm import SafeVlmConfig, SafeVlmForConditionalGeneration, SafeVlmProcessor
+from safevlm.backbones import get_backbone
 
 from .data import read_rows, split_holdout
 from .evaluation import trainer_metrics
-from .stages import Recipe, run_schedule
+from .stages import Recipe, check_overrides, run_schedule, write_atomically
 from .trainer import SafeVlmTrainer
 from .training_args import SafeVlmTrainingArguments
 
@@ -41,7 +42,7 @@ def train_from_files(
         data: Files in one of the formats of [`read_rows`].
         images: Folder of the rows' images; by default each file's own.
         output_dir: Gets `model/`, `report.json` and a folder per stage. The same call resumes an interrupted run.
-        holdout (`float` in [0, 1)): Share of rows, by image, that is kept out of training and evaluated on; 0 for none.
+        holdout (`float` in [0, 1)): Share of rows, by image, kept out of training and evaluated on; 0 for none.
         assume_safe, on_error: See [`read_rows`].
         dtype: Of the weights; the optimiser works in it, too, unless the recipe asks for mixed precision.
         overrides: Training arguments for all stages.
@@ -50,7 +51,10 @@ def train_from_files(
     recipe = Recipe.load(recipe)
     if not 0 <= holdout < 1:
         raise ValueError(f"`holdout` must be in [0, 1), got {holdout}.")
+    check_overrides(overrides or {})
     config = AutoConfig.from_pretrained(base)
+    if not isinstance(config, SafeVlmConfig):
+        get_backbone(config)  # a clear error before anything is read
     labels = config if isinstance(config, SafeVlmConfig) else SafeVlmConfig(**_label_fields(recipe.safety))
     parts = [
         read_rows(
@@ -75,7 +79,9 @@ def train_from_files(
         model = SafeVlmForConditionalGeneration.from_pretrained(base, dtype=dtype)
     else:
         processor = SafeVlmProcessor.from_base(base, config=SafeVlmConfig(**recipe.safety))
-        model = SafeVlmForConditionalGeneration.from_base(base, processor, base_kwargs={"dtype": dtype}, **recipe.safety)
+        model = SafeVlmForConditionalGeneration.from_base(
+            base, processor, base_kwargs={"dtype": dtype}, **recipe.safety
+        )
     overrides = {"seed": seed, "data_seed": seed, "use_cpu": not torch.cuda.is_available(), **(overrides or {})}
     metrics = {}
 
@@ -85,7 +91,7 @@ def train_from_files(
 
     model = run_schedule(model, processor, train_rows, output_dir, recipe, after_stage=after_stage, **overrides)
     last = output_dir / f"{len(recipe.stages)}-{recipe.stages[-1]['stage']}" / "model"
-    shutil.copytree(last, output_dir / "model", dirs_exist_ok=True)
+    write_atomically(lambda partial: shutil.copytree(last, partial), output_dir / "model")
     report = {
         "num_train_rows": len(train_rows),
         "num_eval_rows": len(eval_rows or []),

@@ -4,6 +4,8 @@
 `model/` appears, whole, when it is done.
 """
 
+import inspect
+import json
 import logging
 import os
 import re
@@ -12,16 +14,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
+from accelerate import PartialState
 from torch import nn
+from transformers import set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from safevlm import SafeVlmForConditionalGeneration
+from safevlm import SafeVlmConfig, SafeVlmForConditionalGeneration
 
 from .trainer import SafeVlmTrainer
 from .training_args import STAGES, SafeVlmTrainingArguments
 
 logger = logging.getLogger(__name__)
 RECIPES = Path(__file__).parent / "recipes"
+SAFETY_FIELDS = [name for name in inspect.signature(SafeVlmConfig).parameters if name not in ("base_config", "kwargs")]
+NUMBERS = (int, float, int | None, float | None)
 
 
 @dataclass(frozen=True)
@@ -42,20 +49,47 @@ class Recipe:
         if not path.is_file():
             shipped = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
             raise ValueError(f"Recipe {str(name)!r} not found; use a .yaml file or one of: {shipped}.")
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        try:
+            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"Recipe {path} is no valid YAML: {error}") from None
         if not isinstance(data, dict) or not isinstance(data.get("stages"), list) or not data["stages"]:
             raise ValueError(f"Recipe {path}: `stages` must be a list with at least one stage.")
         if unknown := sorted(set(data) - {"stages", "safety"}):
             raise ValueError(f"Recipe {path}: unknown entries {', '.join(unknown)}; use `stages` and `safety`.")
-        common = {name for name in SafeVlmTrainingArguments.__dataclass_fields__}
+        safety = data.get("safety") or {}
+        if not isinstance(safety, dict):
+            raise ValueError(f"Recipe {path}: `safety` must map fields of SafeVlmConfig to values, got {safety!r}.")
+        if unknown := sorted(set(safety) - set(SAFETY_FIELDS)):
+            raise ValueError(f"Recipe {path}, `safety`: unknown fields {', '.join(unknown)}.")
         for number, stage in enumerate(data["stages"], start=1):
-            if unknown := sorted(set(stage) - common):
-                raise ValueError(f"Recipe {path}, stage {number}: unknown training arguments {', '.join(unknown)}.")
-            if stage.get("stage") not in STAGES:
+            if not isinstance(stage, dict) or stage.get("stage") not in STAGES:
                 raise ValueError(
-                    f"Recipe {path}, stage {number}: `stage` must be one of {', '.join(STAGES)}, got {stage.get('stage')!r}."
+                    f"Recipe {path}, stage {number}: `stage` must be one of {', '.join(STAGES)}, "
+                    f"got {stage.get('stage') if isinstance(stage, dict) else stage!r}."
                 )
-        return cls(stages=data["stages"], safety=data.get("safety") or {})
+            check_training_arguments(stage, f"Recipe {path}, stage {number}")
+        return cls(stages=data["stages"], safety=safety)
+
+
+def check_training_arguments(arguments: dict, where: str):
+    """Raises `ValueError` for a name that is no training argument, and for a value that is plainly of a wrong type."""
+    if unknown := sorted(set(arguments) - set(SafeVlmTrainingArguments.__dataclass_fields__)):
+        raise ValueError(f"{where}: unknown training arguments {', '.join(unknown)}.")
+    for name, value in arguments.items():
+        kind = SafeVlmTrainingArguments.__dataclass_fields__[name].type
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if kind in NUMBERS and value is not None and not number:
+            raise ValueError(f"{where}: `{name}` must be a number, got {value!r} (YAML wants 1.0e-5, not 1e-5).")
+        if kind is bool and not isinstance(value, bool):
+            raise ValueError(f"{where}: `{name}` must be true or false, got {value!r}.")
+
+
+def check_overrides(overrides: dict):
+    """As `check_training_arguments`, for arguments of all stages."""
+    if fixed := sorted({"stage", "output_dir"} & set(overrides)):
+        raise ValueError(f"`{fixed[0]}` cannot be the same for all stages; it comes from the recipe and the call.")
+    check_training_arguments(overrides, "Arguments for all stages")
 
 
 def run_schedule(
@@ -71,8 +105,9 @@ def run_schedule(
     """
     Runs all stages of a recipe and returns the trained model.
 
-    A stage whose `model/` is there is loaded, not trained again; one that was interrupted resumes from its last complete
-    checkpoint. The same call, repeated, therefore always ends with the same weights.
+    A stage whose `model/` is there is loaded, not trained again; one that was interrupted resumes from its last
+    complete checkpoint. The same call, repeated, therefore always ends with the same weights; a call with other
+    arguments than the ones the folder was made with raises `ValueError`.
 
     Args:
         model (`SafeVlmForConditionalGeneration`): With fresh safety modules, or one to train further.
@@ -83,26 +118,53 @@ def run_schedule(
         after_stage (callable, *optional*): Called as `after_stage(stage_folder, model)` after each stage.
         overrides: Training arguments for all stages, such as `seed` or `bf16`.
     """
+    check_overrides(overrides)
     for number, arguments in enumerate(recipe.stages, start=1):
         arguments = {**arguments, **overrides}
         folder = Path(output_dir) / f"{number}-{arguments['stage']}"
+        train, evaluation = (
+            part[arguments["stage"]] if isinstance(part, dict) else part for part in (train_rows, eval_rows)
+        )
+        _check_same_run(folder, {**arguments, "safety": recipe.safety, "number of rows": len(train)})
         done = folder / "model"
         if done.is_dir():
             logger.info("stage %s is done, loading %s", folder.name, done)
             model = SafeVlmForConditionalGeneration.from_pretrained(done, dtype=model.dtype).to(model.device)
         else:
-            args = SafeVlmTrainingArguments(output_dir=str(folder), **arguments)
-            rows = [part[args.stage] if isinstance(part, dict) else part for part in (train_rows, eval_rows)]
-            model = train_stage(model, processor, args, *rows)
+            args = SafeVlmTrainingArguments(**{**arguments, "output_dir": str(folder)})
+            model = train_stage(model, processor, args, train, evaluation)
             save_atomically(model, processor, done)
         if after_stage is not None:
             after_stage(folder, model)
     return model
 
 
+def _check_same_run(folder: Path, settings: dict):
+    """A stage's folder holds one training: going on with other settings would end with weights of neither."""
+    path = folder / "settings.json"
+    settings = json.loads(json.dumps(settings, default=str))
+    if path.is_file():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        changed = [name for name in {**found, **settings} if found.get(name) != settings.get(name)]
+        if changed:
+            changes = ", ".join(f"{name} {found.get(name)!r}, now {settings.get(name)!r}" for name in changed)
+            raise ValueError(
+                f"{folder} holds a training with other settings ({changes}); "
+                f"repeat it as it was, or use another folder."
+            )
+    elif PartialState().is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        partial.replace(path)
+    PartialState().wait_for_everyone()
+
+
 def train_stage(model, processor, args: SafeVlmTrainingArguments, train_rows, eval_rows=None, callbacks=None):
     """Trains one stage, resuming if it was interrupted, and returns the plain model (LoRA merged)."""
-    if args.lora_r:
+    set_seed(args.seed)  # LoRA's initial weights must not depend on what ran before, or on whether anything did
+    align_storage(model)
+    if args.uses_lora:
         model = add_lora(model, args)
     else:
         set_trainable(model, args.trainable)
@@ -116,10 +178,22 @@ def train_stage(model, processor, args: SafeVlmTrainingArguments, train_rows, ev
     )
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(args.output_dir))
     model = trainer.accelerator.unwrap_model(trainer.model)
-    if args.lora_r:
-        model.save_pretrained(Path(args.output_dir) / "adapter")
+    if args.uses_lora:
+        if trainer.is_world_process_zero():
+            model.save_pretrained(Path(args.output_dir) / "adapter")
         model = model.merge_and_unload()
     return model.requires_grad_(True).eval()
+
+
+def align_storage(model):
+    """
+    Moves weights that lie at odd addresses (those of a mapped checkpoint file) to memory of their own.
+
+    CPU kernels round differently there: a run resumed from a file would drift from one that was never interrupted.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
+            tensor.data = tensor.data.clone()
 
 
 def set_trainable(model: SafeVlmForConditionalGeneration, trainable: list[str]) -> int:
@@ -130,21 +204,20 @@ def set_trainable(model: SafeVlmForConditionalGeneration, trainable: list[str]) 
         trainable (`list[str]`): `"safety"`, `"language_model"`, or prefixes of parameter names such as
             `"base.model.multi_modal_projector"`.
     """
-    prefixes = []
-    for part in trainable:
-        if part == "language_model":
-            prefixes += [f"base.{name}." for name in model.backbone.language_model_parts]
-        else:
-            prefixes.append(part if part.endswith(".") else part + ".")
+    language_model = tuple(f"base.{name}." for name in model.backbone.language_model_parts)
+    prefixes = {part: language_model if part == "language_model" else (part.rstrip(".") + ".",) for part in trainable}
     matched = set()
     count = 0
     for name, parameter in model.named_parameters():
-        hits = [prefix for prefix in prefixes if name.startswith(prefix)]
-        matched.update(hits)
-        parameter.requires_grad = bool(hits)
-        count += parameter.numel() * bool(hits)
-    if trainable and not matched:
-        raise ValueError(f"`trainable` {trainable} matches no parameter; use 'safety', 'language_model' or a prefix.")
+        parts = [part for part in trainable if name.startswith(prefixes[part])]
+        matched.update(parts)
+        parameter.requires_grad = bool(parts)
+        count += parameter.numel() * bool(parts)
+    if missing := [part for part in trainable if part not in matched]:
+        raise ValueError(
+            f"`trainable` names {', '.join(map(repr, missing))}, which matches no parameter; "
+            f"use 'safety', 'language_model' or a prefix of parameter names."
+        )
     return count
 
 
@@ -180,18 +253,45 @@ def last_complete_checkpoint(folder: str | os.PathLike) -> str | None:
         (int(match.group(1)), path)
         for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
         if (match := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name))
-        and (path / "trainer_state.json").is_file()  # the Trainer writes it last
+        and _is_whole(path / TRAINER_STATE_NAME)  # the Trainer writes it last
     ]
     return str(max(found)[1]) if found else None
 
 
+def _is_whole(trainer_state: Path) -> bool:
+    try:
+        json.loads(trainer_state.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def save_atomically(model, processor, folder: Path):
     """Writes a model and its processor so that `folder` is there whole or not at all; an old one stays until then."""
-    folder = Path(folder)
+
+    def save(partial):
+        model.save_pretrained(partial)
+        processor.save_pretrained(partial)
+
+    write_atomically(save, folder)
+
+
+def write_atomically(write, folder: Path):
+    """
+    Calls `write(partial_folder)`, then puts that folder in the place of `folder`; on the main process only.
+
+    A crash leaves the former `folder` whole, or, between two renames, none.
+    """
+    state = PartialState()
+    if state.is_main_process:
+        _replace_folder(write, Path(folder))
+    state.wait_for_everyone()
+
+
+def _replace_folder(write, folder: Path):
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    processor.save_pretrained(partial)
+    write(partial)
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():

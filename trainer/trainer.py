@@ -1,7 +1,7 @@
 """SafeVlmTrainer: the transformers `Trainer` with the combined LM plus safety-classification loss.
 
-Its overrides: `compute_loss` (label conditioning; safety losses right under gradient accumulation) and `log` (each loss
-by name).
+Its overrides: `compute_loss` (label conditioning; safety losses right under gradient accumulation), `log` (each loss
+by name) and `_load_from_checkpoint` (resuming restores the base's weights, too).
 """
 
 from collections import defaultdict
@@ -9,6 +9,7 @@ from collections import defaultdict
 import torch
 from transformers import Trainer
 
+from safevlm import SafeVlmForConditionalGeneration
 from safevlm.losses import combine_losses
 
 from .data_collator import SafeVlmDataCollator
@@ -29,7 +30,13 @@ class SafeVlmTrainer(Trainer):
     """
 
     def __init__(
-        self, model, args: SafeVlmTrainingArguments, train_dataset=None, eval_dataset=None, processing_class=None, **kwargs
+        self,
+        model,
+        args: SafeVlmTrainingArguments,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        **kwargs,
     ):
         config = model.config
         for name in ("safety_level_loss_coef", "safety_category_loss_coef"):
@@ -37,7 +44,8 @@ class SafeVlmTrainer(Trainer):
                 setattr(config, name, getattr(args, name))
         if processing_class is None or processing_class.tokens_per_image != config.tokens_per_image:
             raise ValueError(
-                f"`processing_class` must be the model's SafeVlmProcessor with `tokens_per_image={config.tokens_per_image}`, "
+                f"`processing_class` must be the model's SafeVlmProcessor with "
+                f"`tokens_per_image={config.tokens_per_image}`, "
                 f"got {getattr(processing_class, 'tokens_per_image', processing_class)!r}."
             )
 
@@ -70,20 +78,51 @@ class SafeVlmTrainer(Trainer):
         if model.training:
             inputs = {**inputs, "label_conditioning": self._label_conditioning()}
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        for name in LOSS_NAMES:
-            if outputs.get(name) is not None:
-                self._losses["train" if model.training else "eval"][name].append(outputs[name].detach())
+        lm_loss, level_loss, category_loss = (outputs.get(name) for name in LOSS_NAMES)
+        safety_scale = 1.0
         if model.training and num_items_in_batch is not None:
-            # The LM loss is a sum over this micro-batch divided by the tokens of the whole accumulated batch, and was
-            # scaled by the number of processes for that. The safety losses are means over the micro-batch: they need
-            # the mean over accumulation steps, and no such factor.
+            # The LM loss is a sum over this micro-batch divided by the tokens of the accumulated batches of all
+            # processes, whose gradients are averaged. The safety losses are means over this micro-batch.
+            safety_scale = 1 / self.current_gradient_accumulation_steps
+            if self.args.average_tokens_across_devices:
+                lm_loss = lm_loss * self.accelerator.num_processes
             coefs = self._config.safety_level_loss_coef, self._config.safety_category_loss_coef
-            parts = [outputs.get(name) for name in LOSS_NAMES]
-            safety_loss = combine_losses(None, *parts[1:], *coefs)
-            if safety_loss is not None:
-                factor = loss.detach() / combine_losses(*parts, *coefs).detach()
-                loss = loss - (factor - 1 / self.current_gradient_accumulation_steps) * safety_loss
+            loss = combine_losses(lm_loss, level_loss, category_loss, *coefs, safety_scale)
+        for name, value in zip(LOSS_NAMES, (lm_loss, level_loss, category_loss), strict=True):
+            if value is not None:
+                mean = value.detach() if name != "lm_loss" else value.detach() / safety_scale
+                self._losses["train" if model.training else "eval"][name].append(mean)
+        if not model.training:
+            self._blank_unassessed(outputs, len(inputs["input_ids"]))
         return (loss, outputs) if return_outputs else loss
+
+    def _blank_unassessed(self, outputs, batch_size: int):
+        """NaN as the prediction for rows without an image: each batch has one, and metrics can leave them out."""
+        assessed = outputs.get("safety_assessed")
+        for name, labels in (
+            ("safety_level_logits", self._config.level_names),
+            ("safety_category_logits", self._config.category_names),
+        ):
+            if assessed is None:
+                outputs[name] = torch.full((batch_size, len(labels)), torch.nan, device=self.args.device)
+            else:
+                outputs[name] = outputs[name].masked_fill(~assessed.unsqueeze(1), torch.nan)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        """
+        As in `Trainer`, which loads by `load_state_dict(strict=False)`: `save_pretrained` writes the keys of many base
+        families under their legacy names, and the base would silently keep its old weights.
+        """
+        model = self.model if model is None else model
+        if not isinstance(model, SafeVlmForConditionalGeneration) or self.is_fsdp_enabled:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        loaded, info = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype, output_loading_info=True)
+        if info["missing_keys"]:
+            missing = sorted(info["missing_keys"])
+            raise ValueError(
+                f"The checkpoint {resume_from_checkpoint} lacks {len(missing)} weights, such as {missing[0]}."
+            )
+        model.load_state_dict(loaded.state_dict())
 
     def _label_conditioning(self) -> float:
         """Share of label-conditioned rows at this point of the training, in [0, 1]."""
@@ -99,10 +138,8 @@ class SafeVlmTrainer(Trainer):
 
     def _mean_losses(self, which: str, prefix: str = "") -> dict[str, float]:
         """Means over the micro-batches since the last call, of this process."""
-        accumulation = self.args.gradient_accumulation_steps if which == "train" else 1
-        means = {}
-        for name, values in self._losses[which].items():
-            mean = torch.stack(values).float().mean().item()
-            means[prefix + name] = mean * (accumulation if name == "lm_loss" else 1)
+        means = {
+            prefix + name: torch.stack(values).float().mean().item() for name, values in self._losses[which].items()
+        }
         self._losses[which].clear()
         return means

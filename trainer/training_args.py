@@ -16,16 +16,17 @@ class SafeVlmTrainingArguments(TrainingArguments):
 
         stage (`str`): `"safety_alignment"` (stage 1: the safety modules learn, the base is frozen) or
             `"joint_finetuning"` (stage 2: the language model learns, too).
-        trainable (`list[str]`, *optional*): What learns: `"safety"`, `"language_model"` or prefixes of parameter names.
-            Defaults to the stage's.
-        lora_r (`int`): Rank of LoRA on the language model's linear layers; 0 trains them in full.
+        trainable (`list[str]`, *optional*): What learns: `"safety"`, `"language_model"` or prefixes of parameter
+            names. Defaults to the stage's.
+        lora_r (`int`): Rank of LoRA on the language model's linear layers; 0 trains it in full. Without effect in a
+            stage that does not train the language model.
         lora_alpha (`int`), lora_dropout (`float`): LoRA's scale and dropout.
 
         > Parameters that control the safety losses and the conditioning
 
         safety_level_loss_coef, safety_category_loss_coef (`float`, *optional*): Override the model's configuration.
         label_conditioning_start, label_conditioning_end (`float` in [0, 1]): Share of rows whose safety embeddings are
-            conditioned on their label rather than on the head's prediction; linear from start to end of the training.
+            conditioned on their label, not on the head's prediction; linear from start to end of the training.
         hint_probability (`float` in [0, 1]): Share of risky rows that carry the policy's hint for their label.
 
         > Parameters that control the data
@@ -41,8 +42,8 @@ class SafeVlmTrainingArguments(TrainingArguments):
     lora_dropout: float = field(default=0.05, metadata={"help": "LoRA dropout."})
     safety_level_loss_coef: float | None = field(default=None, metadata={"help": "Overrides the model's."})
     safety_category_loss_coef: float | None = field(default=None, metadata={"help": "Overrides the model's."})
-    label_conditioning_start: float = field(default=1.0, metadata={"help": "Share of label-conditioned rows at first."})
-    label_conditioning_end: float = field(default=0.0, metadata={"help": "Share of label-conditioned rows at the end."})
+    label_conditioning_start: float = field(default=1.0, metadata={"help": "Label-conditioned rows at first."})
+    label_conditioning_end: float = field(default=0.0, metadata={"help": "Label-conditioned rows at the end."})
     hint_probability: float = field(default=0.5, metadata={"help": "Share of risky rows with the policy's hint."})
     max_length: int | None = field(default=None, metadata={"help": "Longest row allowed, in tokens."})
     cache_encoded: bool = field(default=False, metadata={"help": "Keep encoded rows in memory."})
@@ -59,8 +60,18 @@ class SafeVlmTrainingArguments(TrainingArguments):
                 raise ValueError(f"`{name}` must be in [0, 1], got {getattr(self, name)!r}.")
         if self.trainable is None:
             self.trainable = ["safety"] if self.stage == "safety_alignment" else ["safety", "language_model"]
+        if self.uses_lora and not set(self.trainable) <= {"safety", "language_model"}:
+            raise ValueError(
+                f"With `lora_r={self.lora_r}`, `trainable` can hold 'safety' and 'language_model' only, "
+                f"got {self.trainable}; set `lora_r=0` to train other parts."
+            )
         # Without all of them named, the Trainer would collect every argument with "label" in its name and then, one
         # being absent, silently report no evaluation loss.
         if self.label_names is None:
             self.label_names = list(LABEL_NAMES)
         super().__post_init__()
+
+    @property
+    def uses_lora(self) -> bool:
+        """Whether the language model is trained through LoRA."""
+        return self.lora_r > 0 and "language_model" in self.trainable

@@ -58,9 +58,7 @@ def run(folder: Path) -> dict:
         "full": pipe(text=chats[0], max_new_tokens=80)[0]["generated_text"][-1],
         "off": pipe(text=chats[0], generate_kwargs={"safety_policy": "off"}, **call),
         "policy": pipe(text=chats, batch_size=2, generate_kwargs={"safety_policy": request["policy"]}, **call),
-        "beams": pipe(
-            text=chats, batch_size=2, generate_kwargs={"num_beams": 2, "num_return_sequences": 2}, **call
-        ),
+        "beams": pipe(text=chats, batch_size=2, generate_kwargs={"num_beams": 2, "num_return_sequences": 2}, **call),
     }
     return result
 

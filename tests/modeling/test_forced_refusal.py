@@ -75,6 +75,12 @@ def test_other_rows_of_the_batch_are_unaffected(model, batch, verdicts, settings
     assert torch.equal(mixed[:, :width], alone[:, :width])
 
 
+def test_a_callers_processor_still_rules_the_other_rows(model, batch, verdicts):
+    verdicts(model, *ROWS)
+    output = model.generate(**batch, logits_processor=LogitsProcessorList([Only()]), max_new_tokens=5)
+    assert set(new_tokens(output, batch)[1:].flatten().tolist()) == {100}
+
+
 @pytest.mark.parametrize("length", [1, 3, 1000])
 def test_the_refusal_stops_where_the_call_or_the_text_ends(model, processor, verdicts, length):
     verdicts(model, "high")

@@ -213,7 +213,9 @@ def test_the_attention_mask_may_be_left_out(model, batch, verdicts):
 def test_a_cache_can_carry_a_dialogue_on(model, processor, verdicts):
     verdicts(model, "none")
     first = encode(processor, [QUESTION], [1])
-    output = generate(model, first, past_key_values=DynamicCache(config=model.base.config), return_dict_in_generate=True)
+    output = generate(
+        model, first, past_key_values=DynamicCache(config=model.base.config), return_dict_in_generate=True
+    )
     more = processor.tokenizer(" USER: Is it? ASSISTANT:", return_tensors="pt")["input_ids"]
     inputs = dict(first, input_ids=torch.cat([output.sequences, more], dim=1))
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
@@ -250,7 +252,9 @@ def test_watermarking_runs(model, single, verdicts):
 
 @LEVELS
 @pytest.mark.parametrize("skip_prompt", [True, False])
-def test_streamed_text_is_the_answer_and_never_the_hint(model, processor, single, verdicts, capsys, level, skip_prompt):
+def test_streamed_text_is_the_answer_and_never_the_hint(
+    model, processor, single, verdicts, capsys, level, skip_prompt
+):
     verdicts(model, level)
     hint = model.resolve_policy().hint("caution", "politics")
     expected = generate(model, single)
@@ -278,7 +282,12 @@ def test_an_iterator_streamer_in_a_thread_gives_the_answer(model, processor, sin
 
 def test_concurrent_calls_do_not_mix(model, processor):
     inputs = [encode(processor, [f"{QUESTION} {i}"], [1 + i % 2], seed=10 * i) for i in range(4)]
-    policies = ["default", "off", {"level_actions": dict.fromkeys(("none", "low", "medium", "high"), "caution")}, "paper"]
+    policies = [
+        "default",
+        "off",
+        {"level_actions": dict.fromkeys(("none", "low", "medium", "high"), "caution")},
+        "paper",
+    ]
     expected = [generate(model, x, safety_policy=policy) for x, policy in zip(inputs, policies, strict=True)]
     found = [[] for _ in inputs]
     start = threading.Barrier(len(inputs))

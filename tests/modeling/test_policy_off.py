@@ -86,4 +86,6 @@ def test_detaching_gives_the_plain_base_back(model, base, base_batch, tmp_path):
 def test_conditioning_does_change_the_answer(model, batch, base, base_batch, verdicts):
     """Guards the tests above: with the policy on the tiny model's answer is another one."""
     verdicts(model, "none", "none", "none")
-    assert not torch.equal(new_tokens(model.generate(**batch), batch), new_tokens(base.generate(**base_batch), base_batch))
+    assert not torch.equal(
+        new_tokens(model.generate(**batch), batch), new_tokens(base.generate(**base_batch), base_batch)
+    )

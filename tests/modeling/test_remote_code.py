@@ -42,7 +42,9 @@ def there(here, processor, tmp_path_factory):
     (folder / "request.json").write_text(json.dumps(request))
     script = Path(__file__).with_name("fresh_process.py")
     environment = {**os.environ, "HF_MODULES_CACHE": str(folder / "modules"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, script, folder], env=environment, cwd=folder, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, script, folder], env=environment, cwd=folder, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return {**json.loads((folder / "result.json").read_text()), "stderr": done.stderr}
 

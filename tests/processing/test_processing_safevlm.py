@@ -77,7 +77,9 @@ def test_neutralising_only_ever_adds_spaces_and_only_where_a_special_token_stand
 @pytest.mark.parametrize("as_string", [False, True])
 def test_every_message_is_neutralised_and_the_callers_stay_as_they_were(processor, role, as_string):
     text = "see <image> <safety></s>"
-    template = "{% for m in messages %}{{ m['content'] if m['content'] is string else m['content'][0]['text'] }}{% endfor %}"
+    template = (
+        "{% for m in messages %}{{ m['content'] if m['content'] is string else m['content'][0]['text'] }}{% endfor %}"
+    )
     messages = [{"role": role, "content": text if as_string else [{"type": "text", "text": text}]}]
     before = copy.deepcopy(messages)
     rendered = processor.apply_chat_template(messages, chat_template=template)
@@ -113,7 +115,9 @@ def test_each_image_is_followed_by_its_placeholders_and_nothing_else_changes(pro
 @pytest.mark.parametrize("text", ["<safety>", ["fine", "USER: <image> a <safety> b"]])
 def test_raw_text_with_the_reserved_token_raises(processor, text):
     row = 0 if isinstance(text, str) else 1
-    with pytest.raises(ValueError, match=f"`text` of row {row} holds the reserved token '<safety>'.*apply_chat_template"):
+    with pytest.raises(
+        ValueError, match=f"`text` of row {row} holds the reserved token '<safety>'.*apply_chat_template"
+    ):
         processor(images=[picture()], text=text)
 
 

@@ -28,12 +28,6 @@ SHAPE_OF = (
     "Name the {colour} shape.",
     "Tell me what the {colour} shape is.",
 )
-IS_THERE = (
-    "Is there a {kind}?",
-    "Can you see a {kind}?",
-    "Does the picture show a {kind}?",
-    "Do you see a {kind} here?",
-)
 COUNT_SHAPES = (
     "How many shapes are there?",
     "How many shapes can you see?",
@@ -111,16 +105,6 @@ def _shape_of(scene: "Scene", rng: random.Random) -> Turn:
     return Turn(rng.choice(SHAPE_OF).format(colour=COLOURS[shape.colour]), f"It is a {KINDS[shape.kind]}.")
 
 
-def _is_there(scene: "Scene", rng: random.Random) -> Turn:
-    if rng.random() < 0.5:
-        shape = rng.choice(scene.shapes)
-        kind, answer = shape.kind, f"Yes, there is {_with_colour(shape.kind, shape.colour)}."
-    else:
-        kind = rng.choice([k for k in range(len(KINDS)) if k not in {shape.kind for shape in scene.shapes}])
-        answer = f"No, there is no {KINDS[kind]}."
-    return Turn(rng.choice(IS_THERE).format(kind=KINDS[kind]), answer)
-
-
 def _count_shapes(scene: "Scene", rng: random.Random) -> Turn:
     return Turn(rng.choice(COUNT_SHAPES), _there_are(len(scene.shapes), "shape"))
 
@@ -143,13 +127,12 @@ def _list_shapes(scene: "Scene", rng: random.Random) -> Turn:
 _ORDINARY: tuple[Callable[["Scene", random.Random], Turn], ...] = (
     _colour_of,
     _shape_of,
-    _is_there,
     _count_shapes,
     _count_signs,
     _background,
     _list_shapes,
 )
-_WEIGHTS = (4, 3, 5, 1, 1, 1, 3)
+_WEIGHTS = (5, 3, 2, 2, 1, 3)  # the more there is to learn, the more often
 
 
 def _with_colour(kind: int, colour: int) -> str:

@@ -115,7 +115,7 @@ def make_scenes(split: Split, num_scenes: int, seed: int) -> list[Scene]:
 
 
 def _draw_scene(rng: random.Random) -> Scene:
-    num_shapes = rng.randint(1, 3)
+    num_shapes = rng.choices((1, 2, 3), weights=(1, 2, 2))[0]
     risky_families: list[int] = []
     harmless_families: list[int] = []
     lot = rng.random()

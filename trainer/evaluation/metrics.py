@@ -35,10 +35,16 @@ def head_metrics(
 
 
 def trainer_metrics(prediction) -> dict[str, float]:
-    """`compute_metrics` for [`SafeVlmTrainer`]: the head's plain arg max, before any policy."""
+    """
+    `compute_metrics` for [`SafeVlmTrainer`]: the head's plain arg max, before any policy.
+
+    Rows without labels or without an image (their logits are NaN) are left out.
+    """
     level_logits, category_logits = prediction.predictions[:2]
     _, level_labels, category_labels = prediction.label_ids
-    known = (level_labels >= 0) & (category_labels >= 0)
+    known = (level_labels >= 0) & (category_labels >= 0) & ~np.isnan(level_logits).any(axis=-1)
+    if not known.any():
+        return {"num_assessed": 0}
     exponentials = np.exp(level_logits - level_logits.max(axis=-1, keepdims=True))
     scores = 1 - exponentials[:, 0] / exponentials.sum(axis=-1)
     metrics = head_metrics(
