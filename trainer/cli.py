@@ -7,6 +7,8 @@ import os
 import sys
 from pathlib import Path
 
+import yaml
+
 EXAMPLES = {
     "demo": "safevlm demo --output demo --seed 0",
     "train": "safevlm train --base llava-hf/llava-1.5-7b-hf --data rows.jsonl --images pictures --output out",
@@ -22,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         args.run(args)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, yaml.YAMLError) as error:
         if args.verbose:
             raise
         sys.stderr.write(f"safevlm {args.command}: {' '.join(str(error).split())}\n")
@@ -126,12 +128,13 @@ def _train(args):
 
 
 def _override(item: str) -> tuple[str, object]:
-    import yaml
-
     name, equals, value = item.partition("=")
     if not equals:
         raise ValueError(f"--set {item!r} must be NAME=VALUE, such as max_steps=100.")
-    return name, yaml.safe_load(value)
+    try:
+        return name, yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ValueError(f"--set {item!r}: the value is no valid YAML.") from None
 
 
 def _assess(args):
@@ -164,14 +167,21 @@ def _answer(args):
 def _load(args, question: str):
     """A saved model, its processor, and one question about one image as model inputs."""
     import torch
+    from transformers import AutoConfig
     from transformers import logging as transformers_logging
 
-    from safevlm import SafeVlmForConditionalGeneration, SafeVlmProcessor
+    from safevlm import SafeVlmConfig, SafeVlmForConditionalGeneration, SafeVlmProcessor
 
     from .data import load_image
 
     transformers_logging.disable_progress_bar()
     image = load_image(args.image)
+    model_type = AutoConfig.from_pretrained(args.model).model_type
+    if model_type != SafeVlmConfig.model_type:
+        raise ValueError(
+            f"--model {args.model!r} is of type {model_type!r}, not a SafeVLM; "
+            f"make one of it with: safevlm train --base {args.model} ..."
+        )
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = SafeVlmForConditionalGeneration.from_pretrained(args.model, dtype="auto").to(device).eval()
     processor = SafeVlmProcessor.from_pretrained(args.model)

@@ -52,6 +52,8 @@ def train_from_files(
     if not 0 <= holdout < 1:
         raise ValueError(f"`holdout` must be in [0, 1), got {holdout}.")
     check_overrides(overrides or {})
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"`dtype` must be 'auto', 'float32', 'bfloat16' or 'float16', got {dtype!r}.")
     config = AutoConfig.from_pretrained(base)
     if not isinstance(config, SafeVlmConfig):
         get_backbone(config)  # a clear error before anything is read
