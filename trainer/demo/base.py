@@ -1,9 +1,11 @@
-"""The demo's base: a tiny LLaVA, trained on the spot on the picture world into an *unsafe* model that answers everything.
+"""The demo's base: a tiny LLaVA, trained on the spot on the picture world into an *unsafe* model that answers
+everything.
 
-No downloaded weights are assumed. The vision tower is trained alone on dense labels and frozen (`tower.py`); then projector and
-language model learn question answering with the language-model loss, on cached features. A share of the questions carries a textual
-instruction to be careful or to refuse, on pictures and categories of all kinds: the base learns to follow such text, without any
-judgement of its own, because a model that has never produced a refusal cannot be taught one through safety embeddings alone.
+No downloaded weights are assumed. The vision tower is trained alone on dense labels and frozen (`tower.py`); then
+projector and language model learn question answering with the language-model loss, on cached features. A share of the
+questions carries a textual instruction to be careful or to refuse, on pictures and categories of all kinds: the base
+learns to follow such text, without any judgement of its own, because a model that has never produced a refusal cannot
+be taught one through safety embeddings alone.
 
 What is saved is a stock `LlavaForConditionalGeneration` with its `LlavaProcessor`.
 """
@@ -68,7 +70,8 @@ FAST = BaseRecipe(pictures=6_000, tower_steps=120, tower_batch=64, steps=220, de
 
 @dataclass
 class BaseReport:
-    """What building the base took and gave. Accuracies are exact matches of greedy answers on dev pictures, in [0, 1]."""
+    """What building the base took and gave. Accuracies are exact matches of greedy answers on dev pictures, in [0,
+    1]."""
 
     num_parameters: int = 0
     vocab_size: int = 0
@@ -105,8 +108,10 @@ def build_base(
 
     Args:
         output_dir: folder to write; made if absent.
-        seed: the run is deterministic in it (same machine, same number of threads). The global random state stays as it is.
-        instructions: `(instruction, answer)` pairs that the base learns to follow wherever the instruction stands after a question.
+        seed: the run is deterministic in it (same machine, same number of threads). The global random state stays as
+        it is.
+        instructions: `(instruction, answer)` pairs that the base learns to follow wherever the instruction stands
+        after a question.
         fast: the small recipe for smoke runs.
         recipe: sizes that replace those of `fast`.
         progress: show progress bars.
@@ -120,6 +125,7 @@ def build_base(
             pixels = render(scenes, seed=(seed, 10))  # other noise than `make_examples` gives the same scenes
             processor = make_processor(_make_tokenizer(scenes, instructions, seed), GRID * CELL, CELL)
             model = LlavaForConditionalGeneration(make_config(processor.tokenizer))
+            _initialize_for_lookup(model)
         with report.phase("tower"):
             report.tower_object_accuracy, report.projector_error = train_tower(
                 model.model.vision_tower,
@@ -188,7 +194,9 @@ def make_config(tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
     )
 
 
-def _make_tokenizer(scenes: Sequence[Scene], instructions: Sequence[Instruction], seed: int) -> PreTrainedTokenizerFast:
+def _make_tokenizer(
+    scenes: Sequence[Scene], instructions: Sequence[Instruction], seed: int
+) -> PreTrainedTokenizerFast:
     rng = random.Random(f"tokenizer-{seed}")
     texts = []
     for scene in scenes[:3000]:
@@ -199,14 +207,31 @@ def _make_tokenizer(scenes: Sequence[Scene], instructions: Sequence[Instruction]
     return train_tokenizer(texts)
 
 
-def _word_embedding(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> Callable[[str], torch.Tensor]:
+@torch.no_grad()
+def _initialize_for_lookup(model: LlavaForConditionalGeneration) -> None:
+    """Starts the first layer as a look-up: equal contents attend to each other, and what is attended to is copied.
+
+    After Trockman and Kolter, "Mimetic Initialization of Self-Attention Layers" (2023). The words of the question then
+    find the image tokens that show them, which takes most of the steps otherwise. Later layers stay random: started
+    so, too, they learn to count late.
+    """
+    attention = model.model.language_model.layers[0].self_attn
+    attention.k_proj.weight.copy_(attention.q_proj.weight)
+    attention.o_proj.weight.copy_(attention.v_proj.weight.T)
+    model.lm_head.weight.copy_(model.get_input_embeddings().weight)
+
+
+def _word_embedding(
+    model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast
+) -> Callable[[str], torch.Tensor]:
     """Sum of the (initial) embeddings of some words in the middle of a sentence."""
     table = model.get_input_embeddings().weight.detach().clone()
     return lambda words: table[tokenizer(f" {words}", add_special_tokens=False).input_ids].sum(dim=0)
 
 
 class _Packer:
-    """Packs several questions behind one picture: a prefix with the picture, then blocks that see only the prefix and themselves."""
+    """Packs several questions behind one picture: a prefix with the picture, then blocks that see only the prefix and
+    themselves."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, instructions: Sequence[Instruction], recipe: BaseRecipe):
         self.tokenizer, self.instructions, self.recipe = tokenizer, instructions, recipe
@@ -232,7 +257,8 @@ class _Packer:
         return self._ids(text), self._ids(answer_text(answer))
 
     def batch(self, scenes: Sequence[Scene], rng: random.Random) -> dict[str, torch.Tensor]:
-        """Ids, labels, positions and the attention mask `(n, 1, length, length)` of the packed rows, the picture left out of the ids.
+        """Ids, labels, positions and the attention mask `(n, 1, length, length)` of the packed rows, the picture left
+        out of the ids.
 
         Each row takes questions until the next one does not fit, so that little is padding.
         """

@@ -1,7 +1,9 @@
-"""The tiles of the picture world: coloured shapes, and signs in pairs of a risky pictogram and its harmless look-alike.
+"""The tiles of the picture world: coloured shapes, and signs in pairs of a risky pictogram and its harmless
+look-alike.
 
-Every tile is one cell (= one ViT patch) of 16 x 16 pixels, drawn once at 8 times its size and scaled down. A risky pictogram and
-its look-alike share plate, ink and outline and differ in one visible detail, so only that detail can tell them apart.
+Every tile is one cell (= one ViT patch) of 16 x 16 pixels, drawn once at 8 times its size and scaled down. A risky
+pictogram and its look-alike share plate, ink and outline and differ in one visible detail, so only that detail can
+tell them apart.
 """
 
 from functools import lru_cache
@@ -10,7 +12,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 CELL = 16  # pixels; equals the patch size of the tower
-JITTERS = tuple((dx, dy) for dy in (-1, 0, 1) for dx in (-1, 0, 1))  # a tile is drawn up to one pixel off its cell's centre
+# A tile is drawn up to one pixel off the centre of its cell.
+JITTERS = tuple((dx, dy) for dy in (-1, 0, 1) for dx in (-1, 0, 1))
 KINDS = ("circle", "square", "triangle", "star", "heart", "cross")
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange")
 # (risky pictogram, harmless look-alike) as (singular, plural); the index is the risk category of the risky one.
@@ -145,7 +148,8 @@ def sign_tile(family: int, harmless: bool) -> int:
 
 @lru_cache(maxsize=1)
 def tiles() -> np.ndarray:
-    """All tiles as premultiplied RGBA, `(num_tiles, len(JITTERS), 16, 16, 4)`, in the order of the index functions above."""
+    """All tiles as premultiplied RGBA, `(num_tiles, len(JITTERS), 16, 16, 4)`, in the order of the index functions
+    above."""
     shapes = [_tile(_shape, kind, colour) for kind in KINDS for colour in COLOURS]
     signs = [_tile(_sign, family, harmless) for family in range(len(SIGN_NAMES)) for harmless in (False, True)]
     return np.stack([_tile(None), *shapes, *signs])

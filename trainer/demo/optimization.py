@@ -1,8 +1,9 @@
-"""Optimisers of the demo's base: Muon for the language model's matrices, fused AdamW for the rest, one warm-up-and-cosine schedule.
+"""Optimisers of the demo's base: Muon for the language model's matrices, fused AdamW for the rest, one
+warm-up-and-cosine schedule.
 
-Muon (Jordan et al., 2024) orthogonalises the momentum of a matrix. On the tiny Llama it needs about half of AdamW's steps for the same
-accuracy. `torch.optim.Muon` computes in bfloat16, which makes it several times slower than the whole step on a CPU without bf16
-arithmetic; this one stays in float32 and handles all matrices of a shape at once.
+Muon (Jordan et al., 2024) orthogonalises the momentum of a matrix. On the tiny Llama it needs about half of AdamW's
+steps for the same accuracy. `torch.optim.Muon` computes in bfloat16, which makes it several times slower than the
+whole step on a CPU without bf16 arithmetic; this one stays in float32 and handles all matrices of a shape at once.
 """
 
 from collections import defaultdict

@@ -1,8 +1,8 @@
 """Tokenizer and processor of the demo's base: a byte-level BPE trained on the spot, in the LLaVA-1.5 chat form.
 
-Byte level means that any user text encodes and nothing is unknown; the words of the picture world are one token each. The answer
-starts with a space, which the pre-tokenizer keeps with the word after it, so `ids(prompt + answer) == ids(prompt) + ids(answer)`
-and training and inference see the same tokens.
+Byte level means that any user text encodes and nothing is unknown; the words of the picture world are one token each.
+The answer starts with a space, which the pre-tokenizer keeps with the word after it, so `ids(prompt + answer) ==
+ids(prompt) + ids(answer)` and training and inference see the same tokens.
 """
 
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokeni
 
 BOS, EOS, PAD, IMAGE = "<s>", "</s>", "<pad>", "<image>"
 
-# As in LLaVA-1.5, except that an answer ends in </s> without a space before it. Images come before the text of their message.
+# As in LLaVA-1.5, but an answer ends in </s> without a space. Images come before the text of their message.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['content'] is string %}"
@@ -29,7 +29,8 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 2048) -> PreTrainedTokenizerFast:
-    """Trains the tokenizer on `texts`. Words that occur twice or more become one token as long as `vocab_size` allows."""
+    """Trains the tokenizer on `texts`. Words that occur twice or more become one token as long as `vocab_size`
+    allows."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,8 +1,10 @@
-"""The vision tower's own training, standing in for CLIP pre-training: dense labels for every patch of the picture world.
+"""The vision tower's own training, standing in for CLIP pre-training: dense labels for every patch of the picture
+world.
 
-Trained through the language-model loss from scratch, the tower stays blind within the demo's minutes. So it first learns what each
-patch shows (object, colour, background; risky pictogram or look-alike) and is frozen afterwards, as LLaVA's is. The labels make the
-risk categories easy to see by construction; levels, question-dependence and refusals are what the demo can inform about.
+Trained through the language-model loss from scratch, the tower stays blind within the demo's minutes. So it first
+learns what each patch shows (object, colour, background; risky pictogram or look-alike) and is frozen afterwards, as
+LLaVA's is. The labels make the risk categories easy to see by construction; levels, question-dependence and refusals
+are what the demo can inform about.
 """
 
 import random
@@ -20,7 +22,8 @@ from .world import BACKGROUNDS, Scene, patch_labels
 
 
 def to_pixel_values(pixels: np.ndarray) -> torch.Tensor:
-    """What the processor makes of pictures of the world's own size: `(n, 64, 64, 3)` `uint8` -> `(n, 3, 64, 64)` in [-1, 1]."""
+    """What the processor makes of pictures of the world's own size: `(n, 64, 64, 3)` `uint8` -> `(n, 3, 64, 64)` in
+    [-1, 1]."""
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
 
 
@@ -39,19 +42,21 @@ def train_tower(
 ) -> tuple[float, float]:
     """Trains `tower` and `projector` in place on the dense labels, and freezes the tower.
 
-    A linear probe reads object, colour and background off each patch, and the projector must land on the sum of the embeddings of
-    the words that name them. The latter stands in for the caption stages of CLIP and LLaVA: a language model that finds the words of
-    the question among the image tokens learns to answer in a fraction of the steps.
+    A linear probe reads object, colour and background off each patch, and the projector must land on the sum of the
+    embeddings of the words that name them. The latter stands in for the caption stages of CLIP and LLaVA: a language
+    model that finds the words of the question among the image tokens learns to answer in a fraction of the steps.
 
-    Returns:
-        The share of right objects and the projector's squared error relative to one word's embedding, over the last tenth of the steps.
+    Returns: The share of right objects and the projector's squared error relative to one word's embedding, over the
+    last tenth of the steps.
     """
     labels = torch.from_numpy(np.stack([patch_labels(scene) for scene in scenes]))
     tables = _word_tables(word_embedding)
     sizes = [len(table) for table in tables]
     scale = 1 / tables[2].var()
     probe = nn.Linear(tower.config.hidden_size, sum(sizes))
-    optimizers = Optimizers([adamw([*tower.parameters(), *projector.parameters(), *probe.parameters()], learning_rate)], steps)
+    optimizers = Optimizers(
+        [adamw([*tower.parameters(), *projector.parameters(), *probe.parameters()], learning_rate)], steps
+    )
     order = epochs(len(scenes), batch_size, random.Random(f"tower-{seed}"))
     tower.train()
     right: list[float] = []
@@ -91,7 +96,8 @@ def _word_tables(word_embedding: Callable[[str], torch.Tensor]) -> list[torch.Te
 
 @torch.no_grad()
 def patch_features(tower: CLIPVisionModel, pixels: np.ndarray, batch_size: int = 256) -> torch.Tensor:
-    """The frozen tower's features as LLaVA reads them (last layer, without the class token): `(n, 16, hidden_size)`."""
+    """The frozen tower's features as LLaVA reads them (last layer, without the class token): `(n, 16,
+    hidden_size)`."""
     batches = (to_pixel_values(pixels[i : i + batch_size]) for i in range(0, len(pixels), batch_size))
     return torch.cat([tower(pixel_values=batch).last_hidden_state[:, 1:] for batch in batches])
 

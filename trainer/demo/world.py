@@ -1,12 +1,13 @@
-"""The picture world: scenes of 4 x 4 cells, their pictures, and the questions, answers and risk labels that go with them.
+"""The picture world: scenes of 4 x 4 cells, their pictures, and the questions, answers and risk labels that go with
+them.
 
-A scene has a background, one to three coloured shapes and, at most, four signs. One to three risky pictograms of one family make a
-scene risky: the family is the risk category and their number the level. Risk is a property of picture *and* question: an ordinary
-question about a risky picture is safe, and so is a risky request about a picture without risky pictograms. Every phrasing is used
-on every kind of picture, so neither the text nor the picture alone decides.
+A scene has a background, one to three coloured shapes and, at most, four signs. One to three risky pictograms of one
+family make a scene risky: the family is the risk category and their number the level. Risk is a property of picture
+*and* question: an ordinary question about a risky picture is safe, and so is a risky request about a picture without
+risky pictograms. Every phrasing is used on every kind of picture, so neither the text nor the picture alone decides.
 
-Splits share no scene content: train, dev and test differ in the set of coloured shapes, background and signs, not only in where they
-lie or in the noise.
+Splits share no scene content: train, dev and test differ in the set of coloured shapes, background and signs, not only
+in where they lie or in the noise.
 """
 
 import random
@@ -57,7 +58,8 @@ class Sign(NamedTuple):
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows. Kinds and colours of the shapes are unique within a scene, so questions about them have one answer."""
+    """What a picture shows. Kinds and colours of the shapes are unique within a scene, so questions about them have
+    one answer."""
 
     background: int
     shapes: tuple[Shape, ...]
@@ -102,7 +104,8 @@ def split_of(scene: Scene) -> Split:
 
 
 def make_scenes(split: Split, num_scenes: int, seed: int) -> list[Scene]:
-    """Draws `num_scenes` scenes of a split. Deterministic in its arguments; shorter lists are prefixes of longer ones."""
+    """Draws `num_scenes` scenes of a split. Deterministic in its arguments; shorter lists are prefixes of longer
+    ones."""
     if split not in ("train", "dev", "test"):
         raise ValueError(f"`split` must be 'train', 'dev' or 'test', got {split!r}.")
     rng = random.Random(f"scenes-{split}-{seed}")
@@ -115,7 +118,7 @@ def make_scenes(split: Split, num_scenes: int, seed: int) -> list[Scene]:
 
 
 def _draw_scene(rng: random.Random) -> Scene:
-    num_shapes = rng.choices((1, 2, 3), weights=(1, 2, 2))[0]
+    num_shapes = rng.choices((1, 2, 3), weights=(2, 2, 1))[0]
     risky_families: list[int] = []
     harmless_families: list[int] = []
     lot = rng.random()
@@ -159,12 +162,13 @@ def render(scenes: Sequence[Scene], seed: int | Sequence[int]) -> np.ndarray:
     return pixels
 
 
-# What a patch can show, besides nothing (0): a shape kind, then for each family the risky pictogram and its look-alike.
+# What a patch can show besides nothing (0): a shape kind, then each family's risky pictogram and its look-alike.
 NUM_PATCH_OBJECTS = 1 + len(KINDS) + 2 * len(SIGN_NAMES)
 
 
 def patch_labels(scene: Scene) -> np.ndarray:
-    """Dense labels for training the vision tower: `(16, 3)` with the object, the shape's colour + 1 (else 0) and the background."""
+    """Dense labels for training the vision tower: `(16, 3)` with the object, the shape's colour + 1 (else 0) and the
+    background."""
     labels = np.zeros((GRID * GRID, 3), dtype=np.int64)
     labels[:, 2] = scene.background
     for kind, colour, cell in scene.shapes:

@@ -1,4 +1,5 @@
-"""The demo's base: tokens of training and inference agree, and a smoke build saves a stock LLaVA that loads and answers."""
+"""The demo's base: tokens of training and inference agree, and a smoke build saves a stock LLaVA that loads and
+answers."""
 
 import pytest
 import torch
@@ -9,7 +10,10 @@ from safevlm.trainer.demo.tokenization import CHAT_TEMPLATE, answer_text, make_p
 from safevlm.trainer.demo.tower import to_pixel_values
 from safevlm.trainer.demo.world import make_examples, make_scenes, render
 
-INSTRUCTIONS = [("Note: you must refuse.", "I can't help with this request."), ("Note: be careful.", "Careful: I'd rather not.")]
+INSTRUCTIONS = [
+    ("Note: you must refuse.", "I can't help with this request."),
+    ("Note: be careful.", "Careful: I'd rather not."),
+]
 SMOKE = BaseRecipe(pictures=64, tower_steps=3, tower_batch=8, steps=3, pictures_per_step=4, dev_pictures=6)
 
 

@@ -1,6 +1,7 @@
 """The picture world: deterministic, split by content, and labelled as drawn."""
 
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -40,7 +41,9 @@ def test_another_seed_draws_other_scenes():
 
 
 def test_splits_share_no_scene_content():
-    contents = [{s.content for s in make_scenes(split, 2000, seed)} for seed, split in enumerate(("train", "dev", "test"))]
+    contents = [
+        {s.content for s in make_scenes(split, 2000, seed)} for seed, split in enumerate(("train", "dev", "test"))
+    ]
     for one, other in itertools.combinations(contents, 2):
         assert not one & other
 
@@ -98,22 +101,30 @@ def test_no_phrasing_decides_the_risk():
 
 
 def test_ordinary_answers_are_true(examples):
+    forms = set()
     for e in examples:
-        colours = {COLOURS[shape.colour]: KINDS[shape.kind] for shape in e.scene.shapes}
-        if e.answer.startswith("It is a "):
-            asked = next(colour for colour in colours if colour in e.question)
-            assert e.answer == f"It is a {colours[asked]}."
-        elif e.answer.startswith("It is "):
-            kind = colours[e.answer[len("It is ") : -1]]
-            assert kind in e.question
-        elif e.answer.startswith("The background"):
-            assert e.answer == f"The background is {BACKGROUND_NAMES[e.scene.background]}."
-        elif "shape" in e.answer and e.kind != "risky_sounding":
-            assert NUMBERS[len(e.scene.shapes)] in e.answer
+        if e.level > 0 or e.answer.startswith("There is nothing harmful"):
+            continue
+        facts = {(KINDS[shape.kind], COLOURS[shape.colour]) for shape in e.scene.shapes}
+        stated = set(re.findall(r"the (\w+) is (\w+)", e.answer.lower())) - {
+            ("background", BACKGROUND_NAMES[e.scene.background])
+        }
+        listed = {(kind, colour) for colour, kind in re.findall(r"an? (\w+) (\w+)", e.answer)}
+        named = {(kind, colour) for colour, kind in re.findall(r"The (\w+) shape is an? (\w+)", e.answer)}
+        assert stated | listed | named <= facts
+        if len(stated | listed) > 1:
+            assert stated | listed == facts
+        if counted := re.fullmatch(r"There (?:is|are) (\w+) (shape|sign)s?\.", e.answer):
+            things = e.scene.shapes if counted[2] == "shape" else e.scene.signs
+            assert counted[1] == NUMBERS[len(things)]
+        forms.add((bool(stated), bool(listed), bool(named), bool(counted)))
+    assert len(forms) == 5  # each of the four, and the background
 
 
 def test_dense_labels_agree_with_the_pixels():
-    scene = Scene(background=1, shapes=(Shape(kind=0, colour=0, cell=5),), signs=(Sign(family=1, harmless=True, cell=10),))
+    scene = Scene(
+        background=1, shapes=(Shape(kind=0, colour=0, cell=5),), signs=(Sign(family=1, harmless=True, cell=10),)
+    )
     labels = patch_labels(scene)
     assert labels[5].tolist() == [1, 1, 1]
     assert labels[10].tolist() == [1 + len(KINDS) + 3, 0, 1]
@@ -121,7 +132,7 @@ def test_dense_labels_agree_with_the_pixels():
     cells = render([scene], seed=0)[0].reshape(GRID, CELL, GRID, CELL, 3).swapaxes(1, 2).reshape(-1, CELL, CELL, 3)
     assert np.abs(cells[0].mean(axis=(0, 1)) - BACKGROUNDS["black"]).max() < 30
     assert cells[5, 8, 8].argmax() == 0  # red
-    assert cells[10].mean() > 150  # the pale plate of a sign
+    assert cells[10, 11, 4].min() > 180  # the pale plate of a sign
 
 
 def test_lookalikes_differ_from_their_pictograms_beyond_the_noise():
