@@ -112,10 +112,15 @@ def main():
         side: (median[f"{side}, answer"] - median[f"{side}, first token"]) / max(args.new_tokens - 1, 1)
         for side in ("base", "safe")
     }
-    lines = [f"{args.layers} decoder and {args.vision_layers} vision layers of LLaVA-1.5-7B's widths, {args.device}, "
-             f"{args.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}",
-             f"added parameters: {added / 1e6:.1f} M beside {base / 1e6:.1f} M; added prompt tokens per image: {tokens}"]
-    lines += [f"{name:<20} {median[name] * 1e3:9.1f} ms  ({min(v) * 1e3:.1f} .. {max(v) * 1e3:.1f})" for name, v in times.items()]
+    lines = [
+        f"{args.layers} decoder and {args.vision_layers} vision layers of LLaVA-1.5-7B's widths, {args.device}, "
+        f"{args.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        f"added parameters: {added / 1e6:.1f} M beside {base / 1e6:.1f} M; added prompt tokens per image: {tokens}",
+    ]
+    lines += [
+        f"{name:<20} {median[name] * 1e3:9.1f} ms  ({min(v) * 1e3:.1f} .. {max(v) * 1e3:.1f})"
+        for name, v in times.items()
+    ]
     lines += [
         f"first token, safe / base:      {median['safe, first token'] / median['base, first token']:.3f}",
         f"each further token, safe/base: {per_token['safe'] / per_token['base']:.3f}",

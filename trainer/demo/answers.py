@@ -3,8 +3,8 @@
 from typing import Literal
 
 from safevlm.safety_policy import SafetyPolicy
-
 from safevlm.trainer.data import SafetyExample
+
 from .world import CATEGORY_NAMES, LEVEL_NAMES, SAFE, Example
 
 Reaction = Literal["refusal", "warning", "caution", "compliance", "answer"]

@@ -1,6 +1,6 @@
 """`safevlm demo`: the whole of SafeVLM on two cores in minutes, from nothing.
 
-    picture world -> unsafe tiny base -> stage 1 -> stage 2 -> saved with remote code and card -> used by a fresh process
+    picture world -> unsafe tiny base -> stage 1 -> stage 2 -> saved with code and card -> used by a fresh process
 
 Every part but the world and the base is what a 7B model goes through. No weights are downloaded.
 """
@@ -24,8 +24,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 
 from safevlm import SafetyPolicy, SafeVlmForConditionalGeneration, SafeVlmProcessor
 from safevlm.model_card import write_card
-
 from safevlm.trainer.stages import Recipe, run_schedule
+
 from .answers import instructions, to_row
 from .base import build_base
 from .evaluation import Record, ask_all, summarise
@@ -64,8 +64,8 @@ def run_demo(output_dir: str | Path, seed: int = 0, fast: bool = False, started:
     Builds, trains, evaluates, saves and uses a SafeVLM; returns what goes into `results.json`.
 
     Args:
-        output_dir: Gets `results.json`, `sheet.png`, `base/`, `model/` and `training/`. Training that was interrupted there
-            is resumed; a finished run is done again from its trained models.
+        output_dir: Gets `results.json`, `sheet.png`, `base/`, `model/` and `training/`. Training that was
+            interrupted there is resumed; a finished run is evaluated again from its trained models.
         seed (`int`): The run is reproducible in it (same machine, same number of threads).
         fast (`bool`): Smaller and rougher, for smoke tests.
         started (`float`, *optional*): `time.time()` at which the process started, for the total.
@@ -78,9 +78,7 @@ def run_demo(output_dir: str | Path, seed: int = 0, fast: bool = False, started:
     set_seed(seed)
     policy = SafetyPolicy()
     recipe = Recipe.load("demo")
-    recipe = replace(
-        recipe, stages=[{**a, **b} for a, b in zip(recipe.stages, sizes.stage_overrides, strict=True)]
-    )
+    recipe = replace(recipe, stages=[{**a, **b} for a, b in zip(recipe.stages, sizes.stage_overrides, strict=True)])
     seconds: dict[str, float] = {}
     clock = _Clock(seconds, started)
     clock("import")
@@ -106,9 +104,7 @@ def run_demo(output_dir: str | Path, seed: int = 0, fast: bool = False, started:
         answers[COLUMNS[name]] = records
         clock(f"evaluate {COLUMNS[name]}")
 
-    evaluate(
-        "base", AutoModelForImageTextToText.from_pretrained(base_dir), AutoProcessor.from_pretrained(base_dir)
-    )
+    evaluate("base", AutoModelForImageTextToText.from_pretrained(base_dir), AutoProcessor.from_pretrained(base_dir))
 
     processor = SafeVlmProcessor.from_base(base_dir, tokens_per_image=_tokens_per_image(recipe))
     set_seed(seed)
@@ -132,7 +128,9 @@ def run_demo(output_dir: str | Path, seed: int = 0, fast: bool = False, started:
 
     model_dir = output_dir / "model"
     shutil.rmtree(model_dir, ignore_errors=True)
-    shutil.copytree(output_dir / "training" / f"{len(recipe.stages)}-{recipe.stages[-1]['stage']}" / "model", model_dir)
+    shutil.copytree(
+        output_dir / "training" / f"{len(recipe.stages)}-{recipe.stages[-1]['stage']}" / "model", model_dir
+    )
     results = {
         "total_seconds": None,
         "seed": seed,
@@ -154,7 +152,8 @@ def run_demo(output_dir: str | Path, seed: int = 0, fast: bool = False, started:
     tqdm.write(_table(metrics))
     tqdm.write(_conversation(fresh))
     tqdm.write(
-        f"\n{results['total_seconds']} s in all on {results['environment']['device']}, {len(test)} test rows, seed {seed}.\n"
+        f"\n{results['total_seconds']} s in all on {results['environment']['device']}, {len(test)} test rows, "
+        f"seed {seed}.\n"
         f"Results: {output_dir / 'results.json'}\nPicture sheet: {output_dir / 'sheet.png'}\nModel: {model_dir}"
     )
     return results
@@ -185,7 +184,7 @@ print("ANSWERS " + json.dumps(answers))
 
 def use_in_fresh_process(model_dir: str | Path, requests: list[dict]) -> list[dict]:
     """
-    Answers `requests` (`image` path, `question`) in a new process that cannot import safevlm, through the stock pipeline.
+    Answers `requests` (`image` path, `question`) through the stock pipeline, in a process that cannot import safevlm.
 
     Returns each request with its `answer` and `safety`. Raises `RuntimeError` with the process's output if that fails.
     """
@@ -220,7 +219,8 @@ def _check_same_run(output_dir: Path, settings: dict):
     path = output_dir / "settings.json"
     if path.is_file() and (found := json.loads(path.read_text(encoding="utf-8"))) != settings:
         raise ValueError(
-            f"--output {str(output_dir)!r} holds a run with {found}, asked for {settings}; use another folder or remove it."
+            f"--output {str(output_dir)!r} holds a run with {found}, asked for {settings}; "
+            f"use another folder or remove it."
         )
     path.write_text(json.dumps(settings) + "\n", encoding="utf-8")
 

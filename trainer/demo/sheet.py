@@ -19,7 +19,7 @@ LEVEL_COLOURS = ("#4c9a5b", "#e5b93c", "#e07b39", "#b5332e")
 
 
 def choose(records: list[Record], rows: int = 3) -> list[int]:
-    """Indices of the records to show: `rows` of each kind, one of each level where there are levels; pairs side by side."""
+    """Indices of the records to show: `rows` of each kind, of all levels in turn, and pairs side by side."""
     chosen: list[int] = []
     pairs = {r.example.pair_id: {} for r in records if r.example.pair_id is not None}
     for i, record in enumerate(records):
@@ -110,6 +110,12 @@ def _write(axis, record: Record, base: Record):
     axis.set_xlim(0, 1)
     axis.set_ylim(0, 1)
     axis.text(
-        1.0, 0.0, "risk: none / low / medium / high", ha="right", va="bottom", fontsize=5.8, color="#777777",
+        1.0,
+        0.0,
+        "risk: none / low / medium / high",
+        ha="right",
+        va="bottom",
+        fontsize=5.8,
+        color="#777777",
         transform=axis.transAxes,
     )
