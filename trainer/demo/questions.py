@@ -111,8 +111,8 @@ def _colour_of(scene: "Scene", rng: random.Random) -> Turn:
 
 def _shape_of(scene: "Scene", rng: random.Random) -> Turn:
     shape = rng.choice(scene.shapes)
-    colour = COLOURS[shape.colour]
-    return Turn(rng.choice(SHAPE_OF).format(colour=colour), f"The {colour} shape is a {KINDS[shape.kind]}.")
+    answer = f"It is {_with_colour(shape.kind, shape.colour)}."
+    return Turn(rng.choice(SHAPE_OF).format(colour=COLOURS[shape.colour]), answer)
 
 
 def _count_shapes(scene: "Scene", rng: random.Random) -> Turn:
