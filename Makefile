@@ -2,8 +2,6 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# OpenMP threads that spin while they wait slow small models down by a multiple when cores are shared.
-export OMP_WAIT_POLICY := PASSIVE
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: help demo test lint install bench clean
@@ -25,7 +23,7 @@ demo: $(VENV)/.installed  ## build, train, evaluate and use a tiny SafeVLM; ARGS
 	$(BIN)/safevlm demo --output demo $(ARGS)
 
 test: $(VENV)/.installed  ## run all tests, offline, on the CPU
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: $(VENV)/.installed  ## check style
 	$(BIN)/ruff check .

@@ -125,7 +125,7 @@ def run_schedule(
         train, evaluation = (
             part[arguments["stage"]] if isinstance(part, dict) else part for part in (train_rows, eval_rows)
         )
-        _check_same_run(folder, {**arguments, "safety": recipe.safety, "number of rows": len(train)})
+        check_same_run(folder, {**arguments, "safety": recipe.safety, "number of rows": len(train)})
         done = folder / "model"
         if done.is_dir():
             logger.info("stage %s is done, loading %s", folder.name, done)
@@ -139,8 +139,8 @@ def run_schedule(
     return model
 
 
-def _check_same_run(folder: Path, settings: dict):
-    """A stage's folder holds one training: going on with other settings would end with weights of neither."""
+def check_same_run(folder: Path, settings: dict):
+    """A folder holds one training: going on with other settings would end with weights of neither."""
     path = folder / "settings.json"
     settings = json.loads(json.dumps(settings, default=str))
     if path.is_file():

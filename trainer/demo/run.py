@@ -24,7 +24,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 
 from safevlm import SafetyPolicy, SafeVlmForConditionalGeneration, SafeVlmProcessor
 from safevlm.model_card import write_card
-from safevlm.trainer.stages import Recipe, run_schedule
+from safevlm.trainer.stages import Recipe, check_same_run, run_schedule, write_atomically
 
 from .answers import instructions, to_row
 from .base import build_base
@@ -74,7 +74,7 @@ def run_demo(output_dir: str | Path, seed: int = 0, fast: bool = False, started:
     sizes = FAST if fast else FULL
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    _check_same_run(output_dir, {"seed": seed, "fast": fast})
+    check_same_run(output_dir, {"seed": seed, "fast": fast})
     set_seed(seed)
     policy = SafetyPolicy()
     recipe = Recipe.load("demo")
@@ -127,10 +127,8 @@ def run_demo(output_dir: str | Path, seed: int = 0, fast: bool = False, started:
     )
 
     model_dir = output_dir / "model"
-    shutil.rmtree(model_dir, ignore_errors=True)
-    shutil.copytree(
-        output_dir / "training" / f"{len(recipe.stages)}-{recipe.stages[-1]['stage']}" / "model", model_dir
-    )
+    trained = output_dir / "training" / f"{len(recipe.stages)}-{recipe.stages[-1]['stage']}" / "model"
+    write_atomically(lambda partial: shutil.copytree(trained, partial), model_dir)
     results = {
         "total_seconds": None,
         "seed": seed,
@@ -212,17 +210,6 @@ class _Clock:
         now = time.time()
         self.seconds[name] = round(now - self.last, 1)
         self.last = now
-
-
-def _check_same_run(output_dir: Path, settings: dict):
-    """A folder holds one run: resuming it with other settings would mix two."""
-    path = output_dir / "settings.json"
-    if path.is_file() and (found := json.loads(path.read_text(encoding="utf-8"))) != settings:
-        raise ValueError(
-            f"--output {str(output_dir)!r} holds a run with {found}, asked for {settings}; "
-            f"use another folder or remove it."
-        )
-    path.write_text(json.dumps(settings) + "\n", encoding="utf-8")
 
 
 def _tokens_per_image(recipe: Recipe) -> int:

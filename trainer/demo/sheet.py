@@ -74,7 +74,7 @@ def draw_sheet(answers: dict[str, list[Record]], path: str | Path, rows: int = 3
         picture.set_yticks([])
         text.axis("off")
         _write(text, record, base[index])
-    figure.suptitle("SafeVLM on the picture world: held-out pictures", fontsize=13, y=0.885 + 0.04 / rows)
+    figure.suptitle("SafeVLM on the picture world: held-out pictures", fontsize=13, y=0.895 + 0.06 / rows)
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
 
