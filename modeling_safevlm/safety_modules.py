@@ -40,7 +40,8 @@ class CAbstractor(nn.Module):
         super().__init__()
         self.grid = round(config.num_safety_features**0.5)
         depth = config.safety_projector_depth
-        self.input = nn.Conv2d(vision_hidden_size, hidden_size, kernel_size=1)
+        self.norm = nn.LayerNorm(vision_hidden_size)  # vision features have a few dimensions of outlying size
+        self.input = nn.Linear(vision_hidden_size, hidden_size)
         self.before_pooling = nn.Sequential(*[ConvBlock(hidden_size) for _ in range(depth)])
         self.after_pooling = nn.Sequential(*[ConvBlock(hidden_size) for _ in range(depth)])
         self.output = nn.Sequential(
@@ -66,7 +67,7 @@ class CAbstractor(nn.Module):
                 f"{patches.shape[1]} patches{' with padding' if mask is not None else ''}. "
                 f"Use `safety_projector_type='resampler'` for this base model."
             )
-        x = self.input(patches.transpose(1, 2).unflatten(2, (side, side)))  # (num_images, hidden, side, side)
+        x = self.input(self.norm(patches)).transpose(1, 2).unflatten(2, (side, side))  # (images, hidden, side, side)
         x = self.before_pooling(x)
         if side != self.grid:
             x = F.adaptive_avg_pool2d(x, self.grid)
@@ -102,6 +103,7 @@ class Resampler(nn.Module):
 
     def __init__(self, config: SafeVlmConfig, vision_hidden_size: int, hidden_size: int):
         super().__init__()
+        self.norm = nn.LayerNorm(vision_hidden_size)
         self.input = nn.Linear(vision_hidden_size, hidden_size)
         self.queries = SafetyTokens(config.num_safety_features, hidden_size, config.initializer_range)
         self.layers = nn.ModuleList(
@@ -119,7 +121,7 @@ class Resampler(nn.Module):
         Returns:
             `torch.FloatTensor` of shape `(num_images, num_safety_features, hidden_size)`
         """
-        memory = self.input(patches)
+        memory = self.input(self.norm(patches))
         x = self.queries(len(patches))
         for layer in self.layers:
             x = layer(x, memory, mask)

@@ -135,7 +135,10 @@ class SafetyPolicy:
         import yaml
 
         text = Path(path).read_text(encoding="utf-8")
-        data = json.loads(text) if str(path).endswith(".json") else yaml.safe_load(text)
+        try:
+            data = json.loads(text) if str(path).endswith(".json") else yaml.safe_load(text)
+        except (json.JSONDecodeError, yaml.YAMLError) as error:
+            raise ValueError(f"Policy file {path} is no valid {Path(path).suffix[1:].upper()}: {error}") from None
         if not isinstance(data, dict):
             raise ValueError(f"Policy file {path} must hold a mapping of policy fields, got {type(data).__name__}.")
         return cls.from_value(data)

@@ -109,6 +109,8 @@ def _demo(args):
 
 
 def _train(args):
+    from accelerate import PartialState
+
     from .run import train_from_files
 
     report = train_from_files(
@@ -124,7 +126,8 @@ def _train(args):
         seed=args.seed,
         overrides=dict(_override(item) for item in args.set),
     )
-    _print_json(report)
+    if PartialState().is_main_process:
+        _print_json(report)
 
 
 def _override(item: str) -> tuple[str, object]:

@@ -7,13 +7,15 @@ import shutil
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from transformers import AutoConfig, set_seed
 
 from safevlm import SafeVlmConfig, SafeVlmForConditionalGeneration, SafeVlmProcessor
 from safevlm.backbones import get_backbone
+from safevlm.model_card import write_card
 
 from .data import read_rows, split_holdout
-from .evaluation import trainer_metrics
+from .evaluation import environment, trainer_metrics
 from .stages import Recipe, check_overrides, run_schedule, write_atomically
 from .trainer import SafeVlmTrainer
 from .training_args import SafeVlmTrainingArguments
@@ -92,8 +94,6 @@ def train_from_files(
             metrics[folder.name.split("-", 1)[1]] = evaluate_head(model, processor, eval_rows, folder, overrides)
 
     model = run_schedule(model, processor, train_rows, output_dir, recipe, after_stage=after_stage, **overrides)
-    last = output_dir / f"{len(recipe.stages)}-{recipe.stages[-1]['stage']}" / "model"
-    write_atomically(lambda partial: shutil.copytree(last, partial), output_dir / "model")
     report = {
         "num_train_rows": len(train_rows),
         "num_eval_rows": len(eval_rows or []),
@@ -101,7 +101,15 @@ def train_from_files(
         "metrics": metrics,
         "model": str(output_dir / "model"),
     }
-    (output_dir / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    last = output_dir / f"{len(recipe.stages)}-{recipe.stages[-1]['stage']}" / "model"
+
+    def publish(partial: Path):
+        shutil.copytree(last, partial)
+        write_card(partial, _card_facts(base, data, recipe, report))
+
+    write_atomically(publish, output_dir / "model")
+    if PartialState().is_main_process:
+        (output_dir / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
 
 
@@ -120,6 +128,30 @@ def evaluate_head(model, processor, rows, folder: Path, overrides: dict) -> dict
         for name, value in metrics.items()
         if not name.endswith(("runtime", "per_second", "epoch", "preparation_time"))
     }
+
+
+def _card_facts(base, data, recipe: Recipe, report: dict) -> dict:
+    files = ", ".join(f"`{Path(path).name}`" for path in data)
+    measures = ("category_macro_f1", "level_accuracy", "auroc")
+    metrics = {
+        stage: {name: values[name] for name in measures if name in values}
+        for stage, values in report["metrics"].items()
+    }
+    facts = {
+        "model_name": "SafeVLM",
+        "model_id": "model",
+        "base_model": f"`{base}`",
+        "training_data": f"{report['num_train_rows']} rows of {files}",
+        "stages": recipe.stages,
+    }
+    if any(metrics.values()):
+        facts["metrics"] = metrics
+        facts["evaluation"] = {
+            "data": f"the {report['num_eval_rows']} rows held out",
+            "command": f"safevlm train --base {base} --data {' '.join(str(path) for path in data)}",
+            **environment(),
+        }
+    return facts
 
 
 def _label_fields(safety: dict) -> dict:

@@ -182,7 +182,9 @@ def train_stage(model, processor, args: SafeVlmTrainingArguments, train_rows, ev
         if trainer.is_world_process_zero():
             model.save_pretrained(Path(args.output_dir) / "adapter")
         model = model.merge_and_unload()
-    return model.requires_grad_(True).eval()
+    for parameter in model.parameters():
+        parameter.requires_grad = parameter.is_floating_point()  # a quantised base has integer weights
+    return model.eval()
 
 
 def align_storage(model):

@@ -156,8 +156,8 @@ def safety_parameters(hidden, depth, head_tokens, prompt_tokens, projected_token
 @pytest.mark.parametrize(
     ("config", "sizes", "literals"),
     [
-        (SafeVlmConfig, (1024, 2, 16, 4, 4), (8_183_296, 12_635_148, 12_665_856)),
-        (SafeVlmConfig.paper, (4096, 3, 64, 64, 16), (152_898_560, 151_375_884, 151_425_024)),
+        (SafeVlmConfig, (1024, 2, 16, 4, 4), (8_185_344, 12_635_148, 12_665_856)),
+        (SafeVlmConfig.paper, (4096, 3, 64, 64, 16), (152_900_608, 151_375_884, 151_425_024)),
     ],
     ids=["default", "paper"],
 )

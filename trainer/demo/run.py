@@ -8,22 +8,21 @@ Every part but the world and the base is what a 7B model goes through. No weight
 import json
 import logging
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
-from datetime import date
 from pathlib import Path
 
 import torch
-import transformers
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 
 from safevlm import SafetyPolicy, SafeVlmForConditionalGeneration, SafeVlmProcessor
 from safevlm.model_card import write_card
+from safevlm.trainer.data import balance
+from safevlm.trainer.evaluation import environment
 from safevlm.trainer.stages import Recipe, check_same_run, run_schedule, write_atomically
 
 from .answers import instructions, to_row
@@ -48,7 +47,7 @@ class DemoSizes:
     stage_overrides: tuple[dict, ...] = ({}, {})
 
 
-FULL = DemoSizes(train_pictures=6_000, test_pictures=1_600)
+FULL = DemoSizes(train_pictures=9_000, test_pictures=1_600)
 FAST = DemoSizes(
     train_pictures=1_500,
     test_pictures=400,
@@ -91,7 +90,10 @@ def run_demo(output_dir: str | Path, seed: int = 0, fast: bool = False, started:
         partial.rename(base_dir)
     clock("unsafe base")
 
-    train_rows = [to_row(example, policy) for example in make_examples("train", sizes.train_pictures, seed)]
+    rows = [to_row(example, policy) for example in make_examples("train", sizes.train_pictures, seed)]
+    # As in the paper, stage 1 learns from risky rows balanced over categories and some clean ones, stage 2 from all.
+    num_risky = sum(row.level > 0 for row in rows)
+    train_rows = {"safety_alignment": balance(rows, clean=num_risky, seed=seed), "joint_finetuning": rows}
     test = make_examples("test", sizes.test_pictures, seed + TEST_SEED_OFFSET)
     clock("data")
 
@@ -135,7 +137,7 @@ def run_demo(output_dir: str | Path, seed: int = 0, fast: bool = False, started:
         "metrics": metrics,
         "num_test_rows": len(test),
         "seconds": seconds,
-        "environment": _environment(),
+        "environment": environment(),
     }
     write_card(model_dir, _card_facts(results, sizes, recipe))
     draw_sheet(answers, output_dir / "sheet.png")
@@ -214,17 +216,6 @@ class _Clock:
 
 def _tokens_per_image(recipe: Recipe) -> int:
     return recipe.safety["num_prompt_tokens"] + recipe.safety["num_projected_tokens"]
-
-
-def _environment() -> dict[str, str]:
-    return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "date": date.today().isoformat(),
-    }
 
 
 def _showcase(output_dir: Path, records: list[Record]) -> list[dict]:
