@@ -143,7 +143,7 @@ def safety_parameters(hidden, depth, head_tokens, prompt_tokens, projected_token
     width = hidden // 2
     block = 2 * hidden + linear(hidden, width) + width * 16 * 9 + width  # norm, 1x1, 3x3 in groups of 16 channels
     block += linear(width, width // 4) + linear(width // 4, width) + linear(width, hidden)
-    projector = linear(VISION, hidden) + 2 * depth * block + 2 * linear(hidden, hidden) + 2 * hidden
+    projector = 2 * VISION + linear(VISION, hidden) + 2 * depth * block + 2 * linear(hidden, hidden) + 2 * hidden
     attention = 2 * hidden + 4 * linear(hidden, hidden)
     attention += 2 * hidden + linear(hidden, 2 * hidden) + linear(2 * hidden, hidden)
     head = (head_tokens + 1) * hidden + 2 * TEXT + linear(TEXT, hidden) + attention + 2 * hidden
