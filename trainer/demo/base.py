@@ -54,7 +54,7 @@ class BaseRecipe:
     tower_steps: int = 300
     tower_batch: int = 128
     tower_learning_rate: float = 2e-3
-    steps: int = 750
+    steps: int = 700
     pictures_per_step: int = 16
     row_length: int = 136  # tokens of the picture and about five questions packed behind it
     learning_rate: float = 2e-3

@@ -47,7 +47,7 @@ class DemoSizes:
     stage_overrides: tuple[dict, ...] = ({}, {})
 
 
-FULL = DemoSizes(train_pictures=9_000, test_pictures=1_600)
+FULL = DemoSizes(train_pictures=8_000, test_pictures=1_400)
 FAST = DemoSizes(
     train_pictures=1_500,
     test_pictures=400,
