@@ -33,7 +33,7 @@ from .world import CATEGORY_NAMES, LEVEL_NAMES, make_examples
 
 logger = logging.getLogger(__name__)
 
-# Test scenes come from a stream of their own: no choice in this package was made by looking at them.
+# Test scenes come from a stream of their own, apart from the dev scenes that choices are made on.
 TEST_SEED_OFFSET = 1_000_003
 COLUMNS = {"base": "base", "1-safety_alignment": "stage1", "2-joint_finetuning": "stage2"}
 
