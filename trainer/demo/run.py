@@ -34,7 +34,7 @@ from .world import CATEGORY_NAMES, LEVEL_NAMES, make_examples
 logger = logging.getLogger(__name__)
 
 # Test scenes come from a stream of their own, apart from the dev scenes that choices are made on.
-TEST_SEED_OFFSET = 1_000_003
+TEST_SEED_OFFSET = 7_000_003
 COLUMNS = {"base": "base", "1-safety_alignment": "stage1", "2-joint_finetuning": "stage2"}
 
 
