@@ -29,9 +29,7 @@ from .safety_modules import SafetyEmbeddings, SafetyModules, SafetyTokens
 from .safety_policy import SafetyPolicy
 
 # What a SafeVlmConfig says beside its base: the options of `from_base`.
-_SAFETY_FIELDS = [
-    name for name in inspect.signature(SafeVlmConfig).parameters if name not in ("base_config", "kwargs")
-]
+SAFETY_FIELDS = [name for name in inspect.signature(SafeVlmConfig).parameters if name not in ("base_config", "kwargs")]
 
 
 @dataclass
@@ -170,9 +168,9 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
             from .safety_adapter import adapter_config
 
             config = adapter_config(safety_adapter, base.config)
-        if unknown := sorted(set(safety) - set(_SAFETY_FIELDS)):
-            raise TypeError(f"`from_base` got the unknown option {unknown[0]!r}; known: {', '.join(_SAFETY_FIELDS)}.")
-        chosen = {} if config is None else {name: getattr(config, name) for name in _SAFETY_FIELDS}
+        if unknown := sorted(set(safety) - set(SAFETY_FIELDS)):
+            raise TypeError(f"`from_base` got the unknown option {unknown[0]!r}; known: {', '.join(SAFETY_FIELDS)}.")
+        chosen = {} if config is None else {name: getattr(config, name) for name in SAFETY_FIELDS}
         config = SafeVlmConfig(**{**chosen, **safety}, base_config=base.config, dtype=base.dtype)
         if processor is None and safety_adapter is None:
             processor = AutoProcessor.from_pretrained(name)

@@ -4,7 +4,6 @@
 `model/` appears, whole, when it is done.
 """
 
-import inspect
 import json
 import logging
 import os
@@ -20,14 +19,14 @@ from transformers import set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from safevlm import SafeVlmConfig, SafeVlmForConditionalGeneration
+from safevlm import SafeVlmForConditionalGeneration
+from safevlm.modeling_safevlm import SAFETY_FIELDS
 
 from .trainer import SafeVlmTrainer
 from .training_args import STAGES, SafeVlmTrainingArguments
 
 logger = logging.getLogger(__name__)
 RECIPES = Path(__file__).parent / "recipes"
-SAFETY_FIELDS = [name for name in inspect.signature(SafeVlmConfig).parameters if name not in ("base_config", "kwargs")]
 NUMBERS = (int, float, int | None, float | None)
 
 

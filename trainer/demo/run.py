@@ -19,7 +19,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 
-from safevlm import SafetyPolicy, SafeVlmForConditionalGeneration, SafeVlmProcessor
+from safevlm import SafetyPolicy, SafeVlmConfig, SafeVlmForConditionalGeneration, SafeVlmProcessor
 from safevlm.model_card import write_card
 from safevlm.trainer.data import balance
 from safevlm.trainer.evaluation import environment
@@ -108,7 +108,7 @@ def run_demo(output_dir: str | Path, seed: int = 0, fast: bool = False, started:
 
     evaluate("base", AutoModelForImageTextToText.from_pretrained(base_dir), AutoProcessor.from_pretrained(base_dir))
 
-    processor = SafeVlmProcessor.from_base(base_dir, tokens_per_image=_tokens_per_image(recipe))
+    processor = SafeVlmProcessor.from_base(base_dir, config=SafeVlmConfig(**recipe.safety))
     set_seed(seed)
     model = SafeVlmForConditionalGeneration.from_base(base_dir, processor, **recipe.safety)
 
@@ -188,12 +188,12 @@ def use_in_fresh_process(model_dir: str | Path, requests: list[dict]) -> list[di
 
     Returns each request with its `answer` and `safety`. Raises `RuntimeError` with the process's output if that fails.
     """
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    variables = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     process = subprocess.run(
         [sys.executable, "-c", FRESH_PROCESS, str(Path(model_dir).resolve()), json.dumps(requests)],
         capture_output=True,
         text=True,
-        env=environment,
+        env=variables,
         timeout=600,
     )
     lines = [line for line in process.stdout.splitlines() if line.startswith("ANSWERS ")]
@@ -212,10 +212,6 @@ class _Clock:
         now = time.time()
         self.seconds[name] = round(now - self.last, 1)
         self.last = now
-
-
-def _tokens_per_image(recipe: Recipe) -> int:
-    return recipe.safety["num_prompt_tokens"] + recipe.safety["num_projected_tokens"]
 
 
 def _showcase(output_dir: Path, records: list[Record]) -> list[dict]:
@@ -246,7 +242,6 @@ def _card_facts(results: dict, sizes: DemoSizes, recipe: Recipe) -> dict:
             "command": f"safevlm demo --seed {results['seed']}{' --fast' if sizes == FAST else ''}",
             **results["environment"],
         },
-        "safety": recipe.safety,
     }
 
 
