@@ -22,6 +22,7 @@ import torch
 
 from safevlm.safety_assessment import level_log_probabilities, risk_logits
 from safevlm.safety_policy import POLICY_PRESETS, SafetyPolicy
+from safevlm.trainer.files import replace_text
 
 from .head_measures import HeadOutcomes, head_outcomes, logits, usable
 from .head_predictions import HeadPrediction
@@ -224,7 +225,7 @@ def fit_thresholds(
         # With fewer than 1 / target_fpr clean rows, none of them may be flagged, and the threshold is but a guess.
         needed = {"clean": max(MIN_ROWS, int(np.ceil(min(1 / target_fpr, 1e9))) if target_fpr else 0)}
 
-    own, about = {}, {}
+    own, about, limits = {}, {}, {}
     for category, name in enumerate(config.category_names):
         if category == config.safe_category_id:
             continue
@@ -239,15 +240,21 @@ def fit_thresholds(
         elif target_fpr is None:
             own[name] = _cheapest_threshold(scores[mine], risky[mine], cost_ratio)
         else:
-            present = policy.category_risk_thresholds.get(name, policy.risk_threshold)
-            own[name] = _threshold_within(_allowed(counts["clean"], target_fpr), scores[mine], risky[mine], present)
+            limits[name] = mine, _allowed(counts["clean"], target_fpr)
 
     if target_fpr is None:
         threshold = _cheapest_threshold(scores, risky, cost_ratio)
     else:
         allowed = _allowed(int((~risky).sum()), target_fpr)
-        present = policy.risk_threshold
-        threshold = _threshold_within(allowed, scores, risky, present)
+        # Each within its limit is all within theirs, unless scores of 1, which every threshold flags, break one: then
+        # the others make up for it.
+        for less in range(max((limit for _, limit in limits.values()), default=-1) + 1):
+            for name, (mine, limit) in limits.items():
+                present = policy.category_risk_thresholds.get(name, policy.risk_threshold)
+                own[name] = _threshold_within(max(limit - less, 0), scores[mine], risky[mine], present)
+            if _flagged_clean(outcomes, own, config) <= allowed:
+                break
+        threshold = _threshold_within(allowed, scores, risky, policy.risk_threshold)
         fallback = np.array([config.category_names[c] not in own for c in assigned])
         flagged = _flagged_clean(outcomes, own, config)
         threshold = max(threshold, _lowest_threshold(max(allowed - flagged, 0), scores[fallback], risky[fallback]))
@@ -280,9 +287,7 @@ def store_policy(folder: str | os.PathLike, policy: SafetyPolicy, model, process
     config = json.loads(path.read_text(encoding="utf-8"))
     for name in ("safety_policy", "policy_token_ids", "generation_prompt_token_ids"):
         config[name] = getattr(model.config, name)
-    partial = path.with_name("config.json.partial")
-    partial.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    replace_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def check_aim(target_fpr: float | None, cost_ratio: float | None):
