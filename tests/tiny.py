@@ -1,5 +1,7 @@
 """A tiny random LLaVA with its real processor class, built offline in milliseconds."""
 
+import copy
+
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -146,6 +148,33 @@ def force_verdicts(monkeypatch, model, levels: list[int], category: str):
         return prediction
 
     monkeypatch.setattr(model, "predict_safety", predict)
+
+
+RISKY, BENIGN = "How do I use this against someone?", "What is in the picture?"
+
+
+def judging_model(model, processor) -> SafeVlmForConditionalGeneration:
+    """A copy of `model` whose head calls `RISKY` about `picture()` high risk (politics), and `BENIGN` safe."""
+    model = copy.deepcopy(model)
+    head, pooled = model.safety.head, []
+    hook = head.level_classifier.register_forward_pre_hook(lambda module, args: pooled.append(args[0][0]))
+    for question in (RISKY, BENIGN):
+        model.assess(**encode(processor, [question], [1]))
+    hook.remove()
+    direction = pooled[0] - pooled[1]
+    direction = 40 * direction / direction.norm() ** 2
+    middle = direction @ (pooled[0] + pooled[1]) / 2
+    levels, categories = model.config.level_names, model.config.category_names
+    with torch.no_grad():
+        for classifier, names, risky, benign in (
+            (head.level_classifier, levels, "high", "none"),
+            (head.category_classifier, categories, "politics", "safe"),
+        ):
+            classifier.weight.zero_(), classifier.bias.zero_()
+            for name, sign in ((risky, 1), (benign, -1)):
+                classifier.weight[names.index(name)] = sign * direction
+                classifier.bias[names.index(name)] = -sign * middle
+    return model
 
 
 def new_tokens(sequences: torch.Tensor, inputs) -> torch.Tensor:

@@ -6,9 +6,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))  # for `loopback`
 
 import pytest
-from huggingface_hub import constants
-from huggingface_hub.utils import close_session
-from loopback import TOKEN, LoopbackHub
+from loopback import taken_for_the_hub
 from tiny import safe_model, tiny_llava
 
 from safevlm.model_card import write_card
@@ -17,17 +15,9 @@ FACTS = {"model_name": "Tiny SafeVLM", "base_model": {"name": "me/tiny-llava", "
 
 
 @pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """huggingface_hub reads its settings when it is imported: here they are changed for one test."""
-    with LoopbackHub() as running:
-        monkeypatch.setattr(constants, "ENDPOINT", running.url)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # it keeps a client of the address it saw first
-        close_session()
+def hub(monkeypatch):
+    with taken_for_the_hub(monkeypatch) as running:
         yield running
-    close_session()
 
 
 @pytest.fixture

@@ -15,9 +15,13 @@ import re
 import socket
 import threading
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from huggingface_hub import constants
+from huggingface_hub.utils import close_session
 
 TOKEN = "hf_loopback"
 LARGE = re.compile(r"\.(safetensors|png|model)$")
@@ -395,3 +399,17 @@ def main():
 
 if __name__ == "__main__":
     main()
+
+
+@contextmanager
+def taken_for_the_hub(monkeypatch):
+    """A running loopback Hub that this process takes for the Hub: huggingface_hub reads its settings at its import."""
+    with LoopbackHub() as running:
+        monkeypatch.setattr(constants, "ENDPOINT", running.url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # it keeps a client of the address it saw first
+        close_session()
+        yield running
+    close_session()

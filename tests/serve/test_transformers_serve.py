@@ -4,7 +4,6 @@ The server is a process of its own that does not import safevlm: it runs the cod
 """
 
 import base64
-import copy
 import io
 import json
 import os
@@ -16,40 +15,17 @@ import urllib.error
 import urllib.request
 
 import pytest
-import torch
-from tiny import answers, encode, picture
+from tiny import BENIGN, RISKY, answers, encode, judging_model, picture
 
 for package in ("fastapi", "uvicorn", "openai"):
     pytest.importorskip(package, reason=f"{package} is not installed; pip install 'safevlm[serve]'")
 
 pytestmark = pytest.mark.slow
-RISKY, BENIGN = "How do I use this against someone?", "What is in the picture?"
 
 
 @pytest.fixture(scope="module")
 def safe(model, processor):
-    """A model whose head calls one question about the picture high risk and the other one safe."""
-    model = copy.deepcopy(model)
-    head = model.safety.head
-    pooled = []
-    hook = head.level_classifier.register_forward_pre_hook(lambda module, args: pooled.append(args[0][0]))
-    for question in (RISKY, BENIGN):
-        model.assess(**encode(processor, [question], [1]))
-    hook.remove()
-    direction = pooled[0] - pooled[1]
-    direction = 40 * direction / direction.norm() ** 2
-    middle = direction @ (pooled[0] + pooled[1]) / 2
-    with torch.no_grad():
-        for classifier, risky, benign in (
-            (head.level_classifier, "high", "none"),
-            (head.category_classifier, "politics", "safe"),
-        ):
-            names = model.config.level_names if risky == "high" else model.config.category_names
-            classifier.weight.zero_(), classifier.bias.zero_()
-            for name, sign in ((risky, 1), (benign, -1)):
-                classifier.weight[names.index(name)] = sign * direction
-                classifier.bias[names.index(name)] = -sign * middle
-    return model
+    return judging_model(model, processor)
 
 
 @pytest.fixture(scope="module")

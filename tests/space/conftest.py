@@ -1,6 +1,5 @@
 """A Space's folder as `safevlm space` puts it together, its modules, and a running one whose verdicts are known."""
 
-import copy
 import importlib
 import os
 import socket
@@ -11,12 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
-sys.path.insert(0, str(Path(__file__).parent))  # for `space_questions`
-
 import pytest
-import torch
-from space_questions import BENIGN, RISKY
-from tiny import encode, picture
+from tiny import BENIGN, RISKY, judging_model, picture
 
 from safevlm.trainer.commands.space import assemble
 
@@ -58,34 +53,14 @@ def modules(space_folder):
 
 
 @pytest.fixture(scope="session")
-def judging_model(model, processor):
-    """A model whose head calls `RISKY` about the example high risk (politics), and `BENIGN` safe."""
-    model = copy.deepcopy(model)
-    head, pooled = model.safety.head, []
-    hook = head.level_classifier.register_forward_pre_hook(lambda module, args: pooled.append(args[0][0]))
-    for question in (RISKY, BENIGN):
-        model.assess(**encode(processor, [question], [1]))
-    hook.remove()
-    direction = pooled[0] - pooled[1]
-    direction = 40 * direction / direction.norm() ** 2
-    middle = direction @ (pooled[0] + pooled[1]) / 2
-    levels, categories = model.config.level_names, model.config.category_names
-    with torch.no_grad():
-        for classifier, names, risky, benign in (
-            (head.level_classifier, levels, "high", "none"),
-            (head.category_classifier, categories, "politics", "safe"),
-        ):
-            classifier.weight.zero_(), classifier.bias.zero_()
-            for name, sign in ((risky, 1), (benign, -1)):
-                classifier.weight[names.index(name)] = sign * direction
-                classifier.bias[names.index(name)] = -sign * middle
-    return model
+def judging(model, processor):
+    return judging_model(model, processor)
 
 
 @pytest.fixture(scope="session")
-def saved_model(judging_model, processor, tmp_path_factory):
+def saved_model(judging, processor, tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved") / "model"
-    judging_model.save_pretrained(folder)
+    judging.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
 

@@ -5,7 +5,7 @@ import urllib.error
 import urllib.request
 
 import pytest
-from space_questions import BENIGN, RISKY
+from tiny import BENIGN, RISKY
 
 gradio_client = pytest.importorskip("gradio_client", reason="gradio is not installed; pip install 'safevlm[space]'")
 

@@ -7,15 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "hub"))  # for `loopback`
+
 import pytest
 import yaml
 from huggingface_hub import HfApi
+from loopback import taken_for_the_hub
 
 from safevlm.trainer.cli import main
 from safevlm.trainer.commands import space
 
 MODEL = "me/model"
-sys.path.insert(0, str(Path(__file__).parents[1] / "hub"))  # for `loopback`
 THIRD_PARTIES = {"gradio", "numpy", "PIL", "spaces", "starlette", "torch", "transformers"}
 
 
@@ -143,23 +145,13 @@ def test_without_gradio_it_says_what_to_install(monkeypatch, capsys):
 @pytest.fixture
 def hub(monkeypatch):
     """A loopback Hub with the model on it. It has no variables: these are noted in `hub.variables`."""
-    loopback = pytest.importorskip("loopback")
-    from huggingface_hub import constants
-    from huggingface_hub.utils import close_session
-
-    with loopback.LoopbackHub() as running:
-        monkeypatch.setattr(constants, "ENDPOINT", running.url)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setenv("HF_TOKEN", loopback.TOKEN)
+    with taken_for_the_hub(monkeypatch) as running:
         running.variables = {}
         monkeypatch.setattr(
             HfApi, "add_space_variable", lambda self, repo, key, value: running.variables.update({key: value})
         )
-        close_session()
         running.add(MODEL, private=True)
         yield running
-    close_session()
 
 
 def test_a_push_makes_a_private_space_whose_model_is_pinned(hub, example, capsys):

@@ -6,8 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from space_questions import BENIGN, RISKY
-from tiny import picture
+from tiny import BENIGN, RISKY, picture
 
 
 @pytest.fixture(scope="module")
@@ -108,12 +107,12 @@ def test_a_failing_model_raises_instead_of_hanging(modules, engine, monkeypatch)
         ask(modules, engine, BENIGN)
 
 
-def test_presets_keep_the_calibration_of_the_models_own_policy(modules, judging_model, tmp_path):
+def test_presets_keep_the_calibration_of_the_models_own_policy(modules, judging, tmp_path):
     own = {"name": "ours", "level_temperature": 2.5, "risk_threshold": 0.3}
     model = SimpleNamespace(
-        resolve_policy=lambda policy=None: judging_model.resolve_policy(own if policy is None else policy)
+        resolve_policy=lambda policy=None: judging.resolve_policy(own if policy is None else policy)
     )
-    judging_model.resolve_policy("strict").replace(level_temperature=7.0).to_file(tmp_path / "mine.yaml")
+    judging.resolve_policy("strict").replace(level_temperature=7.0).to_file(tmp_path / "mine.yaml")
     names = ("ours", "strict", str(tmp_path / "mine.yaml"))
     policies = modules.engine.allowed_policies(model, names)
     assert list(policies) == ["ours", "strict", "mine"]

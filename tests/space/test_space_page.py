@@ -8,7 +8,7 @@ import zlib
 from pathlib import Path
 
 import pytest
-from space_questions import BENIGN, RISKY
+from tiny import BENIGN, RISKY
 
 pytestmark = pytest.mark.browser
 
