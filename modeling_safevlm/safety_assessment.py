@@ -162,9 +162,9 @@ def worst_verdicts(images: SafetyAssessment, rows: torch.Tensor, unassessed: Saf
         rows (`torch.LongTensor` of shape `(num_images,)`): The row each image belongs to.
         unassessed (`SafetyAssessment`): What rows without an image get.
     """
-    belongs = rows.unsqueeze(0) == torch.arange(len(unassessed), device=rows.device).unsqueeze(1)  # (batch, images)
     if not len(rows):
         return unassessed
+    belongs = rows.unsqueeze(0) == torch.arange(len(unassessed), device=rows.device).unsqueeze(1)  # (batch, images)
     rank = (2 * images.action + images.score).unsqueeze(0).masked_fill(~belongs, -1.0)
     worst, assessed = rank.argmax(dim=1), belongs.any(dim=1)
     chosen = {}
