@@ -5,7 +5,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from .common import add_command, add_model_arguments, load_model
+from .common import add_command, add_model_arguments, add_reader_arguments, load_model, reader_options
 
 
 def add(commands):
@@ -17,8 +17,10 @@ def add(commands):
         example="safevlm calibrate --model out/model --data dev.jsonl --images dev --target-fpr 0.05 --output cal",
     )
     add_model_arguments(command)
-    command.add_argument("--data", required=True, nargs="+", type=Path, help="labelled rows not trained on")
-    command.add_argument("--images", type=Path, help="folder that the rows' image paths are relative to")
+    command.add_argument(
+        "--data", required=True, nargs="+", help="labelled rows not trained on: files, folders, zips or Hub ids"
+    )
+    add_reader_arguments(command)
     aim = command.add_mutually_exclusive_group(required=True)
     aim.add_argument("--target-fpr", type=float, help="largest share of clean rows to flag, such as 0.05")
     aim.add_argument("--cost-ratio", type=float, help="what missing a risky row costs, in flagged clean rows, e.g. 5")
@@ -29,7 +31,6 @@ def add(commands):
         help="folder for policy.yaml, calibration.json, plots and predictions.jsonl, from which a run resumes",
     )
     command.add_argument("--apply", action="store_true", help="also make it the policy of the model in MODEL")
-    command.add_argument("--assume-safe", action="store_true", help="rows without labels count as safe")
     command.add_argument("--skip-bad-rows", action="store_true", help="skip and count rows with problems")
     command.add_argument("--batch-size", type=int, default=16)
     command.add_argument("--seed", type=int, default=0, help="which half of the images is fitted on (default: 0)")
@@ -55,7 +56,7 @@ def run(args):
             args.images,
             category_names=config.category_names,
             level_names=config.level_names,
-            assume_safe=args.assume_safe,
+            **reader_options(args),
             require_answer=False,
             on_error="skip" if args.skip_bad_rows else "raise",
         )
@@ -70,7 +71,7 @@ def run(args):
     report = {
         "command": shlex.join(["safevlm", *sys.argv[1:]]),
         "model": args.model,
-        "data": [str(path) for path in args.data],
+        "data": args.data,
         "skipped": [{"row": row, "reason": reason} for part in parts for row, reason in part.skipped],
         "environment": environment(),
         **calibration.report,

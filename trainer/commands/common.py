@@ -1,8 +1,9 @@
-"""What the commands share: how one is added to the parser, how a saved model is loaded, how results are printed."""
+"""What the commands share: their common arguments, how a saved model is loaded, how results are printed."""
 
 import argparse
 import json
 import sys
+from pathlib import Path
 
 
 def add_command(commands, name: str, run, summary: str, example: str) -> argparse.ArgumentParser:
@@ -29,6 +30,25 @@ def add_model_arguments(command: argparse.ArgumentParser):
     command.add_argument("--model", required=True, help="folder or Hub id of a SafeVLM")
     command.add_argument("--policy", help="default, paper, strict, off, or a policy file (default: the model's own)")
     command.add_argument("--device", default=None, help="cpu, cuda, ... (default: cuda where there is one)")
+
+
+def add_reader_arguments(command: argparse.ArgumentParser):
+    """What a command needs to read data of any known format; `reader_options` passes it on."""
+    command.add_argument("--images", type=Path, help="folder or zip of the images (default: each file's own folder)")
+    command.add_argument("--format", help="the files' format (default: recognised from the content)")
+    command.add_argument(
+        "--taxonomy", help="how labels map to ours: a YAML file or a shipped name (default: the format's)"
+    )
+    command.add_argument("--split", help="the split to read of a set that has several")
+    command.add_argument("--subset", help="configuration of a data set on the Hub")
+    command.add_argument("--revision", help="branch, tag or commit of a data set on the Hub")
+    command.add_argument("--assume-safe", action="store_true", help="rows without labels count as safe")
+
+
+def reader_options(args) -> dict:
+    """Arguments of `read_rows` from those of `add_reader_arguments`, but for the images'."""
+    names = ("format", "taxonomy", "split", "subset", "revision", "assume_safe")
+    return {name: getattr(args, name) for name in names}
 
 
 def load_model(name: str, device: str | None = None):

@@ -8,7 +8,7 @@ import logging
 import sys
 from pathlib import Path
 
-from .common import add_command, print_json
+from .common import add_command, add_reader_arguments, print_json, reader_options
 
 SHOWN = 10  # entries of a list that `stats` prints; stats.json has all
 
@@ -64,30 +64,11 @@ def add(commands):
     mix.add_argument("--output", required=True, type=Path, help="folder to write: JSONL files and manifest.json")
 
 
-def add_reader_arguments(command: argparse.ArgumentParser):
-    """What a command needs to read data of any known format; `reader_options` passes it on."""
-    command.add_argument("--images", type=Path, help="folder or zip of the images (default: each file's own folder)")
-    command.add_argument("--format", help="the files' format (default: recognised from the content)")
-    command.add_argument(
-        "--taxonomy", help="how labels map to ours: a YAML file or a shipped name (default: the format's)"
-    )
-    command.add_argument("--split", help="the split to read of a set that has several")
-    command.add_argument("--subset", help="configuration of a data set on the Hub")
-    command.add_argument("--revision", help="branch, tag or commit of a data set on the Hub")
-    command.add_argument("--assume-safe", action="store_true", help="rows without labels count as safe")
-
-
-def reader_options(args) -> dict:
-    """Arguments of `read_rows` from those of `add_reader_arguments`."""
-    names = ("format", "taxonomy", "split", "subset", "revision", "assume_safe")
-    return {"image_folder": args.images, **{name: getattr(args, name) for name in names}}
-
-
 def _reader(args, **changes):
     """`read(path)`: all rows that can be parsed, with or without answer; their images are not looked at yet."""
     from safevlm.trainer.data import read_rows
 
-    options = {**reader_options(args), **changes}
+    options = {"image_folder": args.images, **reader_options(args), **changes}
     return functools.partial(read_rows, **options, check_images="none", require_answer=False, on_error="skip")
 
 

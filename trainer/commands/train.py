@@ -4,7 +4,7 @@ from pathlib import Path
 
 import yaml
 
-from .common import add_command, print_json
+from .common import add_command, add_reader_arguments, print_json, reader_options
 
 
 def add(commands):
@@ -19,12 +19,7 @@ def add(commands):
     command.add_argument(
         "--data", required=True, nargs="+", help="rows: files (JSON, JSONL, csv, parquet), folders, zips or Hub ids"
     )
-    command.add_argument("--images", type=Path, help="folder or zip that the rows' image paths are relative to")
-    command.add_argument("--format", help="record format of the data (default: recognised from the content)")
-    command.add_argument("--taxonomy", help="how the data's labels map to ours: a YAML file or a shipped set's name")
-    command.add_argument("--split", help="split of the data, e.g. train")
-    command.add_argument("--subset", help="configuration of the data set on the Hub")
-    command.add_argument("--revision", help="branch, tag or commit of the data set on the Hub")
+    add_reader_arguments(command)
     command.add_argument(
         "--output", required=True, type=Path, help="folder to write; the model ends up in OUTPUT/model"
     )
@@ -32,7 +27,6 @@ def add(commands):
     command.add_argument(
         "--holdout", type=float, default=0.1, help="share of rows to evaluate on (default: 0.1; 0: none)"
     )
-    command.add_argument("--assume-safe", action="store_true", help="rows without labels count as safe")
     command.add_argument("--skip-bad-rows", action="store_true", help="skip and count rows with problems")
     command.add_argument("--dtype", default="auto", help="weights' dtype: auto, float32, bfloat16 (default: auto)")
     command.add_argument("--seed", type=int, default=0)
@@ -53,20 +47,15 @@ def run(args):
     report = train_from_files(
         base=args.base,
         data=args.data,
-        images=args.images,
         output_dir=args.output,
         recipe=args.recipe,
         holdout=args.holdout,
-        assume_safe=args.assume_safe,
         on_error="skip" if args.skip_bad_rows else "raise",
         dtype=args.dtype,
         seed=args.seed,
         overrides=dict(_override(item) for item in args.set),
-        format=args.format,
-        taxonomy=args.taxonomy,
-        split=args.split,
-        subset=args.subset,
-        revision=args.revision,
+        images=args.images,
+        **reader_options(args),
     )
     if PartialState().is_main_process:
         print_json(report)
