@@ -10,6 +10,7 @@ import torch
 from transformers import TrainerCallback
 
 from .evaluation.environment import environment
+from .files import replace_text
 
 MEASURED = "measured.json"
 
@@ -55,11 +56,7 @@ class CardCallback(TrainerCallback):
             return
         seconds = self.before + time.monotonic() - self.started
         facts = {**self.facts, "steps": state.global_step, "epochs": state.epoch or 0.0, "seconds": round(seconds, 1)}
-        path = Path(args.output_dir) / MEASURED
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        partial.replace(path)
+        replace_text(Path(args.output_dir) / MEASURED, json.dumps(facts, indent=2) + "\n")
 
 
 def read_measured(stage_folder) -> dict:

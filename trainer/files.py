@@ -1,5 +1,6 @@
-"""Writing a folder so that a crash never leaves half of it."""
+"""Writing files and folders so that a crash never leaves half of one, or a mix of two runs."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,3 +20,34 @@ def replace_folder(write: Callable[[Path], None], folder: Path) -> None:
         folder.rename(old)
     partial.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes `text` to `path`, making its folder; a crash leaves the former file whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8", newline="\n")
+    partial.replace(path)
+
+
+def check_settings(path: Path, settings: dict, message: str, write: bool = True) -> None:
+    """
+    Compares the settings of a run that goes on in a folder with those in `path`, or notes them there if it is new.
+
+    Args:
+        settings (`dict`): Values that JSON does not know are compared as text.
+        message (`str`): Of the error; `{changes}` in it is filled in.
+        write (`bool`): Whether this process notes new settings; of several only one may.
+
+    Raises:
+        `ValueError`: They differ. Going on would end with results of neither.
+    """
+    settings = json.loads(json.dumps(settings, default=str))
+    if path.is_file():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        changed = [name for name in {**found, **settings} if found.get(name) != settings.get(name)]
+        if changed:
+            changes = [f"{name} was {found.get(name)!r}, now {settings.get(name)!r}" for name in changed]
+            raise ValueError(message.format(changes=", ".join(changes)))
+    elif write:
+        replace_text(path, json.dumps(settings, indent=2) + "\n")

@@ -22,7 +22,7 @@ from safevlm import SafeVlmForConditionalGeneration
 from safevlm.modeling_safevlm import SAFETY_FIELDS
 
 from .card_callback import CardCallback
-from .files import replace_folder
+from .files import check_settings, replace_folder
 from .placement import check_sharding, check_weights, gather_weights, merge_lora, train_in_float32, without_weights
 from .trainer import SafeVlmTrainer
 from .training_args import STAGES, SafeVlmTrainingArguments
@@ -142,23 +142,14 @@ def run_schedule(
 
 def check_same_run(folder: Path, settings: dict):
     """A folder holds one training: going on with other settings would end with weights of neither."""
-    path = folder / "settings.json"
-    settings = json.loads(json.dumps(settings, default=str))
-    if path.is_file():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        changed = [name for name in {**found, **settings} if found.get(name) != settings.get(name)]
-        if changed:
-            changes = ", ".join(f"{name} {found.get(name)!r}, now {settings.get(name)!r}" for name in changed)
-            raise ValueError(
-                f"{folder} holds a training with other settings ({changes}); "
-                f"repeat it as it was, or use another folder."
-            )
-    elif PartialState().is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        partial.replace(path)
-    PartialState().wait_for_everyone()
+    state = PartialState()
+    check_settings(
+        folder / "settings.json",
+        settings,
+        f"{folder} holds a training with other settings ({{changes}}); repeat it as it was, or use another folder.",
+        write=state.is_main_process,
+    )
+    state.wait_for_everyone()
 
 
 def train_stage(model, processor, args: SafeVlmTrainingArguments, train_rows, eval_rows=None, callbacks=None):

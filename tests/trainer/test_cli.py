@@ -173,7 +173,7 @@ def test_an_interrupted_train_command_repeated_ends_like_the_uninterrupted_one(
 def test_train_into_a_folder_of_another_run_is_refused(world, trained, run):
     code, _, err = run(*train_arguments(world, trained[0], **{"--set": "learning_rate=0.5"}))
     assert code == 1
-    assert "holds a training with other settings (learning_rate 0.01, now 0.5)" in err
+    assert "holds a training with other settings (learning_rate was 0.01, now 0.5)" in err
 
 
 def test_a_trained_model_can_be_trained_further(world, trained, run, tmp_path):

@@ -237,9 +237,9 @@ def test_saving_replaces_the_former_model_as_a_whole(fresh_model, processor, tmp
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"learning_rate": 0.5}, r"learning_rate 0\.01, now 0\.5"),
-        ({"seed": 3}, r"seed None, now 3"),
-        ({"lora_r": 2}, r"lora_r None, now 2"),
+        ({"learning_rate": 0.5}, r"learning_rate was 0\.01, now 0\.5"),
+        ({"seed": 3}, r"seed was None, now 3"),
+        ({"lora_r": 2}, r"lora_r was None, now 2"),
     ],
 )
 def test_a_folder_with_a_run_of_other_settings_is_refused_and_kept(
@@ -254,7 +254,7 @@ def test_a_folder_with_a_run_of_other_settings_is_refused_and_kept(
 
 def test_a_folder_with_a_run_on_other_rows_is_refused(uninterrupted, processor, rows):
     folder, _ = uninterrupted("full")
-    with pytest.raises(ValueError, match="number of rows 8, now 7"):
+    with pytest.raises(ValueError, match="number of rows was 8, now 7"):
         run_schedule(safe_model(tiny_llava(), processor), processor, rows[:7], folder, RECIPES["full"])
 
 

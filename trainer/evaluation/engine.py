@@ -26,6 +26,7 @@ from typing import Any
 
 from safevlm import SafeVlmConfig
 from safevlm.safety_policy import SafetyPolicy
+from safevlm.trainer.files import check_settings, replace_text
 
 from .answering import Answerer, load_checkpoint
 from .environment import environment
@@ -82,7 +83,7 @@ def evaluate(
     items: dict[str, dict[str, list[dict]]] = {}
     for system in systems:
         folder = output / system.name
-        _check_settings(
+        check_settings(
             folder / "settings.json",
             {
                 **system.describe(),
@@ -95,6 +96,8 @@ def evaluate(
                 "dtype": dtype,
                 "versions": _versions(),
             },
+            f"{folder} holds answers made with other settings ({{changes}}). Repeat the command as it was, or use "
+            f"another --output.",
         )
         start = time.time()
         outcome, answers = _run(system, names, manager, models, folder, limit, seed, batch_size, max_new_tokens)
@@ -106,9 +109,9 @@ def evaluate(
         }
     models.clear()  # the judge may need the room
     _judge(make_judge(judge, output / "judge_verdicts.jsonl", device), items, results, manager)
-    for name, by_task in items.items():
+    for system in systems:
+        name, by_task = system.name, items[system.name]
         results[name] |= _item_facts(by_task, results[name]["metrics"])
-        system = next(system for system in systems if system.name == name)
         if (head := _head(system, by_task, manager, output / name / "head", seed)) is not None:
             results[name]["head"] = head
         for task, records in by_task.items():
@@ -121,7 +124,7 @@ def evaluate(
         "groups": {name: list(manager.leaves(name)) for name in names if name not in leaves},
         "systems": results,
     }
-    _write_atomically(output / "results.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    replace_text(output / "results.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     write_comparison(report, output)
     return report
 
@@ -297,30 +300,8 @@ def _metrics(values: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def _check_settings(path: Path, settings: dict):
-    settings = json.loads(json.dumps(settings))
-    if path.is_file():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        changed = [name for name in {**found, **settings} if found.get(name) != settings.get(name)]
-        if changed:
-            changes = ", ".join(f"{name} was {found.get(name)!r}, now {settings.get(name)!r}" for name in changed)
-            raise ValueError(
-                f"{path.parent} holds answers made with other settings ({changes}). Repeat the command as it was, "
-                f"or use another --output."
-            )
-    else:
-        _write_atomically(path, json.dumps(settings, indent=2) + "\n")
-
-
 def _write_items(path: Path, records: list[dict]):
-    _write_atomically(path, "".join(json.dumps(r, ensure_ascii=False, default=str) + "\n" for r in records))
-
-
-def _write_atomically(path: Path, text: str):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    replace_text(path, "".join(json.dumps(r, ensure_ascii=False, default=str) + "\n" for r in records))
 
 
 def _versions() -> dict[str, str]:

@@ -18,6 +18,7 @@ from safevlm.safety_policy import SafetyPolicy
 
 from .bootstrap import image_groups
 from .head_predictions import HeadPrediction
+from .metrics import auroc, macro_f1, require_sklearn
 
 NUM_BINS = 10
 """Bins of equal width for reliability and ECE."""
@@ -74,9 +75,9 @@ class HeadOutcomes:
 
 def require_eval_extra():
     """Raises an `ImportError` that names the extra to install, before anything expensive has run."""
-    for package, name in (("sklearn", "scikit-learn"), ("matplotlib", "matplotlib")):
-        if importlib.util.find_spec(package) is None:
-            raise ImportError(f"Measures and plots of the safety head need {name}: pip install 'safevlm[eval]'.")
+    require_sklearn()
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("Plots of the safety head need matplotlib: pip install 'safevlm[eval]'.")
 
 
 def usable(predictions: Sequence[HeadPrediction]) -> list[HeadPrediction]:
@@ -137,23 +138,15 @@ def head_outcomes(predictions: Sequence[HeadPrediction], policy: SafetyPolicy, c
 
 def label_measures(outcomes: HeadOutcomes) -> dict[str, float | None]:
     """`category_macro_f1` over the categories that occur, `level_accuracy`, `level_kappa`, `category_ece`."""
-    from sklearn.metrics import accuracy_score, cohen_kappa_score, f1_score
+    from sklearn.metrics import cohen_kappa_score
 
     kappa = None
     if len(np.union1d(outcomes.level_labels, outcomes.levels)) > 1:
         ids = np.arange(max(outcomes.level_labels.max(), outcomes.levels.max()) + 1)  # or distances would skip levels
         kappa = float(cohen_kappa_score(outcomes.level_labels, outcomes.levels, labels=ids, weights="quadratic"))
     return {
-        "category_macro_f1": float(
-            f1_score(
-                outcomes.category_labels,
-                outcomes.categories,
-                labels=np.unique(outcomes.category_labels),
-                average="macro",
-                zero_division=0,
-            )
-        ),
-        "level_accuracy": float(accuracy_score(outcomes.level_labels, outcomes.levels)),
+        "category_macro_f1": macro_f1(outcomes.category_labels, outcomes.categories),
+        "level_accuracy": float((outcomes.level_labels == outcomes.levels).mean()),
         "level_kappa": kappa,
         "category_ece": expected_calibration_error(outcomes.category_correct, outcomes.category_confidence),
     }
@@ -164,7 +157,7 @@ def risk_measures(outcomes: HeadOutcomes) -> dict[str, float | None]:
     `auroc`, `auprc`, `fpr_at_95_tpr` and `ece` of the score for "level above 0"; and, at the policy's thresholds,
     `recall` (share of risky rows flagged) and `false_positive_rate` (share of clean rows flagged).
     """
-    from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
+    from sklearn.metrics import average_precision_score, roc_curve
 
     risky, scores = outcomes.risky, outcomes.scores
     both = 0 < risky.sum() < len(risky)
@@ -173,7 +166,7 @@ def risk_measures(outcomes: HeadOutcomes) -> dict[str, float | None]:
         fpr, tpr, _ = roc_curve(risky, scores, drop_intermediate=False)
         fpr_at_tpr = float(fpr[tpr >= SENSITIVITY].min())
     return {
-        "auroc": float(roc_auc_score(risky, scores)) if both else None,
+        "auroc": auroc(risky, scores),
         "auprc": float(average_precision_score(risky, scores)) if both else None,
         "fpr_at_95_tpr": fpr_at_tpr,
         "ece": expected_calibration_error(risky, scores),

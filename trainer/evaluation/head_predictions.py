@@ -18,6 +18,7 @@ from safevlm.devices import whole_state_dict
 from safevlm.trainer.data import DataError, SafetyExample
 from safevlm.trainer.data.fingerprints import image_file
 from safevlm.trainer.data.sampling import image_key
+from safevlm.trainer.files import replace_text
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,7 @@ class HeadPrediction:
 
 def write_predictions(predictions: Sequence[HeadPrediction], path: str | os.PathLike) -> None:
     """Writes one JSON object per line; replaces `path` only when complete."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".writing")
-    partial.write_text("".join(map(_line, predictions)), encoding="utf-8", newline="\n")
-    os.replace(partial, path)
+    replace_text(Path(path), "".join(map(_line, predictions)))
 
 
 def read_predictions(path: str | os.PathLike) -> list[HeadPrediction]:
@@ -153,7 +151,8 @@ def _predict_batch(model, processor, rows: Sequence[SafetyExample]) -> list[dict
     ).to(model.device, model.dtype)
     with torch.no_grad():
         features = model.encode_images(**inputs)
-        output = model.predict_safety(inputs["input_ids"], inputs["attention_mask"], features)
+        questions = inputs.get("safety_question_mask")  # what an assistant wrote is not read
+        output = model.predict_safety(inputs["input_ids"], inputs["attention_mask"], features, questions)
     level_logits, category_logits = output.level_logits.float().tolist(), output.category_logits.float().tolist()
     for row, *logits in zip(rows, level_logits, category_logits, strict=True):
         if not all(map(math.isfinite, logits[0] + logits[1])):

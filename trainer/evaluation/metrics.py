@@ -1,5 +1,7 @@
 """How good the safety head's verdicts are. Pure functions over arrays; the measures themselves are scikit-learn's."""
 
+import importlib.util
+
 import numpy as np
 
 
@@ -15,23 +17,36 @@ def head_metrics(
         `category_macro_f1` (over the categories that occur), `level_accuracy`, `auroc` of `scores` for "level above 0"
         (`None` if only one of the two occurs), all in [0, 1]; and `num_assessed`, the number of rows.
     """
-    try:
-        from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
-    except ImportError as error:
-        raise ImportError("Head metrics need scikit-learn: pip install 'safevlm[eval]'.") from error
+    require_sklearn()
     level_labels, category_labels = np.asarray(level_labels), np.asarray(category_labels)
     if not len(level_labels):
         raise ValueError("No labelled row with an image to evaluate the safety head on.")
-    risky = level_labels > 0
-    occurring = np.unique(category_labels)
     return {
-        "category_macro_f1": float(
-            f1_score(category_labels, category_predictions, labels=occurring, average="macro", zero_division=0)
-        ),
-        "level_accuracy": float(accuracy_score(level_labels, level_predictions)),
-        "auroc": float(roc_auc_score(risky, scores)) if 0 < risky.sum() < len(risky) else None,
+        "category_macro_f1": macro_f1(category_labels, category_predictions),
+        "level_accuracy": float((level_labels == level_predictions).mean()),
+        "auroc": auroc(level_labels > 0, scores),
         "num_assessed": len(level_labels),
     }
+
+
+def macro_f1(labels: np.ndarray, predictions: np.ndarray) -> float:
+    """Mean F1 of the classes that occur in `labels`."""
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(labels, predictions, labels=np.unique(labels), average="macro", zero_division=0))
+
+
+def auroc(risky: np.ndarray, scores: np.ndarray) -> float | None:
+    """Area under the ROC curve; `None` if only one of risky and clean rows occurs."""
+    from sklearn.metrics import roc_auc_score
+
+    return float(roc_auc_score(risky, scores)) if 0 < risky.sum() < len(risky) else None
+
+
+def require_sklearn():
+    """Raises an `ImportError` that names the extra to install."""
+    if importlib.util.find_spec("sklearn") is None:
+        raise ImportError("Measures of the safety head need scikit-learn: pip install 'safevlm[eval]'.")
 
 
 def trainer_metrics(prediction) -> dict[str, float]:
