@@ -217,16 +217,19 @@ IDEFICS_TOKENS = (
     *(f"<row_{i}_col_{j}>" for i in range(1, 3) for j in range(1, 3)),
 )
 
+
+def _llava_family(make_config):
+    settings = dict(patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1)
+    return Family({}, ("<image>",), "LlavaProcessor", _clip("CLIPImageProcessorPil"), settings, LLAVA, make_config)
+
+
+def _qwen_family(processor_class, config_class, **settings):
+    make_config = _qwen(config_class, **settings)
+    return Family({}, QWEN_TOKENS, processor_class, _qwen_images, {}, QWEN_TEMPLATE, make_config)
+
+
 FAMILIES: dict[str, Family] = {
-    "llava": Family(
-        {},
-        ("<image>",),
-        "LlavaProcessor",
-        _clip("CLIPImageProcessorPil"),
-        dict(patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1),
-        LLAVA,
-        _llava,
-    ),
+    "llava": _llava_family(_llava),
     "llava_next": Family(
         {},
         ("<image>",),
@@ -245,95 +248,51 @@ FAMILIES: dict[str, Family] = {
         CHATML.replace("IMAGE", "<image>\n"),
         _llava_onevision,
     ),
-    "qwen2_vl": Family(
-        {},
-        QWEN_TOKENS,
-        "Qwen2VLProcessor",
-        _qwen_images,
-        {},
-        QWEN_TEMPLATE,
-        _qwen(hf.Qwen2VLConfig, depth=2, embed_dim=32, hidden_size=64, mlp_ratio=2),
-    ),
-    "qwen2_5_vl": Family(
-        {},
-        QWEN_TOKENS,
+    "qwen2_vl": _qwen_family("Qwen2VLProcessor", hf.Qwen2VLConfig, depth=2, embed_dim=32, hidden_size=64, mlp_ratio=2),
+    "qwen2_5_vl": _qwen_family(
         "Qwen2_5_VLProcessor",
-        _qwen_images,
-        {},
-        QWEN_TEMPLATE,
-        _qwen(
-            hf.Qwen2_5_VLConfig,
-            depth=2,
-            hidden_size=32,
-            out_hidden_size=64,
-            window_size=32,
-            fullatt_block_indexes=[1],
-        ),
+        hf.Qwen2_5_VLConfig,
+        depth=2,
+        hidden_size=32,
+        out_hidden_size=64,
+        window_size=32,
+        fullatt_block_indexes=[1],
     ),
-    "qwen3_vl": Family(
-        {},
-        QWEN_TOKENS,
+    "qwen3_vl": _qwen_family(
         "Qwen3VLProcessor",
-        _qwen_images,
-        {},
-        QWEN_TEMPLATE,
-        _qwen(
-            hf.Qwen3VLConfig,
-            depth=2,
-            hidden_size=32,
-            out_hidden_size=64,
-            num_position_embeddings=64,
-            deepstack_visual_indexes=[0, 1],
-        ),
+        hf.Qwen3VLConfig,
+        depth=2,
+        hidden_size=32,
+        out_hidden_size=64,
+        num_position_embeddings=64,
+        deepstack_visual_indexes=[0, 1],
     ),
-    "qwen3_vl_moe": Family(
-        {},
-        QWEN_TOKENS,
+    "qwen3_vl_moe": _qwen_family(
         "Qwen3VLProcessor",
-        _qwen_images,
-        {},
-        QWEN_TEMPLATE,
-        _qwen(
-            hf.Qwen3VLMoeConfig,
-            text=dict(moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2),
-            depth=2,
-            hidden_size=32,
-            out_hidden_size=64,
-            num_position_embeddings=64,
-            deepstack_visual_indexes=[0, 1],
-        ),
+        hf.Qwen3VLMoeConfig,
+        text=dict(moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2),
+        depth=2,
+        hidden_size=32,
+        out_hidden_size=64,
+        num_position_embeddings=64,
+        deepstack_visual_indexes=[0, 1],
     ),
-    "qwen3_5": Family(
-        {},
-        QWEN_TOKENS,
+    "qwen3_5": _qwen_family(
         "Qwen3VLProcessor",
-        _qwen_images,
-        {},
-        QWEN_TEMPLATE,
-        _qwen(
-            hf.Qwen3_5Config,
-            text=dict(
-                layer_types=["linear_attention", "full_attention"],
-                linear_num_key_heads=2,
-                linear_num_value_heads=4,
-                linear_key_head_dim=16,
-                linear_value_head_dim=16,
-            ),
-            depth=2,
-            hidden_size=32,
-            out_hidden_size=64,
-            num_position_embeddings=64,
+        hf.Qwen3_5Config,
+        text=dict(
+            layer_types=["linear_attention", "full_attention"],
+            linear_num_key_heads=2,
+            linear_num_value_heads=4,
+            linear_key_head_dim=16,
+            linear_value_head_dim=16,
         ),
+        depth=2,
+        hidden_size=32,
+        out_hidden_size=64,
+        num_position_embeddings=64,
     ),
-    "vipllava": Family(
-        {},
-        ("<image>",),
-        "LlavaProcessor",
-        _clip("CLIPImageProcessorPil"),
-        dict(patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1),
-        LLAVA,
-        _vipllava,
-    ),
+    "vipllava": _llava_family(_vipllava),
     "gemma3": Family(
         {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"},
         ("<start_of_turn>", "<end_of_turn>"),
