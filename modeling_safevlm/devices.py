@@ -2,7 +2,6 @@
 
 import torch
 from torch import nn
-from transformers.integrations.accelerate import load_offloaded_parameter
 
 
 def compute_device(module: nn.Module) -> torch.device:
@@ -21,20 +20,3 @@ def compute_device(module: nn.Module) -> torch.device:
             if weight.device.type != "meta":
                 return weight.device
     return torch.device("cpu")
-
-
-def share_device_map(model):
-    """Tells a model whose base is spread over devices (`from_base` with a `device_map`) where its parts are."""
-    device_map = getattr(model.base, "hf_device_map", None)
-    if device_map is not None:
-        inner = {f"base.{name}" if name else "base": device for name, device in device_map.items()}
-        safety = compute_device(model.safety)
-        model.hf_device_map = {**inner, "safety": safety.type if safety.index is None else safety.index}
-
-
-def whole_state_dict(module: nn.Module) -> dict[str, torch.Tensor]:
-    """`module.state_dict()` with the weights that are offloaded read back (to the CPU)."""
-    return {
-        name: load_offloaded_parameter(module, name) if tensor.device.type == "meta" else tensor
-        for name, tensor in module.state_dict().items()
-    }

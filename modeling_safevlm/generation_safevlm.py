@@ -77,7 +77,9 @@ class SafeVlmGenerationMixin(GenerationMixin):
             safety_question_mask (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): As in
                 [`assess`].
             tokenizer (*optional*): Only needed for policies with texts that were not saved with the model.
-            inputs, generation_config, logits_processor, streamer, kwargs: As in `GenerationMixin.generate`. With
+            streamer (*optional*): As in `GenerationMixin.generate`. One with a method `put_safety` gets the
+                [`SafetyAssessment`] before the first token.
+            inputs, generation_config, logits_processor, kwargs: As in `GenerationMixin.generate`. With
                 `past_key_values`, `input_ids` and images are those of the whole conversation. The cache is used as
                 far as it fits and is cut there: the answer is the same as without.
 
@@ -111,6 +113,8 @@ class SafeVlmGenerationMixin(GenerationMixin):
             features = self.encode_images(input_ids, **image_inputs)
             parts = self._prompt_parts(input_ids, attention_mask, safety_question_mask)
             assessment = self._assess_readings(input_ids, attention_mask, features, parts, policy)
+            if hasattr(streamer, "put_safety"):
+                streamer.put_safety(assessment)
             verdicts = list(zip(assessment.action.tolist(), assessment.category.tolist(), strict=True))
             hints, refusals = self._policy_texts(assessment, policy, tokenizer)
             prompt = edit_prompt(input_ids, attention_mask, per_token, hints, self._hint_columns(input_ids, parts))

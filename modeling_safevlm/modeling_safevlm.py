@@ -8,30 +8,25 @@ both in `forward` (training: conditioned on labels or predictions) and in `gener
 vision tower runs once; the head runs before the language model and reads the question's token embeddings.
 """
 
-import inspect
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .backbones import VisionFeatures, get_backbone, patches_of_images, units_of_images
 from .configuration_safevlm import SafeVlmConfig
-from .devices import compute_device, share_device_map
+from .devices import compute_device
 from .embedding_hook import place_embeddings
 from .generation_safevlm import SafeVlmGenerationMixin, check_inputs
 from .losses import IGNORE_INDEX, combine_losses, safety_losses
 from .policy_texts import generation_prompt_token_ids, policy_token_ids
-from .quantization import forget_quantization, keep_output_layer, keep_safety_modules, share_quantization
+from .quantization import forget_quantization, keep_safety_modules, share_quantization
 from .safety_assessment import SafetyAssessment, assess_logits, worst_images, worst_verdicts
 from .safety_modules import SafetyEmbeddings, SafetyModules, SafetyTokens
 from .safety_policy import POLICY_PRESETS, SafetyPolicy
-
-# What a SafeVlmConfig says beside its base: the options of `from_base`.
-SAFETY_FIELDS = [name for name in inspect.signature(SafeVlmConfig).parameters if name not in ("base_config", "kwargs")]
 
 
 @dataclass
@@ -128,7 +123,8 @@ class SafeVlmPreTrainedModel(PreTrainedModel):
 
 class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationMixin):
     """
-    A safe vision-language model. Load a trained one with `from_pretrained`, start from a base with [`from_base`].
+    A safe vision-language model. Load a trained one with `from_pretrained`. The package safevlm makes one of a base
+    (from_base.py; not part of the code that a saved model carries):
 
     ```python
     processor = SafeVlmProcessor.from_base("llava-hf/llava-1.5-7b-hf")
@@ -140,7 +136,7 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
         if config.base_config is None:
             raise ValueError(
                 "The configuration has no `base_config`, so it is not a SafeVLM's. To make a base model safe, use "
-                "`SafeVlmForConditionalGeneration.from_base`."
+                "`SafeVlmForConditionalGeneration.from_base` of the package safevlm."
             )
         # Whoever ties or unties the wrapper's embeddings means the base's; there are no others.
         config.base_config.tie_word_embeddings = config.tie_word_embeddings
@@ -153,73 +149,6 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
         self.post_init()
         # FSDP refuses names of classes that the model does not have; some vision towers declare such.
         self._no_split_modules = {type(module).__name__ for module in self.modules()} & set(self._no_split_modules)
-
-    @classmethod
-    def from_base(
-        cls, base, processor=None, config: SafeVlmConfig | None = None, safety_adapter=None, base_kwargs=None, **safety
-    ) -> "SafeVlmForConditionalGeneration":
-        """
-        Adds fresh safety modules to a base model.
-
-        Args:
-            base (`str`, `Path` or `PreTrainedModel`): Hub id, folder or a loaded vision-language model.
-            processor (*optional*): The [`SafeVlmProcessor`] that the model will be used with (or the base's own);
-                gives the placeholder's token id and the policy's texts. Loaded from `base` if left out.
-            config (`SafeVlmConfig`, *optional*): Safety sizes; its `base_config` is replaced by the base's. Without it
-                the default sizes are used, changed by `safety`.
-            safety_adapter (`str` or `Path`, *optional*): Folder written by [`save_safety_adapter`]; brings its own
-                configuration, which must fit the base.
-            base_kwargs (`dict`, *optional*): For loading `base`: `dtype`, `device_map`, `quantization_config`, ...
-            safety: Fields of [`SafeVlmConfig`], such as `num_prompt_tokens` or `safety_policy`.
-        """
-        if isinstance(base, PreTrainedModel):
-            name = base.config._name_or_path
-        elif not isinstance(base, (str, Path)):
-            raise TypeError(f"`base` must be a Hub id, a folder or a loaded model, got {type(base).__name__}.")
-        else:
-            name = str(base)
-            get_backbone(AutoConfig.from_pretrained(name))  # a clear error before gigabytes are read
-            base_kwargs = dict(base_kwargs or {})
-            if base_kwargs.get("quantization_config") is not None:
-                base_kwargs["quantization_config"] = keep_output_layer(base_kwargs["quantization_config"])
-            base = AutoModelForImageTextToText.from_pretrained(name, **base_kwargs)
-        get_backbone(base.config)
-        if safety_adapter is not None:
-            from .safety_adapter import adapter_config
-
-            config = adapter_config(safety_adapter, base.config)
-        if unknown := sorted(set(safety) - set(SAFETY_FIELDS)):
-            raise TypeError(f"`from_base` got the unknown option {unknown[0]!r}; known: {', '.join(SAFETY_FIELDS)}.")
-        chosen = {} if config is None else {name: getattr(config, name) for name in SAFETY_FIELDS}
-        config = SafeVlmConfig(**{**chosen, **safety}, base_config=base.config, dtype=base.dtype)
-        if processor is None and safety_adapter is None:
-            processor = AutoProcessor.from_pretrained(name)
-
-        was_training = base.training
-        model = cls._wrap(base, config)
-        if processor is not None:
-            model._adopt_tokens(processor)
-        if safety_adapter is not None:
-            from .safety_adapter import load_adapter_weights
-
-            model._make_room_for_placeholder()
-            load_adapter_weights(model, safety_adapter)
-        return model.train(was_training)
-
-    @classmethod
-    def _wrap(cls, base, config) -> "SafeVlmForConditionalGeneration":
-        """Wraps a loaded base: its weights stay as they are; the safety modules are initialised beside them."""
-        base._is_hf_initialized = True
-        for module in base.modules():
-            module._is_hf_initialized = True
-        for parameter in base.parameters():
-            parameter._is_hf_initialized = True
-        model = cls(config, base=base)
-        # Beside the input embeddings: with `device_map` the base may be spread over several devices.
-        model.safety.to(device=compute_device(base.get_input_embeddings()), dtype=base.dtype)
-        share_device_map(model)
-        share_quantization(model)
-        return model
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
@@ -243,7 +172,7 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
             raise ValueError(
                 f"The checkpoint {str(pretrained_model_name_or_path)!r} {what}; a model with random safety modules "
                 f"would look safe and not be it. To add fresh safety modules to a base model, use "
-                f"`SafeVlmForConditionalGeneration.from_base`."
+                f"`SafeVlmForConditionalGeneration.from_base` of the package safevlm."
             )
         return model
 
@@ -259,29 +188,7 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
             from .pipeline_safevlm import SafeVlmPipeline  # noqa: F401
         super().save_pretrained(save_directory, *args, **kwargs)
 
-    def save_safety_adapter(self, save_directory):
-        """Saves the safety modules alone, for `from_base(base, safety_adapter=...)`."""
-        from .safety_adapter import save_adapter
-
-        save_adapter(self, save_directory)
-
-    # -- tokens and policy -------------------------------------------------------------------------------------------
-
-    def _adopt_tokens(self, processor):
-        """Takes the placeholder's id and the policy's texts from the processor."""
-        tokenizer = getattr(processor, "tokenizer", processor)
-        token = getattr(processor, "safety_token", "<safety>")
-        token_id = tokenizer.convert_tokens_to_ids(token)
-        known = token_id is not None and token_id != tokenizer.unk_token_id
-        self.config.safety_token_id = token_id if known else len(tokenizer)
-        self._make_room_for_placeholder()
-        self.set_safety_policy(self.config.safety_policy, processor)
-
-    def _make_room_for_placeholder(self):
-        # Most checkpoints have spare rows in their embedding table. The others grow by some, and then the logits have
-        # more columns than the base's.
-        if self.config.safety_token_id >= self.base.get_input_embeddings().weight.shape[0]:
-            self.resize_token_embeddings(self.config.safety_token_id + 1, pad_to_multiple_of=64)
+    # -- the policy --------------------------------------------------------------------------------------------------
 
     def set_safety_policy(self, policy, processor=None):
         """

@@ -1,18 +1,30 @@
-"""The safety modules alone, as a small file beside a base id."""
+"""What training added to a base model, without the base: a small folder that `from_base` puts on the base again.
+
+    config.json                    the whole model's configuration
+    safety_adapter.safetensors     the safety modules, or, where LoRA trained the language model, too,
+    lora/                          LoRA and safety modules, as PEFT saves them
+
+PEFT's files do not lie at the top: there, `AutoModel.from_pretrained` would take them for an adapter of the base and
+load that without any safety. Like from_base.py not part of the code that a saved model carries.
+"""
 
 import copy
 from pathlib import Path
 
+import torch
+from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers.integrations.accelerate import load_offloaded_parameter
 
 from .configuration_safevlm import SafeVlmConfig
-from .devices import whole_state_dict
 
 ADAPTER_WEIGHTS = "safety_adapter.safetensors"
+LORA_WEIGHTS = "lora/adapter_model.safetensors"
 
 
-def save_adapter(model, save_directory):
-    """Writes configuration and safety weights of `model` to `save_directory`."""
+def save_safety_adapter(model, save_directory):
+    """Saves the safety modules alone, for `from_base(base, safety_adapter=save_directory)`."""
     folder = Path(save_directory)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.contiguous() for name, tensor in whole_state_dict(model.safety).items()}
@@ -22,14 +34,27 @@ def save_adapter(model, save_directory):
     model.config.save_pretrained(folder)
 
 
-def adapter_config(safety_adapter, base_config) -> SafeVlmConfig:
-    """The adapter's configuration, once it is sure that it fits the base."""
-    if not (Path(safety_adapter) / ADAPTER_WEIGHTS).is_file():
+def adapter_folder(safety_adapter) -> Path:
+    """
+    The folder of an adapter, downloaded if it is a Hub id.
+
+    Raises:
+        `ValueError`: It holds no adapter.
+    """
+    folder = Path(safety_adapter)
+    if not folder.is_dir() and str(safety_adapter).count("/") == 1:
+        folder = Path(snapshot_download(str(safety_adapter), allow_patterns=["*.json", "*.safetensors"]))
+    if not any((folder / name).is_file() for name in (ADAPTER_WEIGHTS, LORA_WEIGHTS)):
         raise ValueError(
-            f"`safety_adapter` {str(safety_adapter)!r} has no {ADAPTER_WEIGHTS}; "
-            f"make one with `model.save_safety_adapter(folder)`."
+            f"`safety_adapter` {str(safety_adapter)!r} has no {ADAPTER_WEIGHTS} or {LORA_WEIGHTS}; make one with "
+            f"`model.save_safety_adapter(folder)`, or `safevlm push FOLDER --adapter-only` from a trained model."
         )
-    config = SafeVlmConfig.from_pretrained(safety_adapter)
+    return folder
+
+
+def adapter_config(folder: Path, base_config) -> SafeVlmConfig:
+    """The adapter's configuration, once it is sure that it fits the base."""
+    config = SafeVlmConfig.from_pretrained(folder)
     made_for = config.base_config
     for what, get in (
         ("model type", lambda c: c.model_type),
@@ -39,7 +64,7 @@ def adapter_config(safety_adapter, base_config) -> SafeVlmConfig:
     ):
         if get(made_for) != get(base_config):
             raise ValueError(
-                f"The safety adapter {str(safety_adapter)!r} was made for a base with {what} {get(made_for)}, "
+                f"The safety adapter {str(folder)!r} was made for a base with {what} {get(made_for)}, "
                 f"this base has {get(base_config)}."
             )
     config = copy.deepcopy(config)
@@ -47,6 +72,27 @@ def adapter_config(safety_adapter, base_config) -> SafeVlmConfig:
     return config
 
 
-def load_adapter_weights(model, safety_adapter):
-    weights = load_file(Path(safety_adapter) / ADAPTER_WEIGHTS)
-    model.safety.load_state_dict(weights)
+def load_adapter_weights(model, folder: Path):
+    """Loads an adapter's weights into a model that was made with its configuration; LoRA is merged. Returns it."""
+    if not (folder / LORA_WEIGHTS).is_file():
+        model.safety.load_state_dict(load_file(folder / ADAPTER_WEIGHTS))
+        return model
+    if getattr(model.base, "is_quantized", False):
+        raise ValueError(
+            f"The safety adapter {str(folder)!r} holds LoRA, whose small changes would be lost in a quantised base. "
+            f"Load the base unquantised, save the model, and quantise that: "
+            f"`from_pretrained(saved, quantization_config=...)`."
+        )
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ImportError(f"The safety adapter {str(folder)!r} holds LoRA: pip install 'safevlm[train]'.") from error
+    return PeftModel.from_pretrained(model, (folder / LORA_WEIGHTS).parent).merge_and_unload()
+
+
+def whole_state_dict(module: nn.Module) -> dict[str, torch.Tensor]:
+    """`module.state_dict()` with the weights that are offloaded read back (to the CPU)."""
+    return {
+        name: load_offloaded_parameter(module, name) if tensor.device.type == "meta" else tensor
+        for name, tensor in module.state_dict().items()
+    }

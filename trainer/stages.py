@@ -19,7 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from safevlm import SafeVlmForConditionalGeneration
-from safevlm.modeling_safevlm import SAFETY_FIELDS
+from safevlm.from_base import SAFETY_FIELDS
 
 from .card_callback import CardCallback
 from .files import check_settings, replace_folder

@@ -15,6 +15,7 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from safevlm import SafeVlmConfig, SafeVlmForConditionalGeneration
+from safevlm.from_base import wrap
 
 
 def build(args) -> SafeVlmForConditionalGeneration:
@@ -42,7 +43,7 @@ def build(args) -> SafeVlmForConditionalGeneration:
         base = LlavaForConditionalGeneration(base_config).to(getattr(torch, args.dtype)).eval()
         config = SafeVlmConfig.paper(base_config) if args.paper else SafeVlmConfig(base_config)
         config.safety_token_id = 32010
-        model = SafeVlmForConditionalGeneration._wrap(base, config).eval()
+        model = wrap(SafeVlmForConditionalGeneration, base, config).eval()
     model.generation_config.pad_token_id = 0
     model.generation_config.eos_token_id = None
     return model

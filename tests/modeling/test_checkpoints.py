@@ -160,7 +160,9 @@ def test_an_adapter_for_another_base_is_refused(adapter, model, tmp_path):
         change(other.config)
         with pytest.raises(ValueError, match=message):
             SafeVlmForConditionalGeneration.from_base(other, safety_adapter=adapter)
-    with pytest.raises(ValueError, match="has no safety_adapter.safetensors; make one with"):
+    with pytest.raises(
+        ValueError, match="has no safety_adapter.safetensors or lora/adapter_model.safetensors; make one"
+    ):
         SafeVlmForConditionalGeneration.from_base(tiny_llava(), safety_adapter=tmp_path)
 
 

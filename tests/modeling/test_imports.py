@@ -20,7 +20,7 @@ REMOTE_CODE = [
     path
     for package in (safevlm, processing)
     for path in sorted(Path(package.__file__).parent.glob("*.py"))
-    if path.name != "__init__.py"
+    if path.name not in ("__init__.py", "from_base.py", "safety_adapter.py")
 ]
 # Nothing that opens connections, starts processes or unpickles. Of `os` only `os.path`.
 STANDARD_LIBRARY = {
@@ -29,7 +29,7 @@ STANDARD_LIBRARY = {
 }
 TORCH = {"torch", "torch.nn", "torch.nn.functional"}
 # Beside transformers: packages that it does not install without.
-REQUIRED_BY_TRANSFORMERS = {"safetensors": "safetensors", "yaml": "pyyaml"}
+REQUIRED_BY_TRANSFORMERS = {"yaml": "pyyaml"}
 FORBIDDEN = {"eval", "exec", "compile", "__import__", "open", "torch.load", "torch.hub"}
 
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from safevlm.devices import whole_state_dict
+from safevlm.safety_adapter import whole_state_dict
 from safevlm.trainer.data import DataError, SafetyExample
 from safevlm.trainer.data.fingerprints import image_file
 from safevlm.trainer.data.sampling import image_key

@@ -1,0 +1,113 @@
+"""From a base model to a SafeVLM: `SafeVlmForConditionalGeneration.from_base`.
+
+Making a model needs the package safevlm; using one does not. What is here is not part of the code that a saved model
+carries, which stays small enough to review.
+"""
+
+import inspect
+from pathlib import Path
+
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+
+from .backbones import get_backbone
+from .configuration_safevlm import SafeVlmConfig
+from .devices import compute_device
+from .quantization import keep_output_layer, share_quantization
+from .safety_adapter import adapter_config, adapter_folder, load_adapter_weights
+
+# What a SafeVlmConfig says beside its base: the options of `from_base`.
+SAFETY_FIELDS = [name for name in inspect.signature(SafeVlmConfig).parameters if name not in ("base_config", "kwargs")]
+
+
+def from_base(
+    cls, base, processor=None, config: SafeVlmConfig | None = None, safety_adapter=None, base_kwargs=None, **safety
+):
+    """
+    Adds fresh safety modules, or those of an adapter, to a base model.
+
+    Args:
+        base (`str`, `Path` or `PreTrainedModel`): Hub id, folder or a loaded vision-language model.
+        processor (*optional*): The [`SafeVlmProcessor`] that the model will be used with (or the base's own); gives
+            the placeholder's token id and the policy's texts. Loaded from `base` if left out.
+        config (`SafeVlmConfig`, *optional*): Safety sizes; its `base_config` is replaced by the base's. Without it
+            the default sizes are used, changed by `safety`.
+        safety_adapter (`str` or `Path`, *optional*): Folder or Hub id of a safety adapter (see safety_adapter.py);
+            brings its own configuration, which must fit the base.
+        base_kwargs (`dict`, *optional*): For loading `base`: `dtype`, `device_map`, `quantization_config`, ...
+        safety: Fields of [`SafeVlmConfig`], such as `num_prompt_tokens` or `safety_policy`.
+
+    Returns:
+        `SafeVlmForConditionalGeneration`
+    """
+    if isinstance(base, PreTrainedModel):
+        name = base.config._name_or_path
+    elif not isinstance(base, (str, Path)):
+        raise TypeError(f"`base` must be a Hub id, a folder or a loaded model, got {type(base).__name__}.")
+    else:
+        name = str(base)
+        get_backbone(AutoConfig.from_pretrained(name))  # a clear error before gigabytes are read
+        base_kwargs = dict(base_kwargs or {})
+        if base_kwargs.get("quantization_config") is not None:
+            base_kwargs["quantization_config"] = keep_output_layer(base_kwargs["quantization_config"])
+        base = AutoModelForImageTextToText.from_pretrained(name, **base_kwargs)
+    get_backbone(base.config)
+    if safety_adapter is not None:
+        safety_adapter = adapter_folder(safety_adapter)
+        config = adapter_config(safety_adapter, base.config)
+    if unknown := sorted(set(safety) - set(SAFETY_FIELDS)):
+        raise TypeError(f"`from_base` got the unknown option {unknown[0]!r}; known: {', '.join(SAFETY_FIELDS)}.")
+    chosen = {} if config is None else {name: getattr(config, name) for name in SAFETY_FIELDS}
+    config = SafeVlmConfig(**{**chosen, **safety}, base_config=base.config, dtype=base.dtype)
+    if processor is None and safety_adapter is None:
+        processor = AutoProcessor.from_pretrained(name)
+
+    was_training = base.training
+    model = wrap(cls, base, config)
+    if processor is not None:
+        _adopt_tokens(model, processor)
+    if safety_adapter is not None:
+        _make_room_for_placeholder(model)
+        model = load_adapter_weights(model, safety_adapter)
+    return model.train(was_training)
+
+
+def wrap(cls, base: PreTrainedModel, config: SafeVlmConfig):
+    """Wraps a loaded base: its weights stay as they are; the safety modules are initialised beside them."""
+    base._is_hf_initialized = True
+    for module in base.modules():
+        module._is_hf_initialized = True
+    for parameter in base.parameters():
+        parameter._is_hf_initialized = True
+    model = cls(config, base=base)
+    # Beside the input embeddings: with `device_map` the base may be spread over several devices.
+    model.safety.to(device=compute_device(base.get_input_embeddings()), dtype=base.dtype)
+    _share_device_map(model)
+    share_quantization(model)
+    return model
+
+
+def _share_device_map(model):
+    """Tells a model whose base is spread over devices (loaded with a `device_map`) where its parts are."""
+    device_map = getattr(model.base, "hf_device_map", None)
+    if device_map is not None:
+        inner = {f"base.{name}" if name else "base": device for name, device in device_map.items()}
+        safety = compute_device(model.safety)
+        model.hf_device_map = {**inner, "safety": safety.type if safety.index is None else safety.index}
+
+
+def _adopt_tokens(model, processor):
+    """Takes the placeholder's id and the policy's texts from the processor."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    token = getattr(processor, "safety_token", "<safety>")
+    token_id = tokenizer.convert_tokens_to_ids(token)
+    known = token_id is not None and token_id != tokenizer.unk_token_id
+    model.config.safety_token_id = token_id if known else len(tokenizer)
+    _make_room_for_placeholder(model)
+    model.set_safety_policy(model.config.safety_policy, processor)
+
+
+def _make_room_for_placeholder(model):
+    # Most checkpoints have spare rows in their embedding table. The others grow by some, and then the logits have
+    # more columns than the base's.
+    if model.config.safety_token_id >= model.base.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(model.config.safety_token_id + 1, pad_to_multiple_of=64)
