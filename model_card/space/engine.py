@@ -68,9 +68,7 @@ class Engine:
 
     def _answer(self, turns: list[Turn], policy: str) -> Iterator[tuple[dict | None, str]]:
         """
-        The verdict on a conversation and, growing, the answer to its last question.
-
-        The verdict comes before the first word, which costs a second pass of vision tower and safety head.
+        The verdict on a conversation, before the first word, and, growing, the answer to its last question.
 
         Args:
             turns (`list[Turn]`): The last one has no answer yet.
@@ -81,16 +79,18 @@ class Engine:
         if length > self.model.config.get_text_config().max_position_embeddings:
             raise Refused("This conversation is too long for the model. Start a new one.")
         rules = self._policy(policy)
-        verdict = self.model.assess(**inputs, safety_policy=rules).to_list()[0] if rules.enabled else None
-        yield verdict, ""
-        answer = ""
+        verdict, answer = None, ""
         for piece in self._generate(inputs, rules):
-            answer += piece
+            if isinstance(piece, dict):
+                verdict = piece
+            else:
+                answer += piece
             yield verdict, answer.lstrip()
         yield verdict, answer.strip()
 
-    def _generate(self, inputs, rules) -> Iterator[str]:
-        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    def _generate(self, inputs, rules) -> Iterator[dict | str]:
+        """The verdict, unless the rules are off, then the answer in pieces."""
+        streamer = _VerdictStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         abandoned = threading.Event()
         failures = []
 
@@ -140,25 +140,24 @@ def allowed_policies(model, names: tuple[str, ...]) -> dict:
     The policies by name. A preset keeps the calibration of the model's own policy: what visitors choose is thresholds
     and actions, not how sure the head is.
     """
-    own = model.resolve_policy()
-    policies = {}
+    own, policies = model.resolve_policy(), {}
     for name in names:
         path = Path(name)
-        if path.suffix in (".yaml", ".yml", ".json"):
-            policy = model.resolve_policy(path)
-        elif name == own.name:
-            policy = own
-        else:
-            calibration = {key: getattr(own, key) for key in ("level_temperature", "category_temperature")}
-            policy = model.resolve_policy(name).replace(**calibration)
         if path.stem in policies:
             raise ValueError(f"SAFEVLM_POLICIES names {path.stem!r} twice: {', '.join(names)}.")
-        policies[path.stem] = policy
+        policies[path.stem] = own if name == own.name else model.resolve_policy(name)
     return policies
 
 
 def _on_gpu(function):
     return function if spaces is None else spaces.GPU(function)
+
+
+class _VerdictStreamer(TextIteratorStreamer):
+    """Also hands over the verdict, which `generate` gives it before the first token."""
+
+    def put_safety(self, assessment):
+        self.text_queue.put(assessment.to_list()[0])
 
 
 class _StopWhen(StoppingCriteria):

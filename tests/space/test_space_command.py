@@ -2,9 +2,11 @@
 
 import ast
 import json
+import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "hub"))  # for `loopback`
@@ -137,6 +139,42 @@ def test_without_gradio_it_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setattr(space, "find_spec", lambda name: None)
     assert main(["space", "--model", MODEL]) == 1
     assert "pip install 'safevlm[space]'" in capsys.readouterr().err
+
+
+APP = """
+import os, pathlib, time
+
+pathlib.Path("pid").write_text(str(os.getpid()))
+time.sleep(60)
+"""
+SERVE = """
+import sys
+from pathlib import Path
+from safevlm.trainer.commands.space import serve
+
+serve(Path(sys.argv[1]), {"SAFEVLM_MODEL": "me/model"}, "127.0.0.1", 0)
+"""
+
+
+def test_the_page_ends_with_the_command(tmp_path):
+    pytest.importorskip("gradio", reason="gradio is not installed; pip install 'safevlm[space]'")
+    (tmp_path / "app.py").write_text(APP)
+    with subprocess.Popen([sys.executable, "-c", SERVE, str(tmp_path)]) as command:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "pid").is_file() or not (tmp_path / "pid").read_text():
+            assert command.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        page = int((tmp_path / "pid").read_text())
+        command.terminate()
+        assert command.wait(timeout=30) == 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(page, 0)
+
+
+@pytest.mark.parametrize("policies, message", [(" ,", "at least one policy"), ("strikt", "--policies 'strikt,': ")])
+def test_policies_that_do_not_exist_are_told_before_anything_starts(policies, message, capsys):
+    assert main(["space", "--model", MODEL, "--policies", policies + ","]) == 1
+    assert message in capsys.readouterr().err
 
 
 # -- push

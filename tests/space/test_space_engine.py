@@ -1,5 +1,6 @@
 """The engine: answers stream under the policies on offer, and nothing in a question changes that."""
 
+import copy
 import threading
 import time
 from types import SimpleNamespace
@@ -108,11 +109,9 @@ def test_a_failing_model_raises_instead_of_hanging(modules, engine, monkeypatch)
 
 
 def test_presets_keep_the_calibration_of_the_models_own_policy(modules, judging, tmp_path):
-    own = {"name": "ours", "level_temperature": 2.5, "risk_threshold": 0.3}
-    model = SimpleNamespace(
-        resolve_policy=lambda policy=None: judging.resolve_policy(own if policy is None else policy)
-    )
-    judging.resolve_policy("strict").replace(level_temperature=7.0).to_file(tmp_path / "mine.yaml")
+    model = copy.deepcopy(judging)
+    model.set_safety_policy({"name": "ours", "level_temperature": 2.5, "risk_threshold": 0.3})
+    model.resolve_policy("strict").replace(level_temperature=7.0).to_file(tmp_path / "mine.yaml")
     names = ("ours", "strict", str(tmp_path / "mine.yaml"))
     policies = modules.engine.allowed_policies(model, names)
     assert list(policies) == ["ours", "strict", "mine"]

@@ -6,6 +6,7 @@ and the examples.
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -104,6 +105,7 @@ def serve(folder: Path, settings: dict[str, str], host: str, port: int) -> int:
         settings["SAFEVLM_MODEL"] = str(Path(settings["SAFEVLM_MODEL"]).resolve())
     server = {"GRADIO_SERVER_NAME": host, "GRADIO_SERVER_PORT": str(port), "GRADIO_ANALYTICS_ENABLED": "False"}
     with subprocess.Popen([sys.executable, "app.py"], cwd=folder, env={**os.environ, **settings, **server}) as process:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # the page must not outlive this process
         try:
             return process.wait()
         except KeyboardInterrupt:
@@ -142,10 +144,15 @@ def _place_policies(folder: Path, names: str) -> str:
     from safevlm import SafetyPolicy
 
     placed = []
-    for name in (part.strip() for part in names.split(",")):
-        policy = SafetyPolicy.from_value(name)  # a clear error before a model is loaded
+    for name in filter(None, (part.strip() for part in names.split(","))):
+        try:
+            policy = SafetyPolicy.from_value(name)  # a clear error before a model is loaded
+        except (ValueError, OSError) as error:
+            raise ValueError(f"--policies {names!r}: {error}") from None
         if name.endswith((".yaml", ".yml", ".json")):
             policy.to_file(folder / Path(name).name)
             name = Path(name).name
         placed.append(name)
+    if not placed:
+        raise ValueError("--policies must name at least one policy, such as default.")
     return ",".join(placed)
