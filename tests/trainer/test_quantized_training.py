@@ -92,7 +92,7 @@ def test_a_quantised_language_model_cannot_be_trained_in_full(folder, processor,
 
 def test_an_offloaded_model_cannot_be_trained(folder, processor, rows, tmp_path):
     model = SafeVlmForConditionalGeneration.from_pretrained(
-        folder / "safe", device_map={"": "disk"}, offload_folder=tmp_path / "offload"
+        folder / "safe", device_map={"base": "disk", "safety": "cpu"}, offload_folder=tmp_path / "offload"
     )
     with pytest.raises(ValueError, match="weights of the model are offloaded to CPU or disk"):
         run_schedule(model, processor, rows, tmp_path / "out", Recipe([STAGE_1]))

@@ -86,12 +86,13 @@ def test_images_are_handed_over_undecoded_and_pass_our_own_checks(hub, table):
 
 def test_rows_of_a_stream_come_one_by_one(hub, tmp_path):
     good = json.dumps({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]})
-    for number in range(3):
-        (tmp_path / f"{number}.jsonl").write_text(good if number < 2 else "{broken", encoding="utf-8")
-    hub({"train": [str(tmp_path / f"{number}.jsonl") for number in range(3)]}, "json")
+    # `datasets` itself looks at the first five rows, to see what columns there are.
+    (tmp_path / "0.jsonl").write_text(f"{good}\n" * 8, encoding="utf-8")
+    (tmp_path / "1.jsonl").write_text("{broken", encoding="utf-8")
+    hub({"train": [str(tmp_path / "0.jsonl"), str(tmp_path / "1.jsonl")]}, "json")
     rows = iter_rows("owner/name")
-    assert next(rows).row_id == "owner/name:1" and next(rows).row_id == "owner/name:2"
-    with pytest.raises(DataError, match="'owner/name': row 3 cannot be read"):  # only now is the broken file opened
+    assert [next(rows).row_id for _ in range(8)] == [f"owner/name:{number}" for number in range(1, 9)]
+    with pytest.raises(DataError, match="'owner/name': row 9 cannot be read"):  # only now is the broken file opened
         next(rows)
 
 
