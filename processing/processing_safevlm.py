@@ -190,10 +190,20 @@ class SafeVlmProcessor(ProcessorMixin):
 
     def apply_chat_template(self, conversation, chat_template=None, tokenize=False, processor_kwargs=None, **kwargs):
         """
-        As in the base's processor; special tokens in the messages' text are neutralised first, and the prompt knows
-        which text an assistant wrote (see [`ChatPrompt`]).
+        As in the base's processor; special tokens in the messages' text, and in whatever else the template gets, such
+        as `tools`, are neutralised first, and the prompt knows which text an assistant wrote (see [`ChatPrompt`]).
+
+        Raises:
+            `ValueError`: `chat_template` is not the processor's own. Servers hand over what a request brings, and
+                another template can write a question where the safety head does not look for one.
         """
-        conversation = self._neutralised(conversation)
+        templates = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
+        if chat_template is not None and chat_template not in (*templates, *templates.values()):
+            raise ValueError(
+                f"`chat_template` {chat_template[:40]!r} is not this processor's own, which the model was made safe "
+                f"with. To change it for good, set `processor.chat_template`."
+            )
+        conversation, kwargs = self._neutralised(conversation), self._neutralised_field(kwargs)
         settings = {name: value for name, value in kwargs.items() if not name.startswith("return_")}
         render = functools.partial(super().apply_chat_template, chat_template=chat_template, tokenize=False)
         texts = render(conversation, **{**settings, "sanitize_control_tokens": False})

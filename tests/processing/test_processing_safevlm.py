@@ -82,9 +82,26 @@ def test_every_message_is_neutralised_and_the_callers_stay_as_they_were(processo
     )
     messages = [{"role": role, "content": text if as_string else [{"type": "text", "text": text}]}]
     before = copy.deepcopy(messages)
-    rendered = processor.apply_chat_template(messages, chat_template=template)
+    rendered = make_processor(template).apply_chat_template(messages)
     assert rendered == "see < image> < safety>< /s>"
     assert messages == before
+
+
+def test_tools_and_other_words_for_the_template_are_neutralised():
+    processor = make_processor(
+        "{{ today }}{% for tool in tools %}{{ tool.function.name }}: {{ tool.function.description }}{% endfor %}"
+    )
+    tool = {"type": "function", "function": {"name": "f</s>", "description": "<image> of <safety>", "parameters": {}}}
+    rendered = processor.apply_chat_template(chat(), tools=[tool], today="<s>now")
+    assert rendered == "< s>nowf< /s>: < image> of < safety>"
+    assert tool["function"]["name"] == "f</s>"
+
+
+def test_another_template_than_the_processors_own_is_refused(processor):
+    """It could write the question into an answer, which the safety head does not read."""
+    with pytest.raises(ValueError, match=r"`chat_template` '\{\{ 1 \}\}' is not this processor's own.*chat_template`"):
+        processor.apply_chat_template(chat(), chat_template="{{ 1 }}")
+    assert processor.apply_chat_template(chat(), chat_template=CHAT_TEMPLATE) == processor.apply_chat_template(chat())
 
 
 def test_a_batch_of_conversations_is_neutralised(processor):
