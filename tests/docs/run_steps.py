@@ -1,13 +1,15 @@
 """Runs a document's steps in the current folder: `python run_steps.py STEPS.json RESULTS.json`.
 
 All Python blocks share one namespace, as they do for a reader; each bash block has a shell of its own. Ends at the
-first step that fails. A server (`transformers serve`) runs until the document ends.
+first step that fails. A server (`safevlm serve`, `transformers serve`) runs until the next one starts, or the document
+ends.
 """
 
 import contextlib
 import doctest
 import io
 import json
+import re
 import subprocess
 import sys
 import time
@@ -16,7 +18,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-SERVERS = ("transformers serve",)
+SERVERS = ("safevlm serve", "transformers serve")
 
 
 def main(steps: Path, results: Path):
@@ -35,9 +37,7 @@ def main(steps: Path, results: Path):
             if code:
                 break
     finally:
-        for server in servers:
-            server.terminate()
-            server.wait(timeout=30)
+        stop(servers)
         results.write_text(json.dumps(done))
 
 
@@ -62,7 +62,11 @@ def run_python(text: str, namespace: dict, where: str):
 
 
 def start_server(text: str, ready: str, servers: list):
-    """Starts a command that does not end; returns when `ready`, a URL, answers."""
+    """Starts a command that does not end, in place of those before; returns when `ready`, a URL, answers."""
+    stop(servers)
+    # Not by the client of preloaded.py that is on the PATH: its end would not be the server's. -P: the document's
+    # folder may hold one named safevlm.
+    text = re.sub("^safevlm ", f"{sys.executable} -P -m safevlm.trainer.cli ", text)
     with open("server.log", "w+") as log:
         servers.append(subprocess.Popen(["bash", "-c", f"exec {text}"], stdout=log, stderr=subprocess.STDOUT))
         deadline = time.monotonic() + 120
@@ -75,6 +79,13 @@ def start_server(text: str, ready: str, servers: list):
                     log.seek(0)
                     return 1, ("", log.read()[-4000:])
                 time.sleep(0.25)
+
+
+def stop(servers: list):
+    while servers:
+        server = servers.pop()
+        server.terminate()
+        server.wait(timeout=30)
 
 
 if __name__ == "__main__":

@@ -235,6 +235,37 @@ def test_an_async_streamer_gives_the_answer(case, verdicts, level):
     assert asyncio.run(stream()) == expected
 
 
+class Listener:
+    """A streamer that keeps what it is given, in order."""
+
+    def __init__(self):
+        self.given = []
+
+    def put_safety(self, assessment):
+        self.given.append(assessment)
+
+    def put(self, value):
+        self.given.append("tokens")
+
+    def end(self):
+        pass
+
+
+@pytest.mark.parametrize("level", ["none", "low", "high"])
+def test_a_streamer_gets_the_verdict_once_before_the_first_token(case, verdicts, level):
+    verdicts(case.model, level)
+    inputs, listener = case.inputs(1), Listener()
+    case.model.generate(**inputs, streamer=listener, max_new_tokens=3)
+    verdict, *tokens = listener.given
+    assert verdict.to_list() == case.model.assess(**inputs).to_list() and set(tokens) == {"tokens"}
+
+
+def test_a_streamer_gets_no_verdict_with_the_policy_off(case):
+    listener = Listener()
+    case.model.generate(**case.inputs(1), streamer=listener, max_new_tokens=3, safety_policy="off")
+    assert set(listener.given) == {"tokens"}
+
+
 def test_a_streamer_with_beams_is_refused_as_by_the_base(case):
     streamer = AsyncTextIteratorStreamer.__new__(AsyncTextIteratorStreamer)
     with pytest.raises(ValueError, match="`streamer` cannot be used with beam search"):

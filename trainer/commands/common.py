@@ -54,21 +54,29 @@ def reader_options(args) -> dict:
 def load_model(name: str, device: str | None = None):
     """A saved SafeVLM, ready to use, and its processor."""
     import torch
-    from transformers import AutoConfig
     from transformers import logging as transformers_logging
 
-    from safevlm import SafeVlmConfig, SafeVlmForConditionalGeneration, SafeVlmProcessor
+    from safevlm import SafeVlmForConditionalGeneration, SafeVlmProcessor
 
     transformers_logging.disable_progress_bar()
-    model_type = AutoConfig.from_pretrained(name).model_type
-    if model_type != SafeVlmConfig.model_type:
-        raise ValueError(
-            f"--model {name!r} is of type {model_type!r}, not a SafeVLM; "
-            f"make one of it with: safevlm train --base {name} ..."
-        )
+    check_model_type(name, "--model")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = SafeVlmForConditionalGeneration.from_pretrained(name, dtype="auto").to(device).eval()
     return model, SafeVlmProcessor.from_pretrained(name)
+
+
+def check_model_type(name: str, argument: str, revision: str | None = None):
+    """Raises if `name`, which the command got as `argument`, is not a SafeVLM; reads its configuration only."""
+    from transformers import AutoConfig
+
+    from safevlm import SafeVlmConfig
+
+    model_type = AutoConfig.from_pretrained(name, revision=revision).model_type
+    if model_type != SafeVlmConfig.model_type:
+        raise ValueError(
+            f"{argument} {name!r} is of type {model_type!r}, not a SafeVLM; "
+            f"make one of it with: safevlm train --base {name} ..."
+        )
 
 
 def print_json(value):
