@@ -20,7 +20,8 @@ from .free_text import DEFAULTS, block, read_free_text
 from .markdown import text
 
 CARD = "README.md"
-ADAPTER_WEIGHTS = "safety_adapter.safetensors"
+ADAPTER_WEIGHTS = ("safety_adapter.safetensors", "lora/adapter_model.safetensors")
+"""The safety modules alone; with LoRA, as PEFT saves them. An adapter's folder has one of them."""
 TAGS = ("safevlm", "safety", "guardrail", "custom_code")
 # What the front matter says of itself; a person's further fields, and a licence that the facts do not know, stay.
 _OURS = {"base_model", "base_model_relation", "datasets", "library_name", "model-index", "pipeline_tag", "tags"}
@@ -68,13 +69,18 @@ def is_ours(card: str | None) -> bool:
     return card is None or not card.strip() or bool(read_free_text(card))
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter, not a whole model."""
+    return any((folder / name).is_file() for name in ADAPTER_WEIGHTS) and not any(folder.glob("model*.safetensors"))
+
+
 def render_card(model_dir: Path, facts: dict, existing: str | None = None, model_id: str | None = None) -> str:
     """The text of the card. Arguments as for [`write_card`]; `existing` is the card that it takes the place of."""
     check_facts(facts)
     config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
     front = _front_matter(existing)
     facts = {**facts, "license": front.get("license_name") or front.get("license") or facts.get("license")}
-    adapter = not any(model_dir.glob("model*.safetensors")) and (model_dir / ADAPTER_WEIGHTS).is_file()
+    adapter = is_adapter(model_dir)
     model_id = model_dir.resolve().name if model_id is None else model_id
     free_text = {name: block(name, content) for name, content in {**DEFAULTS, **_free_text(existing)}.items()}
     card = ModelCard.from_template(

@@ -6,21 +6,21 @@ working folder, not a model.
 """
 
 import json
-import re
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 
 import yaml
 
-from .card import ADAPTER_WEIGHTS, CARD, existing_card, is_ours, render_card
+from .card import ADAPTER_WEIGHTS, CARD, existing_card, is_adapter, is_hub_id, is_ours, render_card
 from .facts import FACTS_FILE, read_facts
+from .remote_code import named_code, read_json, remote_code
 from .secrets import scan
 from .weights import WEIGHTS, check_weights, resharded
 
 POLICY = "policy.yaml"
 ALLOWED = (
-    *(CARD, FACTS_FILE, POLICY, "config.json", "generation_config.json"),
+    *(CARD, FACTS_FILE, POLICY, "config.json", "generation_config.json", "lora/adapter_config.json"),
     *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt"),
@@ -76,20 +76,22 @@ def prepare(folder: Path, repo_id: str, max_shard_size: str | int, scratch: Path
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"{str(folder)!r} holds no config.json; push a folder that `save_pretrained` wrote.")
-    config = _json(folder / "config.json")
+    config = read_json(folder / "config.json")
     if config.get("model_type") != "safevlm":
         raise ValueError(f"{str(folder)!r} holds a model of type {config.get('model_type')!r}, not a SafeVLM.")
     found = sorted(str(path.relative_to(folder).as_posix()) for path in folder.rglob("*") if path.is_file())
     _refuse(folder, found)
-    weights = [ADAPTER_WEIGHTS] if ADAPTER_WEIGHTS in found else sorted(n for n in found if fnmatch(n, WEIGHTS))
+    adapter = is_adapter(folder)
+    weights = [n for n in found if (n in ADAPTER_WEIGHTS if adapter else fnmatch(n, WEIGHTS))]
     check_weights(folder, weights)
     allowed = {name for name in found if any(fnmatch(name, pattern) for pattern in ALLOWED)}
-    allowed |= _code(folder, config, adapter=weights == [ADAPTER_WEIGHTS])
+    allowed |= _code(folder, adapter)
     files: dict[str, Path | bytes] = {name: folder / name for name in sorted(allowed)}
-    if weights == [ADAPTER_WEIGHTS]:
-        files[ADAPTER_WEIGHTS] = folder / ADAPTER_WEIGHTS
+    if adapter:
+        files |= {name: folder / name for name in weights}
     else:
         files |= resharded(folder, weights, max_shard_size, scratch)
+    files["config.json"] = _config(config, adapter) or folder / "config.json"
     files[POLICY] = _policy(config)
     card = existing_card(folder)
     if is_ours(card):
@@ -110,32 +112,27 @@ def _refuse(folder: Path, found: list[str]):
                 )
 
 
-def _code(folder: Path, config: dict, adapter: bool) -> set[str]:
+def _code(folder: Path, adapter: bool) -> set[str]:
     """The Python files that `trust_remote_code=True` would load: those the configurations name, and their imports."""
-    from transformers.dynamic_module_utils import get_relative_import_files
-
-    auto_map = config.get("auto_map") or {}
-    named = list(auto_map.values())
-    named += [pipeline["impl"] for pipeline in (config.get("custom_pipelines") or {}).values()]
-    if adapter:  # a configuration and weights; the model's class comes from the package
-        named = [auto_map["AutoConfig"]] if "AutoConfig" in auto_map else []
-    for name in ("processor_config.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            named += (_json(folder / name).get("auto_map") or {}).values()
-    files: set[str] = set()
-    for reference in named:
-        for one in reference if isinstance(reference, list) else [reference]:
-            if one is None:
-                continue
-            module = one.split("--")[-1].split(".")[0]
-            path = folder / f"{module}.py"
-            if "--" in one or not re.fullmatch(r"\w+", module) or not path.is_file():
-                raise ValueError(
-                    f"{str(folder)!r}: the configuration names the code {one!r}, which is not in the folder; load the "
-                    f"model and save it again."
-                )
-            files |= {path.name, *(Path(file).name for file in get_relative_import_files(path))}
+    files, elsewhere = remote_code(folder, named_code(folder, adapter))
+    if elsewhere:
+        raise ValueError(
+            f"{str(folder)!r}: the configuration names the code {elsewhere[0]!r}, which is not in the folder; load "
+            f"the model and save it again."
+        )
     return files
+
+
+def _config(config: dict, adapter: bool) -> bytes | None:
+    """The configuration without what is true of this folder only; `None` if it can go as it is."""
+    published = {**config, "base_config": dict(config["base_config"])}
+    if not is_hub_id(published["base_config"].get("_name_or_path")):
+        published["base_config"]["_name_or_path"] = ""  # a folder of this machine
+    if adapter:  # the classes of its model and pipeline come from the package
+        published.pop("custom_pipelines", None)
+        classes = config.get("auto_map") or {}
+        published["auto_map"] = {name: value for name, value in classes.items() if name == "AutoConfig"}
+    return None if published == config else (json.dumps(published, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _policy(config: dict) -> bytes:
@@ -158,13 +155,3 @@ def _check_texts(files: dict[str, Path | bytes]):
             raise ValueError(f"{name} is no UTF-8 text, which it should be; it was not pushed.") from None
     if findings:
         raise ValueError("Nothing was pushed. " + " | ".join(map(str, findings)))
-
-
-def _json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object.")
-    return content

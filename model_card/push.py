@@ -4,6 +4,7 @@ Private unless asked otherwise; only what `publication.py` lets through. A push 
 stopped: the Hub keeps the large files that arrived whole, and the same files are not sent twice.
 """
 
+import json
 import os
 import shutil
 import tempfile
@@ -22,11 +23,13 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from .card import ADAPTER_WEIGHTS
+from .card import ADAPTER_WEIGHTS, is_adapter
 from .facts import FACTS_FILE, read_facts
 from .publication import Publication, prepare
 from .weights import INDEX, WEIGHTS, check_weights, extract_safety_modules
 
+SAFETY_WEIGHTS, LORA_WEIGHTS = ADAPTER_WEIGHTS
+LORA_CONFIG = "lora/adapter_config.json"
 RETRIED = (429, 500, 502, 503, 504)
 WAITS = (1, 2, 4, 8, 16)
 """Seconds before the next try, unless the Hub names some."""
@@ -41,13 +44,16 @@ class Push:
         repo_id (`str`)
         files (`dict[str, int]`): Bytes per file.
         left_out (`list[str]`): Files of the folder that stay.
-        url (`str`, *optional*): Of the commit or pull request; `None` for a dry run.
+        url (`str`, *optional*): Of the commit or pull request, or of the commit that has all this already; `None` for
+            a dry run.
+        changed (`bool`): Whether anything was sent.
     """
 
     repo_id: str
     files: dict[str, int]
     left_out: list[str]
     url: str | None = None
+    changed: bool = False
 
 
 def push_to_hub(
@@ -74,8 +80,9 @@ def push_to_hub(
         dry_run (`bool`): Choose and check, but send nothing.
         revision (`str`, *optional*): Branch, made if it is not there.
         create_pr (`bool`): Open a pull request on an existing repository.
-        adapter_only (`bool`): Push the safety modules alone. Refused where the language model was trained, too: on the
-            untouched base they would be another model.
+        adapter_only (`bool`): Push what training added to the base: the safety modules and, of OUT/model that
+            `safevlm train --output OUT` wrote, the last stage's LoRA. Refused where that is not all that was trained:
+            on the untouched base it would be another model.
         max_shard_size (`str` or `int`): Of weight files.
         message (`str`, *optional*): Of the commit.
         token (`str`, *optional*): Of the Hub; by default the one of `hf auth login` or `HF_TOKEN`.
@@ -96,7 +103,7 @@ def push_to_hub(
         if not dry_run:
             api = HfApi(token=token)
             try:
-                push.url = _upload(api, publication, repo_id, public, revision, create_pr, message)
+                push.url, push.changed = _upload(api, publication, repo_id, public, revision, create_pr, message)
             except Exception as error:
                 raise _plain(error, repo_id, revision) from error
     return push
@@ -118,29 +125,24 @@ def _folder(folder_or_model, processor, scratch: Path) -> Path:
 
 def _adapter_folder(folder: Path, scratch: Path) -> Path:
     """The adapter in `folder`, or one made of the whole model there."""
-    if (folder / ADAPTER_WEIGHTS).is_file():
+    if is_adapter(folder):
         return folder
-    stages = (read_facts(folder).get("training") or {}).get("stages") or []
-    also = [stage["stage"] for stage in stages if stage.get("arguments", {}).get("trainable") != ["safety"]]
-    if also or not stages:
-        why = (
-            f"its stage {also[0]!r} trained more than the safety modules"
-            if also
-            else "nothing says how it was trained"
-        )
-        raise ValueError(
-            f"--adapter-only: the safety modules of {str(folder)!r} cannot go alone, since {why}; on the untouched "
-            f"base they would be another model. Push it whole, or push a folder that `save_safety_adapter` wrote, "
-            f"such as that of stage 1's model."
-        )
     from safevlm import SafeVlmConfig
 
+    lora = _lora(folder)
     adapter = scratch / folder.resolve().name
     names = sorted(path.name for path in folder.glob(WEIGHTS))
     check_weights(folder, names)
     adapter.mkdir()
     SafeVlmConfig.from_pretrained(folder).save_pretrained(adapter)
-    extract_safety_modules(folder, names, adapter / ADAPTER_WEIGHTS)
+    if lora is None:
+        extract_safety_modules(folder, names, adapter / SAFETY_WEIGHTS)
+    else:
+        (adapter / LORA_CONFIG).parent.mkdir()
+        shutil.copy(lora / Path(LORA_WEIGHTS).name, adapter / LORA_WEIGHTS)
+        config = json.loads((lora / Path(LORA_CONFIG).name).read_text(encoding="utf-8"))
+        config["base_model_name_or_path"] = read_facts(folder)["base_model"]["name"]  # not where it lay here
+        (adapter / LORA_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for name in (FACTS_FILE, "README.md"):
         if (folder / name).is_file():
             shutil.copy(folder / name, adapter / name)
@@ -149,7 +151,36 @@ def _adapter_folder(folder: Path, scratch: Path) -> Path:
     return adapter
 
 
-def _upload(api: HfApi, publication: Publication, repo_id, public, revision, create_pr, message) -> str:
+def _lora(folder: Path) -> Path | None:
+    """
+    Where the last stage's LoRA is, safety modules included; `None` if the safety modules are all that was trained.
+
+    Raises:
+        `ValueError`: More was trained than can be told apart from the base.
+    """
+    stages = (read_facts(folder).get("training") or {}).get("stages") or []
+    arguments = [stage.get("arguments", {}) for stage in stages]
+    also = [i for i, given in enumerate(arguments) if given.get("trainable") != ["safety"]]
+    if stages and not also:
+        return None
+    # Of the last stage's LoRA the base is the one that all started from, and its file has the safety modules, too.
+    if also == [len(stages) - 1] and arguments[-1].get("lora_r") and "safety" in arguments[-1]["trainable"]:
+        lora = folder.resolve().parent / f"{len(stages)}-{stages[-1]['stage']}" / "adapter"
+        if all((lora / Path(name).name).is_file() for name in (LORA_CONFIG, LORA_WEIGHTS)):
+            return lora
+        why = f"its stage {stages[-1]['stage']!r} trained LoRA, which is not in {str(lora)!r}"
+    elif also:
+        why = f"its stage {stages[also[0]]['stage']!r} trained more than the safety modules, and not as the last LoRA"
+    else:
+        why = "nothing says how it was trained"
+    raise ValueError(
+        f"--adapter-only: the safety modules of {str(folder)!r} cannot go alone, since {why}; on the untouched base "
+        f"they would be another model. Push it whole, or push a folder that `save_safety_adapter` wrote, such as that "
+        f"of stage 1's model."
+    )
+
+
+def _upload(api: HfApi, publication: Publication, repo_id, public, revision, create_pr, message) -> tuple[str, bool]:
     if create_pr:
         there = _retried(lambda: api.repo_info(repo_id))
     else:
@@ -168,7 +199,7 @@ def _upload(api: HfApi, publication: Publication, repo_id, public, revision, cre
     stale = [
         sibling.rfilename
         for sibling in there.siblings or ()
-        if (fnmatch(sibling.rfilename, WEIGHTS) or sibling.rfilename in (INDEX, ADAPTER_WEIGHTS))
+        if (fnmatch(sibling.rfilename, WEIGHTS) or sibling.rfilename in (INDEX, *ADAPTER_WEIGHTS))
         and sibling.rfilename not in publication.files
     ]
     operations = [CommitOperationAdd(name, source) for name, source in publication.files.items()]
@@ -185,7 +216,8 @@ def _upload(api: HfApi, publication: Publication, repo_id, public, revision, cre
         # After another error the Hub may have opened the pull request already.
         statuses=(429, 503) if create_pr else RETRIED,
     )
-    return str(commit.pr_url or commit.commit_url)
+    # Where nothing is new, huggingface_hub makes no commit or pull request and returns the last commit.
+    return str(commit.pr_url or commit.commit_url), commit.oid != there.sha
 
 
 def _retried(call, statuses: tuple[int, ...] = RETRIED):

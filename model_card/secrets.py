@@ -44,11 +44,7 @@ def scan(file: str, content: str) -> list[Finding]:
             )
         if file not in VOCABULARIES:
             for match in re.finditer(_HOME, line):
-                findings.append(Finding(file, number, f"the path {match[0]!r} of this machine", _path_fix(file, line)))
+                findings.append(
+                    Finding(file, number, f"the path {match[0]!r} of this machine", "write a relative path or a name")
+                )
     return findings
-
-
-def _path_fix(file: str, line: str) -> str:
-    if "_name_or_path" in line:
-        return "write the base model's Hub id there, or its name"
-    return "write a relative path or a name"

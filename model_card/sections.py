@@ -1,5 +1,6 @@
 """The generated sections of a card, from the facts and the model's configuration. Names and fields are escaped."""
 
+import shlex
 from collections.abc import Iterable
 
 from .facts import SECTIONS, policy_mark
@@ -68,20 +69,19 @@ def usage(facts: dict, model_id: str, adapter: bool) -> str:
     if adapter:
         base = repr(str((facts.get("base_model") or {}).get("name") or "BASE-MODEL")).replace("`", "\\x60")
         return f"""\
-`pip install safevlm`, then put the modules on their base model:
+`pip install "safevlm[train]"`, then put the adapter on its base model:
 
 ```python
-from huggingface_hub import snapshot_download
 from safevlm import SafeVlmForConditionalGeneration, SafeVlmProcessor
 
-adapter = snapshot_download({model})
-model = SafeVlmForConditionalGeneration.from_base({base}, safety_adapter=adapter)
+model = SafeVlmForConditionalGeneration.from_base({base}, safety_adapter={model})
 processor = SafeVlmProcessor.from_base({base}, config=model.config)
 ```"""
+    check = code(f"safevlm code {shlex.quote(model_id)}")
     return f"""\
 With transformers and Pillow alone. The model's code is in this repository: read it before you set
 `trust_remote_code=True`, and **pin the commit you read** with `revision="<commit>"`, so that a later push cannot
-change what runs on your machine.
+change what runs on your machine. {check} tells whether it is safevlm's released code.
 
 ```python
 from PIL import Image

@@ -1,6 +1,8 @@
 """A tiny random LLaVA with its real processor class, built offline in milliseconds."""
 
 import copy
+import json
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -104,6 +106,18 @@ def picture(seed: int = 0, size: tuple[int, int] = (32, 32)) -> Image.Image:
 def chat(question: str = "What is in the picture?", images: int = 1) -> list[dict]:
     content = [{"type": "image"} for _ in range(images)] + [{"type": "text", "text": question}]
     return [{"role": "user", "content": content}]
+
+
+def write_rows(folder: Path, count: int = 6) -> Path:
+    """Writes pictures and a training file about them, every other row of high risk; returns the file."""
+    lines = []
+    for i in range(count):
+        picture(i).save(folder / f"{i}.png")
+        turns = [{"from": "USER", "value": "<image>\nIs it?"}, {"from": "ASSISTANT", "value": "yes"}]
+        label = {"safe_type": 1, "safe_level": 3} if i % 2 else {"safe_type": 6, "safe_level": 0}
+        lines.append(json.dumps({"id": str(i), "image": f"{i}.png", "conversations": turns, **label}) + "\n")
+    (folder / "rows.jsonl").write_text("".join(lines))
+    return folder / "rows.jsonl"
 
 
 LEVELS = ("none", "low", "medium", "high")

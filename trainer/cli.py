@@ -7,7 +7,7 @@ import sys
 
 import yaml
 
-from .commands import ask, calibrate, data, demo, evaluate, push, space, train
+from .commands import ask, calibrate, code, data, demo, evaluate, push, serve, space, train
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Example: safevlm demo",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for module in (demo, train, ask, calibrate, data, evaluate, push, space):
+    for module in (demo, train, ask, calibrate, data, evaluate, push, code, space, serve):
         module.add(commands)
     return parser
 

@@ -159,7 +159,9 @@ def test_the_adapter_in_a_whole_model_is_what_save_safety_adapter_writes(hub, sa
     assert got.keys() == expected.keys()
     assert all(torch.equal(got[name], expected[name]) for name in expected)
     config = json.loads(hub.repo("me/adapter").files["config.json"])
-    assert config == json.loads((tmp_path / "adapter" / "config.json").read_text())
+    assert config.pop("auto_map") == {"AutoConfig": "configuration_safevlm.SafeVlmConfig"}
+    expected = json.loads((tmp_path / "adapter" / "config.json").read_text())
+    assert config == {name: value for name, value in expected.items() if name != "auto_map"}
 
 
 @pytest.mark.parametrize("stages", [[], [STAGE, {"stage": "joint_finetuning", "arguments": {}}]])
@@ -216,12 +218,31 @@ def test_secrets_and_home_paths_are_refused_with_file_line_and_fix(hub, saved, r
     assert hub.requests == []
 
 
-def test_the_base_s_path_in_the_configuration_is_refused_with_the_fix(saved):
+def test_the_base_s_path_on_this_machine_stays_here(hub, saved):
     config = json.loads((saved / "config.json").read_text())
     config["base_config"]["_name_or_path"] = "/home/bob/llava"
     (saved / "config.json").write_text(json.dumps(config, indent=2))
-    with pytest.raises(ValueError, match=r"config.json, line \d+: the path '/home/bob/llava'.*Hub id there"):
-        push_to_hub(saved, "me/m", dry_run=True)
+    push_to_hub(saved, "me/m")
+    sent = json.loads(hub.repo("me/m").files["config.json"])
+    assert sent.pop("base_config") == {**config.pop("base_config"), "_name_or_path": ""} and sent == config
+    assert "/home/bob/llava" in (saved / "config.json").read_text()
+
+
+def test_the_base_s_id_on_the_hub_goes_along(hub, saved):
+    config = json.loads((saved / "config.json").read_text())
+    config["base_config"]["_name_or_path"] = "llava-hf/llava-1.5-7b-hf"
+    (saved / "config.json").write_text(json.dumps(config, indent=2))
+    push_to_hub(saved, "me/m")
+    assert hub.repo("me/m").files["config.json"] == (saved / "config.json").read_bytes()
+
+
+def test_a_push_of_what_is_there_already_says_so(hub, saved, run):
+    for expected in ("Sent ", "Nothing to send: me/m has all "):
+        code, out, _ = run("push", saved, "--repo-id", "me/m")
+        assert code == 0 and out.splitlines()[-1].startswith(expected)
+    code, out, _ = run("push", saved, "--repo-id", "me/m", "--create-pr")
+    assert code == 0 and out.splitlines()[-1].startswith("Nothing to send")
+    assert len(hub.repo("me/m").commits) == 1 and "refs/pr/1" not in hub.repo("me/m").branches
 
 
 def test_a_pickle_named_safetensors_is_refused(saved):

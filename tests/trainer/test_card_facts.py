@@ -6,7 +6,7 @@ import os
 
 import pytest
 import yaml
-from tiny import SIZES, chat, picture, safe_model, tiny_llava, tiny_processor
+from tiny import SIZES, chat, picture, safe_model, tiny_llava, tiny_processor, write_rows
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from safevlm import SafeVlmConfig
@@ -101,13 +101,7 @@ def test_co2_is_noted_where_codecarbon_measured_it(args, monkeypatch, tmp_path):
 def test_train_writes_a_card_with_its_facts_and_keeps_a_person_s_words(tmp_path):
     tiny_llava().save_pretrained(tmp_path / "base")
     tiny_processor().save_pretrained(tmp_path / "base")
-    lines = []
-    for i in range(6):
-        picture(i).save(tmp_path / f"{i}.png")
-        turns = [{"from": "USER", "value": "<image>\nIs it?"}, {"from": "ASSISTANT", "value": "yes"}]
-        label = {"safe_type": 1, "safe_level": 3} if i % 2 else {"safe_type": 6, "safe_level": 0}
-        lines.append(json.dumps({"id": str(i), "image": f"{i}.png", "conversations": turns, **label}) + "\n")
-    (tmp_path / "rows.jsonl").write_text("".join(lines))
+    rows = write_rows(tmp_path)
     (tmp_path / "recipe.yaml").write_text(
         yaml.safe_dump({"safety": dict(SIZES), "stages": [{**STAGE, "max_steps": 1}]})
     )
@@ -115,7 +109,7 @@ def test_train_writes_a_card_with_its_facts_and_keeps_a_person_s_words(tmp_path)
     def train():
         return train_from_files(
             base=tmp_path / "base",
-            data=[tmp_path / "rows.jsonl"],
+            data=[rows],
             output_dir=tmp_path / "out",
             recipe=tmp_path / "recipe.yaml",
             holdout=0.34,
@@ -126,7 +120,7 @@ def test_train_writes_a_card_with_its_facts_and_keeps_a_person_s_words(tmp_path)
     text = card.read_text(encoding="utf-8")
     facts = read_facts(card.parent)
     assert facts["training"]["rows"] + facts["training"]["held_out"] == 6
-    assert facts["training"]["data"][0]["sha256"] == hashlib.sha256("".join(lines).encode()).hexdigest()
+    assert facts["training"]["data"][0]["sha256"] == hashlib.sha256(rows.read_bytes()).hexdigest()
     assert facts["training"]["stages"][0]["measured"]["steps"] == 1
     assert facts["results"][0]["measures"] and facts["base_model"]["name"] == "base"
     assert "--holdout 0.34" in facts["training"]["command"] and str(tmp_path) not in json.dumps(facts)

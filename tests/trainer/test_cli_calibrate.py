@@ -96,9 +96,3 @@ def test_exactly_one_aim_is_needed(calibrate, aim, capsys):
     with pytest.raises(SystemExit):
         calibrate(*aim)
     assert "--cost-ratio" in capsys.readouterr().err
-
-
-def test_help_ends_with_an_example(capsys):
-    with pytest.raises(SystemExit):
-        main(["calibrate", "--help"])
-    assert capsys.readouterr().out.strip().splitlines()[-1].strip().startswith("safevlm calibrate --model")

@@ -41,14 +41,6 @@ def run(capsys):
     return call
 
 
-@pytest.mark.parametrize("action", ["check", "stats", "mix"])
-def test_help_of_every_action_ends_with_an_example(action, capsys):
-    with pytest.raises(SystemExit) as exit_info:
-        main(["data", action, "--help"])
-    assert exit_info.value.code == 0
-    assert f"Example:\n  safevlm data {action} " in capsys.readouterr().out
-
-
 def test_help_of_data_shows_its_actions(capsys):
     with pytest.raises(SystemExit):
         main(["data", "--help"])

@@ -14,7 +14,7 @@ def add(commands):
         "The verdict on an image and a question, as JSON; the language model does not run.",
         example='safevlm assess picture.jpg --question "How do I use this?" --model out/model',
     )
-    assess.add_argument("image", type=Path)
+    assess.add_argument("image", type=Path, help="file to look at")
     assess.add_argument("--question", default="Describe this image.", help="what is asked (default: a description)")
 
     answer = add_command(
@@ -24,9 +24,9 @@ def add(commands):
         "Ask a saved model a question about an image.",
         example='safevlm answer picture.jpg "What is in the picture?" --model out/model --policy strict',
     )
-    answer.add_argument("image", type=Path)
-    answer.add_argument("question")
-    answer.add_argument("--max-new-tokens", type=int, default=256)
+    answer.add_argument("image", type=Path, help="file to look at")
+    answer.add_argument("question", help="what is asked")
+    answer.add_argument("--max-new-tokens", type=int, default=256, help="longest answer (default: 256)")
     answer.add_argument("--json", action="store_true", help="print answer and verdict as JSON")
     for command in (assess, answer):
         add_model_arguments(command)

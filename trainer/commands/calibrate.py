@@ -32,7 +32,7 @@ def add(commands):
     )
     command.add_argument("--apply", action="store_true", help="also make it the policy of the model in MODEL")
     command.add_argument("--skip-bad-rows", action="store_true", help="skip and count rows with problems")
-    command.add_argument("--batch-size", type=int, default=16)
+    command.add_argument("--batch-size", type=int, default=16, help="rows assessed at once (default: 16)")
     command.add_argument("--seed", type=int, default=0, help="which half of the images is fitted on (default: 0)")
 
 

@@ -31,7 +31,7 @@ def add(commands):
     command.add_argument("--limit", type=int, help="only the first so many items of each task")
     command.add_argument("--batch-size", type=int, default=8, help="items asked at once (default: 8)")
     command.add_argument("--max-new-tokens", type=int, help="cap on the tasks' own answer lengths")
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--seed", type=int, default=0, help="of samples and intervals (default: 0)")
     command.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
     command.add_argument("--dtype", default="auto", help="of the weights: auto, bfloat16, ... (default: auto)")
 

@@ -31,7 +31,7 @@ def add(commands):
     push.add_argument("--dry-run", action="store_true", help="check, and list what would be sent; send nothing")
     push.add_argument("--revision", help="branch to push to, made if it is not there (default: main)")
     push.add_argument("--create-pr", action="store_true", help="propose the files as a pull request")
-    push.add_argument("--adapter-only", action="store_true", help="the safety modules alone, without the base")
+    push.add_argument("--adapter-only", action="store_true", help="without the base: safety modules, and LoRA if any")
     push.add_argument("--max-shard-size", default="5GB", help="split larger weight files (default: 5GB)")
     push.add_argument("--message", help="message of the commit")
 
@@ -71,6 +71,8 @@ def run_push(args):
     total = f"{len(push.files)} files, {_size(sum(push.files.values()))}"
     if push.url is None:
         sys.stdout.write(f"Dry run: {total} would go to {where}.\n")
+    elif not push.changed:
+        sys.stdout.write(f"Nothing to send: {push.repo_id} has all {total} already: {push.url}\n")
     else:
         sys.stdout.write(f"Sent {total} to {where}: {push.url}\n")
 

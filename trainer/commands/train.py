@@ -29,7 +29,7 @@ def add(commands):
     )
     command.add_argument("--skip-bad-rows", action="store_true", help="skip and count rows with problems")
     command.add_argument("--dtype", default="auto", help="weights' dtype: auto, float32, bfloat16 (default: auto)")
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--seed", type=int, default=0, help="of weights, order and hold-out (default: 0)")
     command.add_argument(
         "--set",
         nargs="*",
