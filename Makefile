@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 LOWEST := .venv-lowest
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test test-browser test-lowest families test-transformers lint install bench clean
+.PHONY: help demo test test-browser test-docs test-lowest families test-transformers lint install bench clean
 
 help:  ## show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -24,8 +24,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: $(VENV)/.installed  ## build, train, evaluate and use a tiny SafeVLM; ARGS="--fast --seed 1"
 	$(BIN)/safevlm demo --output demo $(ARGS)
 
-test: $(VENV)/.installed  ## run all tests, offline, on the CPU
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not browser" $(ARGS)
+test: $(VENV)/.installed  ## run the tests, offline, on the CPU
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not browser and not documents" $(ARGS)
 
 test-lowest: $(LOWEST)/.installed  ## run them with the lowest versions of all packages (Python 3.11 or 3.12)
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(LOWEST)/bin/python -m pytest \
@@ -42,6 +42,9 @@ $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
 
 test-browser: $(VENV)/.installed  ## run the Space's tests in headless Chromium
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/space -m browser $(ARGS)
+
+test-docs: $(VENV)/.installed  ## run all that the documents tell people to type
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/docs -m documents $(ARGS)
 
 families: $(VENV)/.installed  ## run the matrix of model families and write its table
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadgroup \

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from .configuration_safevlm import SafeVlmConfig
-from .from_base import from_base
+from .from_base import from_base as _from_base
 from .modeling_safevlm import SafeVlmForConditionalGeneration, SafeVlmOutput
 from .pipeline_safevlm import SafeVlmPipeline
 from .processing.processing_safevlm import SafeVlmProcessor
@@ -25,7 +25,7 @@ from .safety_policy import ACTIONS, POLICY_PRESETS, SafetyPolicy
 __version__ = SAFEVLM_VERSION
 
 # Making a model needs this package, using one does not: these two are not in the code that a saved model carries.
-SafeVlmForConditionalGeneration.from_base = classmethod(from_base)
+SafeVlmForConditionalGeneration.from_base = classmethod(_from_base)
 SafeVlmForConditionalGeneration.save_safety_adapter = save_safety_adapter
 
 AutoConfig.register(SafeVlmConfig.model_type, SafeVlmConfig)

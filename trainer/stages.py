@@ -126,13 +126,14 @@ def run_schedule(
         train, evaluation = (
             part[arguments["stage"]] if isinstance(part, dict) else part for part in (train_rows, eval_rows)
         )
+        # First, since it says which of several processes this one is.
+        args = SafeVlmTrainingArguments(**{**arguments, "output_dir": str(folder)})
         check_same_run(folder, {**arguments, "safety": recipe.safety, "number of rows": len(train)})
         done = folder / "model"
         if done.is_dir():
             logger.info("stage %s is done, loading %s", folder.name, done)
             model = SafeVlmForConditionalGeneration.from_pretrained(done, dtype=model.dtype).to(model.device)
         else:
-            args = SafeVlmTrainingArguments(**{**arguments, "output_dir": str(folder)})
             model = train_stage(model, processor, args, train, evaluation)
             save_atomically(model, processor, done)
         if after_stage is not None:

@@ -35,6 +35,7 @@ def test_data_in_the_documents_is_valid(document):
 
 
 @pytest.mark.slow
+@pytest.mark.documents
 @pytest.mark.parametrize("document", [d for d in DOCUMENTS if any(b.language in RUN for b in read_blocks(d))])
 def test_every_command_runs_and_prints_what_the_document_shows(document, workplace, demo, free_port):
     blocks = [b for b in read_blocks(document) if b.language in RUN or b.file]

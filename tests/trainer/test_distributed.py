@@ -12,7 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file
+
+from safevlm.trainer import Recipe, run_schedule, stages
 
 SCRIPT = Path(__file__).with_name("distributed_schedule.py")
 needs_cpu_events = pytest.mark.skipif(
@@ -111,3 +114,19 @@ def test_fsdp_trains_the_whole_language_model_as_one_process_does(tmp_path, caps
     on_one_process(tmp_path / "one", schedule(4), capsys)
     on_two_processes(tmp_path / "two", schedule(2, fsdp=True))
     assert_close(tmp_path / "two", tmp_path / "one")
+
+
+def test_processes_know_which_one_writes_before_anything_is_written(tmp_path, monkeypatch):
+    """On the CPU, accelerate takes each process for the only one until the training arguments say otherwise."""
+
+    class Checked(Exception):
+        pass
+
+    def check(folder, settings):
+        assert PartialState._shared_state
+        raise Checked
+
+    PartialState._reset_state()
+    monkeypatch.setattr(stages, "check_same_run", check)
+    with pytest.raises(Checked):
+        run_schedule(None, None, [None], tmp_path, Recipe([{"stage": "safety_alignment", "use_cpu": True}]))
