@@ -48,6 +48,6 @@ def check_settings(path: Path, settings: dict, message: str, write: bool = True)
         changed = [name for name in {**found, **settings} if found.get(name) != settings.get(name)]
         if changed:
             changes = [f"{name} was {found.get(name)!r}, now {settings.get(name)!r}" for name in changed]
-            raise ValueError(message.format(changes=", ".join(changes)))
+            raise ValueError(message.replace("{changes}", ", ".join(changes)))  # paths may hold braces, too
     elif write:
         replace_text(path, json.dumps(settings, indent=2) + "\n")

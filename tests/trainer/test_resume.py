@@ -10,7 +10,7 @@ from tiny import safe_model, tiny_llava
 
 from safevlm import SafeVlmForConditionalGeneration, SafeVlmProcessor
 from safevlm.trainer import Recipe, SafeVlmTrainer, run_schedule
-from safevlm.trainer.stages import last_complete_checkpoint, save_atomically
+from safevlm.trainer.stages import check_same_run, last_complete_checkpoint, save_atomically
 
 # Two shuffled epochs of 4 micro-batches in steps of 2, some rows hinted, some conditioned on their label.
 COMMON = dict(
@@ -264,3 +264,9 @@ def test_rows_may_be_given_by_stage(processor, rows, make_row, tmp_path, killed_
     model = safe_model(tiny_llava(), processor)
     run_schedule(model, processor, by_stage, tmp_path, RECIPES["full"], save_strategy="no")
     assert count.count("safety_alignment") == 2 and count.count("joint_finetuning") == 6
+
+
+def test_a_folder_whose_name_holds_braces_is_named_as_it_is(tmp_path):
+    check_same_run(tmp_path / "a{0}", {"seed": 1})
+    with pytest.raises(ValueError, match=r"a\{0\} holds a training with other settings \(seed was 1, now 2\)"):
+        check_same_run(tmp_path / "a{0}", {"seed": 2})
