@@ -14,14 +14,14 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from safevlm.safety_adapter import ADAPTER_WEIGHTS, LORA_WEIGHTS
+
 from . import sections
 from .facts import check_facts, read_facts, write_facts, write_text
 from .free_text import DEFAULTS, block, read_free_text
 from .markdown import text
 
 CARD = "README.md"
-ADAPTER_WEIGHTS = ("safety_adapter.safetensors", "lora/adapter_model.safetensors")
-"""The safety modules alone; with LoRA, as PEFT saves them. An adapter's folder has one of them."""
 TAGS = ("safevlm", "safety", "guardrail", "custom_code")
 # What the front matter says of itself; a person's further fields, and a licence that the facts do not know, stay.
 _OURS = {"base_model", "base_model_relation", "datasets", "library_name", "model-index", "pipeline_tag", "tags"}
@@ -71,7 +71,8 @@ def is_ours(card: str | None) -> bool:
 
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter, not a whole model."""
-    return any((folder / name).is_file() for name in ADAPTER_WEIGHTS) and not any(folder.glob("model*.safetensors"))
+    adapter = any((folder / name).is_file() for name in (ADAPTER_WEIGHTS, LORA_WEIGHTS))
+    return adapter and not any(folder.glob("model*.safetensors"))
 
 
 def render_card(model_dir: Path, facts: dict, existing: str | None = None, model_id: str | None = None) -> str:

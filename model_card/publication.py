@@ -12,7 +12,9 @@ from pathlib import Path
 
 import yaml
 
-from .card import ADAPTER_WEIGHTS, CARD, existing_card, is_adapter, is_hub_id, is_ours, render_card
+from safevlm.safety_adapter import ADAPTER_WEIGHTS, LORA_CONFIG, LORA_WEIGHTS
+
+from .card import CARD, existing_card, is_adapter, is_hub_id, is_ours, render_card
 from .facts import FACTS_FILE, read_facts
 from .remote_code import named_code, read_json, remote_code
 from .secrets import scan
@@ -20,7 +22,7 @@ from .weights import WEIGHTS, check_weights, resharded
 
 POLICY = "policy.yaml"
 ALLOWED = (
-    *(CARD, FACTS_FILE, POLICY, "config.json", "generation_config.json", "lora/adapter_config.json"),
+    *(CARD, FACTS_FILE, POLICY, "config.json", "generation_config.json", LORA_CONFIG),
     *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt"),
@@ -82,7 +84,7 @@ def prepare(folder: Path, repo_id: str, max_shard_size: str | int, scratch: Path
     found = sorted(str(path.relative_to(folder).as_posix()) for path in folder.rglob("*") if path.is_file())
     _refuse(folder, found)
     adapter = is_adapter(folder)
-    weights = [n for n in found if (n in ADAPTER_WEIGHTS if adapter else fnmatch(n, WEIGHTS))]
+    weights = [n for n in found if (n in (ADAPTER_WEIGHTS, LORA_WEIGHTS) if adapter else fnmatch(n, WEIGHTS))]
     check_weights(folder, weights)
     allowed = {name for name in found if any(fnmatch(name, pattern) for pattern in ALLOWED)}
     allowed |= _code(folder, adapter)

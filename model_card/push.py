@@ -23,13 +23,14 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from .card import ADAPTER_WEIGHTS, is_adapter
+from safevlm.safety_adapter import ADAPTER_WEIGHTS, LORA_CONFIG, LORA_WEIGHTS
+
+from .card import is_adapter
 from .facts import FACTS_FILE, read_facts
 from .publication import Publication, prepare
+from .remote_code import read_json
 from .weights import INDEX, WEIGHTS, check_weights, extract_safety_modules
 
-SAFETY_WEIGHTS, LORA_WEIGHTS = ADAPTER_WEIGHTS
-LORA_CONFIG = "lora/adapter_config.json"
 RETRIED = (429, 500, 502, 503, 504)
 WAITS = (1, 2, 4, 8, 16)
 """Seconds before the next try, unless the Hub names some."""
@@ -136,11 +137,11 @@ def _adapter_folder(folder: Path, scratch: Path) -> Path:
     adapter.mkdir()
     SafeVlmConfig.from_pretrained(folder).save_pretrained(adapter)
     if lora is None:
-        extract_safety_modules(folder, names, adapter / SAFETY_WEIGHTS)
+        extract_safety_modules(folder, names, adapter / ADAPTER_WEIGHTS)
     else:
         (adapter / LORA_CONFIG).parent.mkdir()
         shutil.copy(lora / Path(LORA_WEIGHTS).name, adapter / LORA_WEIGHTS)
-        config = json.loads((lora / Path(LORA_CONFIG).name).read_text(encoding="utf-8"))
+        config = read_json(lora / Path(LORA_CONFIG).name)
         config["base_model_name_or_path"] = read_facts(folder)["base_model"]["name"]  # not where it lay here
         (adapter / LORA_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for name in (FACTS_FILE, "README.md"):
@@ -199,7 +200,7 @@ def _upload(api: HfApi, publication: Publication, repo_id, public, revision, cre
     stale = [
         sibling.rfilename
         for sibling in there.siblings or ()
-        if (fnmatch(sibling.rfilename, WEIGHTS) or sibling.rfilename in (INDEX, *ADAPTER_WEIGHTS))
+        if (fnmatch(sibling.rfilename, WEIGHTS) or sibling.rfilename in (INDEX, ADAPTER_WEIGHTS, LORA_WEIGHTS))
         and sibling.rfilename not in publication.files
     ]
     operations = [CommitOperationAdd(name, source) for name, source in publication.files.items()]

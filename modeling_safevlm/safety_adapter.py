@@ -20,7 +20,7 @@ from transformers.integrations.accelerate import load_offloaded_parameter
 from .configuration_safevlm import SafeVlmConfig
 
 ADAPTER_WEIGHTS = "safety_adapter.safetensors"
-LORA_WEIGHTS = "lora/adapter_model.safetensors"
+LORA_WEIGHTS, LORA_CONFIG = "lora/adapter_model.safetensors", "lora/adapter_config.json"
 
 
 def save_safety_adapter(model, save_directory):
