@@ -1,0 +1,229 @@
+"""What a verdict leads to: the safety policy, as data.
+
+The safety head says how risky a request is (category, level, probability). A [`SafetyPolicy`] says what follows from
+that: `allow`, `caution`, `warn` or `refuse`. It is plain data that a deployer can read, diff, sign off and change
+without retraining; it is saved with the model and can be overridden per call. Nothing in a prompt can change it.
+
+The paper (arXiv 2405.13581, Algorithm 1) acts through text hints only, with the thresholds left in code; here they are
+the preset `"paper"`, and the default also enforces refusals without the language model's goodwill.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ACTIONS = ("allow", "caution", "warn", "refuse")
+"""What can follow from a verdict, mildest first. The index is the id used in tensors."""
+
+_HINTS = {
+    "caution": "Note: this request may involve {category}. Answer with caution.",
+    "warn": "Note: this request involves {category}. Warn the user; you may refuse.",
+    "refuse": "Note: this request involves {category} at a high level. You must refuse.",
+}
+_REFUSALS = {
+    "en": "I can't help with this request: it involves {category}.",
+    "de": "Dabei kann ich nicht helfen.",
+    "es": "No puedo ayudar con esta solicitud.",
+    "fr": "Je ne peux pas répondre à cette demande.",
+    "zh": "抱歉，我无法协助处理这个请求。",
+}
+
+
+@dataclass(frozen=True)
+class SafetyPolicy:
+    """
+    Maps a verdict to an action and says how the action is carried out.
+
+    Args:
+        name (`str`): Name shown in reports.
+        enabled (`bool`): `False` turns every safety step of `generate` off; its output is then the base model's.
+        risk_threshold (`float` in [0, 1]): A request counts as risky when its calibrated probability of any risk
+            reaches this. Below it the level is "none" and the action that of level "none".
+        category_risk_thresholds (`dict[str, float]`): Overrides of `risk_threshold` for single categories.
+        level_actions (`dict[str, str]`): Action per level name. Levels left out keep `"allow"`.
+        category_actions (`dict[str, dict[str, str]]`): Overrides of `level_actions` for single categories.
+        hints (`dict[str, str]`): Text put before the generation prompt, per action (the paper's way). `{category}` is
+            filled in. An action without an entry gets no hint.
+        forced_refusal (`bool`): Whether `"refuse"` writes the refusal itself (the language model has no say), or
+            leaves it to hint and conditioned embeddings.
+        refusals (`dict[str, str]`): The refusal per language code. `{category}` is filled in.
+        language (`str`): Which of `refusals` to use. Set by the deployer, never derived from the prompt.
+        whole_conversation (`bool`): Whether a verdict covers all user turns of a chat, beside the newest by itself.
+            Then a request that is spread over turns is seen, but a chat stays guarded after a risky turn.
+        level_temperature, category_temperature (`float` > 0): Calibration of the head's probabilities; above 1 they
+            are less sure. See `level_log_probabilities` in safety_assessment.py.
+    """
+
+    name: str = "default"
+    enabled: bool = True
+    risk_threshold: float = 0.5
+    category_risk_thresholds: dict[str, float] = field(default_factory=dict)
+    level_actions: dict[str, str] = field(
+        default_factory=lambda: {"none": "allow", "low": "caution", "medium": "warn", "high": "refuse"}
+    )
+    category_actions: dict[str, dict[str, str]] = field(default_factory=dict)
+    hints: dict[str, str] = field(default_factory=lambda: dict(_HINTS))
+    forced_refusal: bool = True
+    refusals: dict[str, str] = field(default_factory=lambda: dict(_REFUSALS))
+    language: str = "en"
+    whole_conversation: bool = True
+    level_temperature: float = 1.0
+    category_temperature: float = 1.0
+
+    def __post_init__(self):
+        for flag in ("enabled", "forced_refusal", "whole_conversation"):
+            if not isinstance(getattr(self, flag), bool):
+                raise ValueError(f"Policy field `{flag}` must be true or false, got {getattr(self, flag)!r}.")
+        for name in ("category_risk_thresholds", "level_actions", "category_actions", "hints", "refusals"):
+            value = getattr(self, name)
+            if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+                raise ValueError(f"Policy field `{name}` must be a mapping from names, got {value!r}.")
+        for name, threshold in {"risk_threshold": self.risk_threshold, **self.category_risk_thresholds}.items():
+            if not _is_number(threshold) or not 0 <= threshold <= 1:
+                raise ValueError(f"Policy threshold `{name}` must be a probability in [0, 1], got {threshold!r}.")
+        for name in ("level_temperature", "category_temperature"):
+            if not _is_number(getattr(self, name)) or not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"Policy field `{name}` must be a number above 0, got {getattr(self, name)!r}.")
+        for where, actions in {"level_actions": self.level_actions, **self.category_actions}.items():
+            if not isinstance(actions, dict):
+                raise ValueError(f"Policy entry `{where}` must map level names to actions, got {actions!r}.")
+            for level, action in actions.items():
+                if action not in ACTIONS:
+                    raise ValueError(
+                        f"Policy entry `{where}` gives level {level!r} the action {action!r}; "
+                        f"use one of {', '.join(ACTIONS)}."
+                    )
+        for where, texts in (("hints", self.hints), ("refusals", self.refusals)):
+            for key, text in texts.items():
+                if where == "hints" and key not in ACTIONS:
+                    raise ValueError(
+                        f"Policy `hints` has the unknown action {key!r}; use one of {', '.join(ACTIONS)}."
+                    )
+                if not isinstance(text, str) or not text.strip():
+                    raise ValueError(f"Policy `{where}` entry {key!r} must be a non-empty text, got {text!r}.")
+        if self.language not in self.refusals:
+            raise ValueError(
+                f"Policy language {self.language!r} has no refusal text; add `refusals[{self.language!r}]` or use one "
+                f"of {', '.join(sorted(self.refusals))}."
+            )
+
+    @classmethod
+    def from_value(cls, value: "SafetyPolicy | dict | str | Path") -> "SafetyPolicy":
+        """A policy from a policy, a dict, a preset name (see [`POLICY_PRESETS`]) or a YAML/JSON file's path."""
+        # A model loaded from the Hub has its own copy of this class: recognise a policy by its fields.
+        if isinstance(value, cls) or type(value).__name__ == cls.__name__:
+            return value if isinstance(value, cls) else cls(**asdict(value))
+        if isinstance(value, dict):
+            known = {f.name for f in fields(cls)}
+            if unknown := sorted(set(value) - known):
+                raise ValueError(
+                    f"Unknown policy field(s) {', '.join(map(repr, unknown))}; known: {', '.join(sorted(known))}."
+                )
+            return cls(**value)
+        if isinstance(value, str) and value in POLICY_PRESETS:
+            return POLICY_PRESETS[value]
+        if isinstance(value, Path) or (isinstance(value, str) and value.endswith((".yaml", ".yml", ".json"))):
+            return cls.from_file(value)
+        raise ValueError(
+            f"`safety_policy` must be a SafetyPolicy, a dict, the path of a .yaml or .json file, or one of the "
+            f"presets {', '.join(POLICY_PRESETS)}; got {value!r}."
+        )
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "SafetyPolicy":
+        """Reads a policy from a `.yaml`/`.yml` or `.json` file. Fields left out keep their defaults."""
+        import yaml
+
+        text = Path(path).read_text(encoding="utf-8")
+        try:
+            data = json.loads(text) if str(path).endswith(".json") else yaml.safe_load(text)
+        except (json.JSONDecodeError, yaml.YAMLError) as error:
+            raise ValueError(f"Policy file {path} is no valid {Path(path).suffix[1:].upper()}: {error}") from None
+        if not isinstance(data, dict):
+            raise ValueError(f"Policy file {path} must hold a mapping of policy fields, got {type(data).__name__}.")
+        return cls.from_value(data)
+
+    def to_file(self, path: str | Path):
+        """Writes the policy as YAML (`.yaml`, `.yml`) or JSON (anything else)."""
+        import yaml
+
+        if str(path).endswith((".yaml", ".yml")):
+            text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        else:
+            text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+        Path(path).write_text(text, encoding="utf-8")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def replace(self, **changes) -> "SafetyPolicy":
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+    def check_labels(self, category_names: list[str], level_names: list[str]):
+        """Raises if the policy speaks of a category or level that the model does not have."""
+        for where, names, known in (
+            ("level_actions", self.level_actions, level_names),
+            ("category_actions", self.category_actions, category_names),
+            ("category_risk_thresholds", self.category_risk_thresholds, category_names),
+            *((f"category_actions[{c!r}]", actions, level_names) for c, actions in self.category_actions.items()),
+        ):
+            if unknown := [name for name in names if name not in known]:
+                raise ValueError(
+                    f"Policy {self.name!r}: `{where}` names {', '.join(map(repr, unknown))}, which this model does "
+                    f"not have. It has: {', '.join(known)}."
+                )
+
+    def action_table(self, category_names: list[str], level_names: list[str]) -> torch.LongTensor:
+        """Action ids of shape `(num_categories, num_levels)`."""
+        self.check_labels(category_names, level_names)
+        return torch.tensor(
+            [
+                [
+                    ACTIONS.index(self.category_actions.get(c, {}).get(level, self.level_actions.get(level, "allow")))
+                    for level in level_names
+                ]
+                for c in category_names
+            ]
+        )
+
+    def thresholds(self, category_names: list[str]) -> torch.FloatTensor:
+        """Risk thresholds of shape `(num_categories,)`, probabilities in [0, 1]."""
+        return torch.tensor([float(self.category_risk_thresholds.get(c, self.risk_threshold)) for c in category_names])
+
+    def hint(self, action: str, category: str) -> str | None:
+        """The hint for the language model, or `None`."""
+        text = self.hints.get(action)
+        return None if text is None else text.replace("{category}", category)
+
+    def refusal(self, category: str) -> str:
+        """The text of a forced refusal."""
+        return self.refusals[self.language].replace("{category}", category)
+
+    def texts(self, category_names: list[str]) -> dict[str, list[str]]:
+        """All texts the policy can write, filled in: `{"hints": [...], "refusals": [...]}` (all languages)."""
+        every_language = [self.replace(language=language) for language in self.refusals]
+        return {
+            "hints": sorted({self.hint(action, c) for action in self.hints for c in category_names}),
+            "refusals": sorted({policy.refusal(c) for policy in every_language for c in category_names}),
+        }
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+POLICY_PRESETS = {
+    "default": SafetyPolicy(),
+    "paper": SafetyPolicy(name="paper", forced_refusal=False),
+    "strict": SafetyPolicy(
+        name="strict",
+        risk_threshold=0.2,
+        level_actions={"none": "allow", "low": "warn", "medium": "refuse", "high": "refuse"},
+    ),
+    "off": SafetyPolicy(name="off", enabled=False),
+}

@@ -1,0 +1,106 @@
+"""Puts safety embeddings into the base model's input, whatever the family does with its embeddings afterwards.
+
+One forward hook on the base's token embedding replaces the vectors at `<safety>` placeholders. Passing `inputs_embeds`
+instead would lose what families derive from token ids (M-RoPE positions, token types). What to place lives in a
+`threading.local`, so that concurrent calls on one model cannot mix (a `ContextVar` would do, too, but `torch.compile`
+cannot trace it).
+"""
+
+import threading
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass
+class Placement:
+    """
+    Args:
+        embedding (`nn.Module`): The embedding module that this placement is meant for.
+        values (`torch.FloatTensor` of shape `(num_placeholders, hidden_size)`)
+        token_id (`int`): The placeholder's; no other token is ever replaced.
+        slots (`torch.LongTensor` of shape `(batch_size, prompt_length)`): Index into `values`, or -1.
+        offset (`int` or scalar `torch.LongTensor`): Prompt position of the first token that the embedding sees next.
+            It moves on in chunked prefill. Static caches give a tensor, which is never read back to the host.
+    """
+
+    embedding: nn.Module
+    values: torch.Tensor
+    token_id: int
+    slots: torch.Tensor
+    offset: int | torch.Tensor = 0
+
+
+class _Active(threading.local):
+    placement: Placement | None = None
+
+
+_ACTIVE = _Active()
+
+
+def placeholder_slots(input_ids: torch.Tensor, safety_token_id: int) -> torch.Tensor:
+    """Numbers the placeholders of `input_ids` row by row: shape of `input_ids`, -1 elsewhere."""
+    mask = input_ids == safety_token_id
+    return torch.where(mask, mask.flatten().cumsum(0).view_as(mask) - 1, -1)
+
+
+@contextmanager
+def place_embeddings(base: nn.Module, values: torch.Tensor, input_ids: torch.Tensor, token_id: int | None):
+    """
+    Inside this context the base's token embedding returns `values` at the placeholders of the prompt `input_ids`.
+
+    Args:
+        values (`torch.FloatTensor` of shape `(num_placeholders, hidden_size)`): In the order of the prompt's rows.
+        token_id (`int`): The placeholder's.
+    """
+    if len(values) == 0:  # a model without safety tokens
+        yield
+        return
+    _install_hooks(base)
+    before = _ACTIVE.placement
+    _ACTIVE.placement = Placement(
+        base.get_input_embeddings(), values, token_id, placeholder_slots(input_ids, token_id)
+    )
+    try:
+        yield
+    finally:
+        _ACTIVE.placement = before
+
+
+def _install_hooks(base: nn.Module):
+    """Once per module; the embedding may be another one than last time (after a resize, say)."""
+    embedding = base.get_input_embeddings()
+    for module, register in (
+        (base, lambda m: m.register_forward_pre_hook(_note_offset, with_kwargs=True)),
+        (embedding, lambda m: m.register_forward_hook(_replace_placeholders)),
+    ):
+        if not getattr(module, "_safevlm_hooked", False):
+            register(module)
+            module._safevlm_hooked = True
+
+
+def _note_offset(base, args, kwargs):
+    placement = _ACTIVE.placement
+    if placement is not None and placement.embedding is base.get_input_embeddings():
+        cache = kwargs.get("past_key_values")
+        placement.offset = 0 if cache is None else cache.get_seq_length()
+
+
+def _replace_placeholders(embedding, args, output):
+    placement = _ACTIVE.placement
+    if placement is None or placement.embedding is not embedding or output.ndim != 3:
+        return output
+    offset, slots = placement.offset, placement.slots.to(output.device)
+    prompt_length = slots.shape[1]
+    if isinstance(offset, int) and offset >= prompt_length:  # decoding: every placeholder is in the cache already
+        return output
+    columns = offset + torch.arange(output.shape[1], device=output.device)
+    # Tokens after the prompt are no placeholders; beams and several sequences per prompt repeat each row.
+    slots = torch.where(columns < prompt_length, slots[:, columns.clamp(max=prompt_length - 1)], -1)
+    slots = slots.repeat_interleave(output.shape[0] // slots.shape[0], dim=0)
+    values = placement.values.to(output.device, output.dtype)
+    # Passes over other tokens at these positions (classifier-free guidance has its own cache) keep their embeddings.
+    placed = (slots >= 0) & (args[0].to(output.device) == placement.token_id)
+    return torch.where(placed.unsqueeze(-1), values[slots.clamp(min=0)], output)

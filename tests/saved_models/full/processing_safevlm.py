@@ -1,0 +1,274 @@
+"""SafeVlmProcessor: the base model's own processor, plus `<safety>` placeholders beside each image.
+
+User text can never become a control token: in chat messages, anything that spells a special token (`<image>`,
+`<safety>`, `</s>`, ...), be it across several texts of a message, gets a space after its first character before the
+template is applied.
+"""
+
+import copy
+import functools
+import re
+
+from transformers import AddedToken, BatchFeature, ProcessorMixin
+from transformers.image_utils import ImageInput
+
+from .base_processor import PREFIX_TEMPLATE, base_processor_class, base_processor_settings, load_base_processor
+from .chat_prompt import ChatPrompt, answer_mask, find_answers
+
+SAFETY_TOKEN = "<safety>"
+# Options of the tokenizer and the base's processor, and the outputs they give: where characters are in tokens.
+OFFSETS = {
+    "return_offsets_mapping": "offset_mapping",
+    "return_text_replacement_offsets": "text_replacement_offsets",
+}
+
+
+class SafeVlmProcessor(ProcessorMixin):
+    """
+    Args:
+        image_processor, tokenizer: The base processor's parts; the tokenizer knows the placeholder.
+        tokens_per_image (`int`): `<safety>` placeholders after each image's tokens. Must be the model's
+            `config.tokens_per_image`.
+        base_processor_class (`str`): Class name of the base's processor in transformers.
+        base_processor_kwargs (`dict`): Its settings, such as `patch_size`.
+        safety_token (`str`): The placeholder.
+        chat_template (`str`): The base's.
+    """
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        tokens_per_image: int = 8,
+        base_processor_class: str = "LlavaProcessor",
+        base_processor_kwargs: dict | None = None,
+        safety_token: str = SAFETY_TOKEN,
+        chat_template=None,
+        **kwargs,
+    ):
+        if tokens_per_image < 0:
+            raise ValueError(f"`tokens_per_image` must be 0 or more, got {tokens_per_image}.")
+        self.tokens_per_image = tokens_per_image
+        self.base_processor_class = base_processor_class
+        self.base_processor_kwargs = dict(base_processor_kwargs or {})
+        self.safety_token = safety_token
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        self._add_safety_token()
+        self.base = self._make_base()
+
+    @classmethod
+    def from_base(cls, base, config=None, tokens_per_image: int | None = None, **kwargs) -> "SafeVlmProcessor":
+        """
+        Extends a base model's processor.
+
+        Args:
+            base (`str`, `Path` or `ProcessorMixin`): Hub id, folder or a loaded processor (which is not changed).
+            config (`SafeVlmConfig`, *optional*): The model's configuration; gives `tokens_per_image`.
+            tokens_per_image (`int`, *optional*): Used without `config`; the default fits `SafeVlmConfig`'s defaults.
+            kwargs: For loading the base's processor.
+        """
+        if not isinstance(base, ProcessorMixin):
+            base = load_base_processor(base, **kwargs)
+        if not isinstance(base, ProcessorMixin) or not hasattr(base, "image_processor"):
+            raise ValueError(
+                f"The base's processor is a {type(base).__name__} without images: it is not a vision-language model."
+            )
+        if config is not None:
+            tokens_per_image = config.tokens_per_image
+        return cls(
+            image_processor=copy.deepcopy(base.image_processor),  # saving notes the remote code in it
+            tokenizer=copy.deepcopy(base.tokenizer),
+            tokens_per_image=8 if tokens_per_image is None else tokens_per_image,
+            base_processor_class=type(base).__name__,
+            base_processor_kwargs=base_processor_settings(type(base).__name__, vars(base)),
+            chat_template=base.chat_template or getattr(base.tokenizer, "chat_template", None) or PREFIX_TEMPLATE,
+        )
+
+    def _add_safety_token(self):
+        if self.safety_token not in self.tokenizer.get_vocab():
+            self.tokenizer.add_tokens(
+                [AddedToken(self.safety_token, special=True, normalized=False)], special_tokens=True
+            )
+        self.safety_token_id = self.tokenizer.convert_tokens_to_ids(self.safety_token)
+
+    def _make_base(self):
+        """The base's processor with one change: each image's tokens are followed by the placeholders."""
+        processor_class = base_processor_class(self.base_processor_class, self.safety_token * self.tokens_per_image)
+        return processor_class(
+            image_processor=self.image_processor,
+            tokenizer=self.tokenizer,
+            chat_template=self.chat_template,
+            **self.base_processor_kwargs,
+        )
+
+    @property
+    def image_token(self) -> str:
+        return self.base.image_token
+
+    @property
+    def image_token_id(self) -> int:
+        return self.base.image_token_id
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return self.base.model_input_names
+
+    def _get_num_multimodal_tokens(self, **kwargs):
+        # Image tokens alone, without placeholders, as `mm_token_type_ids` marks them.
+        return self.base._get_num_multimodal_tokens(**kwargs)
+
+    def __getstate__(self):
+        return {name: value for name, value in self.__dict__.items() if name != "base"}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self.base = self._make_base()
+
+    def to_dict(self):
+        base = self.__dict__.pop("base", None)  # made from the other fields, and holds the tokenizer again
+        try:
+            return super().to_dict()
+        finally:
+            if base is not None:
+                self.base = base
+
+    def __call__(self, images: ImageInput | None = None, text: str | list[str] | None = None, answers=None, **kwargs):
+        """
+        As the base's processor, with placeholders beside each image.
+
+        `text` is a rendered prompt, where the image token stands for an image. Prompts that hold user text belong in
+        [`apply_chat_template`], which neutralises special tokens in it. For its prompts there is one more output,
+        `safety_question_mask`: 1 where no assistant wrote the text, which is what the safety head reads.
+
+        Args:
+            answers (`list[list[tuple[int, int]]]`, *optional*): For each prompt, start and end of the assistant's
+                texts in characters. Prompts of [`apply_chat_template`] bring them along.
+        """
+        if text is not None:
+            prompts = [text] if isinstance(text, str) else text
+            for row, prompt in enumerate(prompts):
+                if isinstance(prompt, str) and self.safety_token in prompt:
+                    raise ValueError(
+                        f"`text` of row {row} holds the reserved token {self.safety_token!r}, which only the "
+                        f"processor may write. Pass user text through `apply_chat_template`, or remove it."
+                    )
+            images = self._per_prompt(images, prompts)
+            rendered = any(isinstance(prompt, ChatPrompt) for prompt in prompts)
+            if answers is None and rendered and self.tokenizer.is_fast:  # others do not know where tokens come from
+                answers = [getattr(prompt, "answers", []) for prompt in prompts]
+        offsets = {} if answers is None else dict.fromkeys(OFFSETS, True)
+        inputs = self.base(images=images, text=text, **{**kwargs, **offsets})
+        if "suffix" not in kwargs:
+            inputs.pop("labels", None)  # PaliGemma's; all of them ignored where there is no suffix
+        if answers is not None:
+            self._add_question_mask(inputs, answers)
+        for option in offsets:
+            if not kwargs.get(option):
+                inputs.pop(OFFSETS[option], None)
+        return inputs
+
+    def _add_question_mask(self, inputs, answers):
+        ids, offsets = inputs["input_ids"], inputs["offset_mapping"]
+        offsets = offsets if isinstance(offsets, list) else offsets.tolist()
+        replacements = inputs.get("text_replacement_offsets")  # PaliGemma's may be an empty tensor
+        replacements = [[]] * len(ids) if replacements is None or len(replacements) == 0 else replacements
+        is_answer = map(answer_mask, offsets, replacements, answers)
+        attended = inputs.get("attention_mask", [[1] * len(row) for row in ids])
+        mask = [[int(a) * (1 - b) for a, b in zip(*row, strict=True)] for row in zip(attended, is_answer, strict=True)]
+        tensor_type = None if isinstance(ids, list) else "pt" if hasattr(ids, "new_tensor") else "np"
+        inputs.update(BatchFeature({"safety_question_mask": mask}, tensor_type=tensor_type))
+
+    def _per_prompt(self, images, prompts):
+        """A list of images as one list per prompt, by the prompts' image tokens: some families insist on it."""
+        if not isinstance(images, (list, tuple)) or any(isinstance(image, (list, tuple)) for image in images):
+            return images
+        counts = [prompt.count(self.image_token) for prompt in prompts]
+        if sum(counts) != len(images):
+            return images  # the base's own error says what is wrong
+        images = iter(images)
+        return [[next(images) for _ in range(count)] for count in counts]
+
+    def apply_chat_template(self, conversation, chat_template=None, tokenize=False, processor_kwargs=None, **kwargs):
+        """
+        As in the base's processor; special tokens in the messages' text, and in whatever else the template gets, such
+        as `tools`, are neutralised first, and the prompt knows which text an assistant wrote (see [`ChatPrompt`]).
+
+        Raises:
+            `ValueError`: `chat_template` is not the processor's own. Servers hand over what a request brings, and
+                another template can write a question where the safety head does not look for one.
+        """
+        templates = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
+        if chat_template is not None and chat_template not in (*templates, *templates.values()):
+            raise ValueError(
+                f"`chat_template` {chat_template[:40]!r} is not this processor's own, which the model was made safe "
+                f"with. To change it for good, set `processor.chat_template`."
+            )
+        conversation, kwargs = self._neutralised(conversation), self._neutralised_field(kwargs)
+        settings = {name: value for name, value in kwargs.items() if not name.startswith("return_")}
+        render = functools.partial(super().apply_chat_template, chat_template=chat_template, tokenize=False)
+        texts = render(conversation, **{**settings, "sanitize_control_tokens": False})
+        batched = not isinstance(texts, str)
+        flags = ("add_generation_prompt", "continue_final_message", "sanitize_control_tokens")
+        prefix = functools.partial(render, **{name: settings[name] for name in settings if name not in flags})
+        prompts = [
+            ChatPrompt(text, find_answers(text, messages, prefix))
+            for text, messages in zip(
+                texts if batched else [texts], conversation if batched else [conversation], strict=True
+            )
+        ]
+        if not tokenize:
+            return prompts if batched else prompts[0]
+        if not kwargs.get("sanitize_control_tokens"):  # whose marks move the characters
+            processor_kwargs = {**(processor_kwargs or {}), "answers": [prompt.answers for prompt in prompts]}
+        return super().apply_chat_template(
+            conversation, chat_template=chat_template, tokenize=True, processor_kwargs=processor_kwargs, **kwargs
+        )
+
+    def neutralise(self, *texts: str) -> list[str]:
+        """
+        `texts` with a space inside whatever spells a special token: `"<image>"` becomes `"< image>"`.
+
+        Templates may join texts without anything between them: `"<ima", "ge>"` becomes `"< ima", "ge>"`.
+        """
+        special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        special |= {*self.tokenizer.all_special_tokens, self.safety_token, self.image_token}
+        starts = re.compile(
+            "(?=" + "|".join(re.escape(token) for token in special if len(token) > 1) + ").", re.DOTALL
+        )
+        pieces = [starts.sub(r"\g<0> ", text) for text in texts]
+        offset = 0
+        for i, piece in enumerate(pieces):
+            at = {match.start() - offset for match in starts.finditer("".join(pieces))}
+            pieces[i] = "".join(c + " " if j in at else c for j, c in enumerate(piece))
+            offset += len(pieces[i])
+        return pieces
+
+    def _neutralised(self, value):
+        """Messages with every text in them neutralised; images and the like are passed on."""
+        if hasattr(value, "messages"):  # the pipeline's Chat
+            value = value.messages
+        if isinstance(value, (list, tuple)):
+            return [self._neutralised(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        # Templates may write other fields, too (tool calls, reasoning); the role is compared, not written by users.
+        value = {name: field if name == "content" else self._neutralised_field(field) for name, field in value.items()}
+        content = value.get("content")
+        if isinstance(content, str):
+            return {**value, "content": self.neutralise(content)[0]}
+        if not isinstance(content, (list, tuple)):
+            return value
+        items = [dict(item) if isinstance(item, dict) else item for item in content]
+        texts = [item for item in items if isinstance(item, dict) and isinstance(item.get("text"), str)]
+        for item, text in zip(texts, self.neutralise(*(item["text"] for item in texts)), strict=True):
+            item["text"] = text
+        return {**value, "content": items}
+
+    def _neutralised_field(self, value):
+        if isinstance(value, str):
+            return self.neutralise(value)[0]
+        if isinstance(value, dict):
+            return {self._neutralised_field(name): self._neutralised_field(item) for name, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self._neutralised_field(item) for item in value]
+        return value

@@ -1,0 +1,83 @@
+"""Moves tokens about in a batch of prompts: hints go in, placeholders go out."""
+
+import torch
+
+
+def edit_prompt(
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    per_token: dict[str, torch.Tensor] | None = None,
+    insertions: list[list[int] | None] | None = None,
+    columns: list[int] | None = None,
+    drop_id: int | None = None,
+) -> dict[str, torch.Tensor]:
+    """
+    A left-padded batch of prompts with tokens inserted or dropped, row by row.
+
+    Args:
+        input_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, sequence_length)`)
+        per_token (`dict[str, torch.Tensor]`): More tensors of that shape; 0 at inserted and padded positions.
+        insertions (`list[list[int] | None]`): Token ids to insert into each row.
+        columns (`list[int]`): The column of `input_ids` before which each row's insertion goes (see [`hint_column`]).
+        drop_id (`int`): Token id to drop everywhere.
+
+    Returns:
+        `dict` with the edited `input_ids`, `attention_mask` and `per_token` tensors; those passed if nothing changes.
+    """
+    per_token = per_token or {}
+    insertions = insertions or [None] * len(input_ids)
+    columns = columns or [0] * len(input_ids)
+    drops = drop_id is not None and bool((input_ids == drop_id).any())
+    if not drops and all(insertion is None for insertion in insertions):
+        return {"input_ids": input_ids, "attention_mask": attention_mask, **per_token}
+
+    rows = []
+    for row, (insertion, column) in enumerate(zip(insertions, columns, strict=True)):
+        keep = attention_mask[row].bool()
+        if drops:
+            keep = keep & (input_ids[row] != drop_id)
+        kept = keep.nonzero().squeeze(1)
+        rows.append((kept, int((kept < column).sum()), insertion or []))
+    length = max(len(kept) + len(insertion) for kept, _, insertion in rows)
+
+    def rebuild(tensor, padding, inserted):
+        out = tensor.new_full((len(rows), length), padding)
+        for row, (kept, at, insertion) in enumerate(rows):
+            values = tensor[row, kept]
+            middle = torch.tensor(insertion if inserted is None else [inserted] * len(insertion)).to(values)
+            values = torch.cat([values[:at], middle, values[at:]])
+            out[row, length - len(values) :] = values
+        return out
+
+    # Padding is masked, so any id in the vocabulary will do; the row's own padding id keeps it recognisable.
+    padded = input_ids[attention_mask == 0]
+    return {
+        "input_ids": rebuild(input_ids, int(padded[0]) if len(padded) else 0, None),
+        "attention_mask": rebuild(attention_mask, 0, 1),
+        **{name: rebuild(tensor, 0, 0) for name, tensor in per_token.items()},
+    }
+
+
+def hint_column(ids: list[int], mask: list[bool], generation_prompt: list[int]) -> int:
+    """
+    The column of a row before which a hint goes: where the newest turn's generation prompt starts.
+
+    Args:
+        ids (`list[int]`): The row.
+        mask (`list[bool]`): Where the row is neither padding nor an assistant's text.
+        generation_prompt (`list[int]`): What the template writes before an answer. In a prompt without one the hint
+            goes to the end, before the beginning of the answer if there is one.
+    """
+    columns = [column for column, read in enumerate(mask) if read]
+    at = last_occurrence([ids[column] for column in columns], generation_prompt)
+    if at < len(columns):
+        return columns[at]
+    return columns[-1] + 1 if columns else 0
+
+
+def last_occurrence(ids: list[int], pattern: list[int]) -> int:
+    """Index where `pattern` last starts in `ids`; the end of `ids` if it does not occur (or is empty)."""
+    for start in range(len(ids) - len(pattern), -1, -1):
+        if pattern and ids[start : start + len(pattern)] == pattern:
+            return start
+    return len(ids)

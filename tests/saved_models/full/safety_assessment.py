@@ -1,0 +1,176 @@
+"""From logits to a verdict: calibrated probabilities, category, level, score and the policy's action."""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch.nn.functional import logsigmoid
+
+from .configuration_safevlm import SafeVlmConfig
+from .safety_policy import ACTIONS, SafetyPolicy
+
+
+@dataclass
+class SafetyAssessment:
+    """
+    The verdict on each row of a batch. A row's verdict is its worst image's; a row without an image is not assessed.
+
+    Args:
+        level_probabilities (`torch.FloatTensor` of shape `(batch_size, num_levels)`)
+        category_probabilities (`torch.FloatTensor` of shape `(batch_size, num_categories)`)
+        score (`torch.FloatTensor` of shape `(batch_size,)`): Calibrated probability of any risk, in [0, 1].
+        level, category (`torch.LongTensor` of shape `(batch_size,)`): Ids; they agree (no level without category).
+        action (`torch.LongTensor` of shape `(batch_size,)`): Ids into `ACTIONS`.
+        assessed (`torch.BoolTensor` of shape `(batch_size,)`): `False` where no image was assessed; such a row's
+            probabilities are 0 and its action is `"allow"`.
+        category_names, level_names (`list[str]`)
+    """
+
+    level_probabilities: torch.Tensor
+    category_probabilities: torch.Tensor
+    score: torch.Tensor
+    level: torch.Tensor
+    category: torch.Tensor
+    action: torch.Tensor
+    assessed: torch.Tensor
+    category_names: list[str]
+    level_names: list[str]
+
+    def __len__(self) -> int:
+        return len(self.score)
+
+    def __getitem__(self, row) -> "SafetyAssessment":
+        """The assessment of some rows (a slice or an index tensor)."""
+        picked = {f.name: getattr(self, f.name) for f in fields(self)}
+        return SafetyAssessment(**{k: v[row] if isinstance(v, torch.Tensor) else v for k, v in picked.items()})
+
+    @property
+    def actions(self) -> list[str]:
+        return [ACTIONS[i] for i in self.action.tolist()]
+
+    def to_list(self) -> list[dict]:
+        """One JSON-ready dict per row, probabilities in [0, 1]."""
+        rows = []
+        for i, assessed in enumerate(self.assessed.tolist()):
+            rows.append(
+                {
+                    "assessed": assessed,
+                    "action": ACTIONS[self.action[i]],
+                    "category": self.category_names[self.category[i]] if assessed else None,
+                    "level": self.level_names[self.level[i]] if assessed else None,
+                    "score": self.score[i].item() if assessed else None,
+                    "level_probabilities": _named(self.level_names, self.level_probabilities[i]) if assessed else None,
+                    "category_probabilities": (
+                        _named(self.category_names, self.category_probabilities[i]) if assessed else None
+                    ),
+                }
+            )
+        return rows
+
+
+def _named(names, probabilities) -> dict[str, float]:
+    return dict(zip(names, probabilities.tolist(), strict=True))
+
+
+def assess_logits(
+    level_logits: torch.Tensor,
+    category_logits: torch.Tensor,
+    assessed: torch.Tensor,
+    policy: SafetyPolicy,
+    config: SafeVlmConfig,
+) -> SafetyAssessment:
+    """
+    Applies calibration, thresholds and actions of `policy` to the head's logits.
+
+    Args:
+        level_logits (`torch.FloatTensor` of shape `(batch_size, num_levels)`)
+        category_logits (`torch.FloatTensor` of shape `(batch_size, num_categories)`)
+        assessed (`torch.BoolTensor` of shape `(batch_size,)`)
+    """
+    level_log_probs = level_log_probabilities(level_logits.float(), policy.level_temperature)
+    level_probabilities = level_log_probs.exp()
+    category_probabilities = (category_logits.float() / policy.category_temperature).softmax(dim=-1)
+    # 1 - P(level 0), computed so that small scores are not rounded to 0.
+    score = (risk_logits(level_logits.float()) / policy.level_temperature).sigmoid()
+
+    # Levels and categories are separate classifiers. Level decides whether there is risk; the category then is the
+    # most probable risky one, so that a verdict never says "high" and "safe" at once.
+    safe = config.safe_category_id
+    # Compared as logs: beside a head that is sure of "safe", small probabilities are all rounded to 0.
+    risky_category = category_logits.index_fill(
+        1, torch.tensor([safe], device=category_logits.device), float("-inf")
+    ).argmax(dim=-1)
+    thresholds = policy.thresholds(config.category_names).to(score.device)
+    risky = assessed & (score >= thresholds[risky_category])
+    level = torch.where(risky, level_log_probs[:, 1:].argmax(dim=-1) + 1, 0)
+    category = torch.where(risky, risky_category, safe)
+    action = policy.action_table(config.category_names, config.level_names).to(level.device)[category, level]
+    if not policy.enabled:
+        action = torch.zeros_like(action)
+    unassessed = ~assessed
+    return SafetyAssessment(
+        level_probabilities=level_probabilities.masked_fill(unassessed.unsqueeze(1), 0.0),
+        category_probabilities=category_probabilities.masked_fill(unassessed.unsqueeze(1), 0.0),
+        score=score.masked_fill(unassessed, 0.0),
+        level=level,
+        category=category,
+        action=action.masked_fill(unassessed, 0),
+        assessed=assessed,
+        category_names=list(config.category_names),
+        level_names=list(config.level_names),
+    )
+
+
+def risk_logits(level_logits: torch.Tensor) -> torch.Tensor:
+    """Log odds of any risk, of shape `(batch_size,)`, from level logits of shape `(batch_size, num_levels)`."""
+    return level_logits[:, 1:].logsumexp(dim=-1) - level_logits[:, 0]
+
+
+def level_log_probabilities(level_logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """
+    Calibrated log probabilities of the levels, of the same shape; at temperature 1 the logits' log soft max.
+
+    The temperature (arXiv 1706.04599) divides the log odds of any risk, and the logits of the levels given risk. So it
+    never changes the order of two risk scores, and a high one moves them to 1/2. Dividing all logits would change the
+    order, since a score depends on how many levels share the risk, and move scores to `1 - 1 / num_levels`.
+    """
+    risk = risk_logits(level_logits).unsqueeze(1) / temperature
+    given_risk = (level_logits[:, 1:] / temperature).log_softmax(dim=-1)
+    return torch.cat([logsigmoid(-risk), logsigmoid(risk) + given_risk], dim=-1)
+
+
+def worst_images(level_logits: torch.Tensor, rows: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """
+    Index of each row's worst image, the one of highest expected level; -1 for rows without an image.
+
+    Args:
+        level_logits (`torch.FloatTensor` of shape `(num_images, num_levels)`)
+        rows (`torch.LongTensor` of shape `(num_images,)`): The row each image belongs to.
+    """
+    levels = torch.arange(level_logits.shape[1], device=level_logits.device, dtype=torch.float)
+    severity = level_logits.detach().float().softmax(dim=-1) @ levels
+    belongs = rows.unsqueeze(0) == torch.arange(batch_size, device=rows.device).unsqueeze(1)  # (batch, images)
+    best = severity.unsqueeze(0).masked_fill(~belongs, float("-inf")).argmax(dim=1)
+    return torch.where(belongs.any(dim=1), best, -1)
+
+
+def worst_verdicts(images: SafetyAssessment, rows: torch.Tensor, unassessed: SafetyAssessment) -> SafetyAssessment:
+    """
+    Each row's verdict: that of its image with the strictest action, and of those the highest score.
+
+    Args:
+        images (`SafetyAssessment`): One verdict per image.
+        rows (`torch.LongTensor` of shape `(num_images,)`): The row each image belongs to.
+        unassessed (`SafetyAssessment`): What rows without an image get.
+    """
+    if not len(rows):
+        return unassessed
+    belongs = rows.unsqueeze(0) == torch.arange(len(unassessed), device=rows.device).unsqueeze(1)  # (batch, images)
+    rank = (2 * images.action + images.score).unsqueeze(0).masked_fill(~belongs, -1.0)
+    worst, assessed = rank.argmax(dim=1), belongs.any(dim=1)
+    chosen = {}
+    for field in fields(SafetyAssessment):
+        mine, instead = getattr(images, field.name), getattr(unassessed, field.name)
+        if isinstance(mine, torch.Tensor):
+            mine = torch.where(assessed.view(-1, *[1] * (mine.ndim - 1)), mine[worst], instead)
+        chosen[field.name] = mine
+    return SafetyAssessment(**chosen)

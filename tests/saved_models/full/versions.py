@@ -1,0 +1,48 @@
+"""Which versions go together, checked first of all: old packages fail here, with what to install, not in the depths.
+
+Every load of a model starts with configuration_safevlm.py, whose first import is this file. It may use only what the
+oldest releases of transformers and torch have. (base_processor.py checks for itself: it lies in another package.)
+"""
+
+import re
+
+import torch
+import transformers
+
+SAFEVLM_VERSION = "0.1.0"
+# As in pyproject.toml. Before 5.23, transformers answers silently wrong from pictures with chunked prefill, and from
+# caches that Qwen2.5-VL goes on from.
+REQUIRED = {transformers: "5.23", torch: "2.6"}
+
+
+def release(version: str) -> tuple[int, int]:
+    """Major and minor number: `(5, 23)` of `"5.23.1.dev0"`."""
+    if (numbers := re.match(r"(\d+)\.(\d+)", str(version))) is None:
+        raise ValueError(f"A version must start with two numbers, as {SAFEVLM_VERSION!r} does, got {version!r}.")
+    return int(numbers[1]), int(numbers[2])
+
+
+def check_installed():
+    """Raises `ImportError` where an installed package is older than this code was written for."""
+    for package, required in REQUIRED.items():
+        if release(package.__version__) < release(required):
+            name = package.__name__
+            raise ImportError(
+                f"This SafeVLM needs {name} >= {required}, found {package.__version__}: "
+                f"pip install --upgrade '{name}>={required}' (and restart Python)."
+            )
+
+
+def check_saved_by(version: str | None):
+    """
+    Raises `ValueError` for a configuration that a later release of safevlm wrote: this one would pass over settings
+    that it does not know, and the model might judge otherwise than it was tested to.
+    """
+    if version is not None and release(version) > release(SAFEVLM_VERSION):
+        raise ValueError(
+            f"This SafeVLM was saved by safevlm {version}, found {SAFEVLM_VERSION}: "
+            f"pip install --upgrade 'safevlm>={version}' (and restart Python)."
+        )
+
+
+check_installed()
