@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-from safevlm.safety_labels import SafetyLabels
+from safevlm.safety_labels import PAPER_LABELS, SafetyLabels
 
 from .assembly import Assembly
 from .containers import DATA_SUFFIXES, Container, Item, decode, image_finder, one_set, open_files
@@ -46,7 +46,7 @@ def read_rows(
     split: str | None = None,
     subset: str | None = None,
     revision: str | None = None,
-    labels: SafetyLabels = SafetyLabels(),
+    labels: SafetyLabels = PAPER_LABELS,
     assume_safe: bool = False,
     require_answer: bool = True,
     check_images: Literal["full", "header", "none"] = "full",
@@ -110,7 +110,7 @@ def iter_rows(
     split: str | None = None,
     subset: str | None = None,
     revision: str | None = None,
-    labels: SafetyLabels = SafetyLabels(),
+    labels: SafetyLabels = PAPER_LABELS,
     assume_safe: bool = False,
     require_answer: bool = True,
     check_images: Literal["full", "header", "none"] = "full",
