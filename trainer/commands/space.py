@@ -17,7 +17,6 @@ from shutil import copyfile, copytree, ignore_patterns
 from .common import add_command, print_json
 
 
-
 def add(commands):
     command = add_command(
         commands,
