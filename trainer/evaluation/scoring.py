@@ -56,9 +56,9 @@ def head_predictions(records: list[dict], rows) -> list[HeadPrediction]:
             source=record["source"],
             level=record["level"],
             category=record["category"],
-            assessed=True,
-            level_logits=_logs(record["verdict"]["level_probabilities"]),
-            category_logits=_logs(record["verdict"]["category_probabilities"]),
+            level_logits=(_logs(record["verdict"]["level_probabilities"]),),
+            category_logits=(_logs(record["verdict"]["category_probabilities"]),),
+            whole_conversation=(False,),
             images=tuple(str(image_key(image)) for image in rows[record["doc_id"]].images),
             fingerprint="",
         )
