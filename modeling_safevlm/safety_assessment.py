@@ -51,9 +51,9 @@ class SafetyAssessment:
         """One line a row, for people; `to_list` has all the figures."""
         lines = []
         for i, row in enumerate(self.to_list()):
-            verdict = (
-                f"{row['category']}, {row['level']}, risk {row['score']:.3f}" if row["assessed"] else "not assessed"
-            )
+            verdict = "not assessed"
+            if row["assessed"]:
+                verdict = f"{row['category']}, {row['level']}, risk {row['score']:.3f}"
             lines.append(f"  row {i}: {row['action']} ({verdict})")
         return "\n".join(["SafetyAssessment:", *lines])
 

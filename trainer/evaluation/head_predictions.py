@@ -239,8 +239,8 @@ def _parse(line: str, where: str) -> HeadPrediction:
     names = {field.name for field in fields(HeadPrediction)}
     if not isinstance(record, dict) or record.keys() != names:
         raise DataError(
-            f"{where} is no prediction of this version of safevlm, whose fields are {', '.join(sorted(names))}; delete "
-            f"the file to predict again."
+            f"{where} is no prediction of this version, whose fields are {', '.join(sorted(names))}; delete the "
+            f"file to predict again."
         )
     for name in ("level_logits", "category_logits"):
         record[name] = tuple(map(tuple, record[name]))
