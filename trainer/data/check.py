@@ -133,7 +133,7 @@ def check_files(
 
 
 _NO_LABELS = (
-    "no row has a label, so there is nothing for the safety head to learn; add `category` and `level`, map the set's "
+    "no row that can be read has a label, so there is nothing for the safety head to learn; add `category` and `level`, map the set's "
     "own labels by a taxonomy, or read clean rows with --assume-safe"
 )
 
