@@ -23,7 +23,7 @@ from .embedding_hook import place_embeddings
 from .generation_safevlm import SafeVlmGenerationMixin, check_inputs
 from .losses import IGNORE_INDEX, combine_losses, safety_losses
 from .policy_texts import generation_prompt_token_ids, policy_token_ids
-from .quantization import forget_quantization, keep_safety_modules, share_quantization
+from .quantization import forget_quantization, keep_safety_modules, share_quantization, unpack
 from .safety_assessment import SafetyAssessment, assess_rows, worst_images
 from .safety_modules import SafetyEmbeddings, SafetyModules, SafetyTokens
 from .safety_policy import POLICY_PRESETS, SafetyPolicy
@@ -443,7 +443,13 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
         if "base" in self._modules:
             self.base.generation_config = value
 
+    def train(self, mode: bool = True):
+        if mode:
+            unpack(self)
+        return super().train(mode)
+
     def dequantize(self, dtype=None):
+        unpack(self)
         model = super().dequantize(dtype or self.dtype)
         forget_quantization(model)
         return model

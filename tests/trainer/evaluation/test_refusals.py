@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from safevlm.safety_labels import PAPER_LABELS
 from safevlm.safety_policy import SafetyPolicy
-from safevlm.trainer.data import CATEGORY_NAMES
 from safevlm.trainer.evaluation.reasoning import split_reasoning
 from safevlm.trainer.evaluation.refusal_features import normalize, question_form
 from safevlm.trainer.evaluation.refusal_validation import (
@@ -41,7 +41,7 @@ def xstest():
 @pytest.mark.parametrize("prompt", [QUESTION, None])
 @pytest.mark.parametrize("language", ["en", "de", "es", "fr", "zh"])
 def test_every_forced_refusal_of_the_policy_is_a_refusal(detector, language, prompt):
-    for category in CATEGORY_NAMES:
+    for category in PAPER_LABELS.category_names:
         text = SafetyPolicy(language=language).refusal(category)
         assert detector.classify(prompt, text).label == "refusal", text
 
