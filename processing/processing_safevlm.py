@@ -223,8 +223,8 @@ class SafeVlmProcessor(ProcessorMixin):
 
         Raises:
             `ValueError`: Something in the messages is neither text nor an image, or becomes a control token by what
-                the template does to it; or `chat_template` is not the processor's own. Servers hand over what a request brings, and
-                another template can write a question where the safety head does not look for one.
+                the template does to it; or `chat_template` is not the processor's own. Servers hand over what a
+                request brings, and another template can write a question where the safety head does not look for one.
         """
         templates = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
         if chat_template is not None and chat_template not in (*templates, *templates.values()):

@@ -266,6 +266,15 @@ def test_a_long_chat_is_rendered_in_linear_time(processor):
     assert time.process_time() - start < 10
 
 
+def test_content_may_be_a_string(published):
+    """Where the template expects parts only, a string would vanish."""
+    chat = [turn("user", "one?"), turn("assistant", "two"), turn("user", "three?")]
+    plain = [{"role": message["role"], "content": message["content"][-1]["text"]} for message in chat]
+    expected = published.apply_chat_template(chat, add_generation_prompt=True)
+    found = published.apply_chat_template(plain, add_generation_prompt=True)
+    assert found == expected and found.answers == expected.answers and "three?" in found
+
+
 def test_a_continued_answer_ends_the_prompt(published):
     messages = [turn("user", "one?"), turn("assistant", "Sure, ")]
     prompt = published.apply_chat_template(messages, continue_final_message=True)
