@@ -234,9 +234,8 @@ class SafeVlmProcessor(ProcessorMixin):
             )
         tokens = self._control_tokens(everything=kwargs.pop("sanitize_control_tokens", False))
         conversation = getattr(conversation, "messages", conversation)  # the pipeline's Chat
-        batched = bool(conversation) and (
-            isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages")
-        )
+        first = conversation[0] if isinstance(conversation, (list, tuple)) and conversation else None
+        batched = isinstance(first, (list, tuple)) or hasattr(first, "messages")
         chats = [getattr(chat, "messages", chat) for chat in (conversation if batched else [conversation])]
         chats = [plain_messages(chat, tokens) for chat in chats]
         kwargs = {name: plain(value, name, tokens) for name, value in kwargs.items()}

@@ -144,7 +144,9 @@ def asks(text):
             r"messages\[0\]\['note'\]` is a Message",
         ),
         ([*chat(), {"role": "user", "content": "a \ud83d b"}], r"messages\[1\].*lone surrogate, '\\ud83d', at 2"),
-        ("hello", "A chat must be a list of messages, got str"),
+        ("hello", "A chat must be a list of messages, got 'hello'"),
+        ([], r"A chat must be a list of messages, got \[\]"),
+        (chat()[0], "A chat must be a list of messages, got dict"),
     ],
 )
 def test_what_is_no_text_is_refused_by_its_place(processor, messages, error):
