@@ -2,7 +2,7 @@
 
 from contextlib import suppress
 
-from .common import add_command, check_model_type
+from .common import add_command, check_device, check_model_type
 
 
 def add(commands):
@@ -41,6 +41,7 @@ def run(args):
         SafetyPolicy.from_value(args.policy)  # a clear error before a model is loaded
     name, _, revision = args.model.partition("@")  # as transformers takes it apart
     check_model_type(name, "MODEL", revision or None)
+    check_device(None if args.device == "auto" else args.device)
     manager = load(args.model, args.policy, device=args.device, dtype=args.dtype, quantization=args.quantization)
     config = uvicorn.Config(build_app(manager, args.max_request_mb), args.host, args.port, log_level="warning")
     with suppress(KeyboardInterrupt):
