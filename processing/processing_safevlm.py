@@ -5,8 +5,10 @@ User text can never become a control token: in chat messages, anything that spel
 template is applied.
 """
 
+import bisect
 import copy
 import functools
+import itertools
 import re
 
 from transformers import AddedToken, BatchFeature, ProcessorMixin
@@ -236,11 +238,13 @@ class SafeVlmProcessor(ProcessorMixin):
             "(?=" + "|".join(re.escape(token) for token in special if len(token) > 1) + ").", re.DOTALL
         )
         pieces = [starts.sub(r"\g<0> ", text) for text in texts]
-        offset = 0
-        for i, piece in enumerate(pieces):
-            at = {match.start() - offset for match in starts.finditer("".join(pieces))}
-            pieces[i] = "".join(c + " " if j in at else c for j, c in enumerate(piece))
-            offset += len(pieces[i])
+        joined = "".join(pieces)
+        cuts = [0, *itertools.accumulate(map(len, pieces))]
+        after = [match.start() + 1 for match in starts.finditer(joined)]  # where spaces go in what spans pieces
+        for i in sorted({bisect.bisect_right(cuts, place - 1) - 1 for place in after}):
+            begin, end = cuts[i], cuts[i + 1]
+            places = [begin, *after[bisect.bisect(after, begin) : bisect.bisect(after, end)], end]
+            pieces[i] = " ".join(joined[a:b] for a, b in itertools.pairwise(places))
         return pieces
 
     def _neutralised(self, value):
