@@ -12,6 +12,7 @@ from tiny import BENIGN, RISKY, encode, judging_model
 from safevlm.trainer.cli import main
 
 pytestmark = pytest.mark.slow
+ENDLESS = {"2": -100}  # against the end
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +98,9 @@ def test_a_bias_on_the_refusals_tokens_does_not_change_it(ask, chat, judge):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_stop_ends_an_answer_before_the_stop(ask, chat, judge, stream):
-    whole = judge.answer(BENIGN).lstrip()
+    whole = ask(chat(BENIGN), logit_bias=ENDLESS).choices[0].message.content
     stop = whole[2:4]
-    reply = ask(chat(BENIGN), stop=["not there", stop], stream=stream)
+    reply = ask(chat(BENIGN), stop=["not there", stop], stream=stream, logit_bias=ENDLESS)
     if stream:
         chunks = list(reply)
         text, reason = "".join(c.choices[0].delta.content or "" for c in chunks), chunks[-1].choices[0].finish_reason
@@ -130,14 +131,14 @@ def test_penalties_and_biases_are_openais(ask, chat, judge, processor):
 
 
 def test_usage_counts_tokens_and_ends_a_stream_that_asks_for_it(ask, chat):
-    usage = ask(chat(BENIGN)).usage
+    usage = ask(chat(BENIGN), logit_bias=ENDLESS).usage
     assert usage.completion_tokens == 12 and usage.total_tokens == usage.prompt_tokens + 12
-    *others, last = ask(chat(BENIGN), stream=True, stream_options={"include_usage": True})
+    *others, last = ask(chat(BENIGN), stream=True, stream_options={"include_usage": True}, logit_bias=ENDLESS)
     assert last.choices == [] and last.usage == usage and {chunk.usage for chunk in others} == {None}
 
 
 def test_the_answer_has_what_the_model_has_left(ask, chat, judge):
-    reply = ask(chat(BENIGN), max_tokens=10**9, logit_bias={str(judge.model.generation_config.eos_token_id): -100})
+    reply = ask(chat(BENIGN), max_tokens=10**9, logit_bias=ENDLESS)
     hint = max(len(ids.split()) for ids in judge.model.config.policy_token_ids.values())
     assert reply.usage.total_tokens == judge.model.config.get_text_config().max_position_embeddings - hint
     assert reply.choices[0].finish_reason == "length"
@@ -249,7 +250,9 @@ def test_an_error_in_mid_stream_is_its_last_event(judge, here, chat, monkeypatch
 
     client = here(judge.folder)
     monkeypatch.setattr(AnswerStreamer, "_hand_on", fail)
-    reply = client.post("/v1/chat/completions", json={"messages": chat(BENIGN), "stream": stream, **GENERATED})
+    reply = client.post(
+        "/v1/chat/completions", json={"messages": chat(BENIGN), "stream": stream, "logit_bias": ENDLESS}
+    )
     assert "secret" not in reply.text
     if not stream:
         assert reply.status_code == 500 and error_of(reply.text).code == "internal_error"

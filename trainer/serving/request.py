@@ -203,7 +203,7 @@ def read_request(data: bytes | bytearray) -> ChatRequest:
 def _explain(error: ValidationError) -> RequestError:
     # Its first error only: there may be one for each of a million values.
     first = error.errors(include_url=False, include_input=False)[0]
-    if first["type"] in ("json_invalid", "model_type"):
+    if not first["loc"]:
         return RequestError(f"The request's body is not a JSON object: {first['msg']}.")
     path = [
         str(step)
