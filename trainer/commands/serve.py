@@ -2,7 +2,7 @@
 
 from contextlib import suppress
 
-from .common import add_command, check_model_type
+from .common import add_command, check_device, check_model_type
 
 
 def add(commands):
@@ -55,6 +55,7 @@ def run(args):
         SafetyPolicy.from_value(args.policy)  # a clear error before a model is loaded
     name, _, revision = args.model.partition("@")
     check_model_type(name, "MODEL", revision or None)
+    check_device(None if args.device == "auto" else args.device)
     model, processor = load(name, revision or None, args.policy, args.device, args.dtype, args.quantization)
     app = build_app(
         Answering(model, processor, max_pixels=int(args.max_megapixels * 1_000_000)),

@@ -134,10 +134,25 @@ def write_comparison(report: dict[str, Any], output: Path):
         f"{environment['date']}; seed {report['settings']['seed']}, judge `{report['settings']['judge']}`."
     )
     tables = [table for table in (markdown_table(report), head_table(report)) if table]
+    facts = "\n\n".join([facts, *warnings(report)])
     (output / "comparison.md").write_text("\n".join([*tables, facts + "\n"]), encoding="utf-8")
     points, labels = plot_points(report)
     if points:
         draw(points, labels, output / "comparison.png")
+
+
+def warnings(report: dict[str, Any]) -> list[str]:
+    """What a reader of the table has to know about single systems."""
+    lines = []
+    for name, of_system in report["systems"].items():
+        if unread := of_system.get("num_guard_replies_without_verdict"):
+            lines.append(f"`{name}`: {unread} replies of the guard were no verdict; these items were refused.")
+        if unfinished := of_system.get("num_unfinished_reasoning"):
+            lines.append(
+                f"`{name}`: {unfinished} answers were cut off in their reasoning and count as no refusal; raise "
+                f"`--max-new-tokens`."
+            )
+    return lines
 
 
 def plot_points(report: dict[str, Any]) -> tuple[dict[str, tuple[float, float]], tuple[str, str]]:

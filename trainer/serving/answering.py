@@ -8,8 +8,7 @@ from logging import getLogger
 import torch
 from jinja2 import TemplateError
 
-from safevlm.trainer.data.errors import ImageError
-from safevlm.trainer.data.images import load_image
+from safevlm.processing.pictures import PictureError, load_picture
 
 from .decoding import AnswerStreamer, OpenAiPenalties, Until
 from .errors import RequestError
@@ -152,8 +151,8 @@ def decode_image(url: str, number: int, max_pixels: int):
     except ValueError as error:
         raise RequestError(f"Image {number} is not base64: {error}.", param) from None
     try:
-        image = load_image(content, max_pixels=max_pixels)
-    except ImageError as error:
+        image = load_picture(content, max_pixels=max_pixels)
+    except PictureError as error:
         raise RequestError(f"Image {number} {error.reason}.", param, "invalid_image") from None
     if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
         raise RequestError(

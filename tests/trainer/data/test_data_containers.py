@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from safevlm.processing import pictures
 from safevlm.trainer.data import (
     ArchivedImage,
     DataError,
@@ -150,7 +151,7 @@ def test_embedded_images_have_the_same_defences_as_files(parquet, monkeypatch):
         read_rows(parquet([{"image": b"%!PS-Adobe-3.0 EPSF-3.0", "conversations": TALK}]))
     with pytest.raises(ImageError, match="`max_pixels`"):
         read_rows(parquet([{"image": png(), "conversations": TALK}]), max_pixels=15)
-    monkeypatch.setattr(images, "MAX_FILE_BYTES", 50)
+    monkeypatch.setattr(pictures, "MAX_FILE_BYTES", 50)
     with pytest.raises(ImageError, match="more than 50"):
         read_rows(parquet([{"image": png(), "conversations": TALK}]))
 
