@@ -3,6 +3,8 @@
 `safevlm/__init__.py` imports it at once, or, as the `safevlm` command, when a command first asks for a class.
 """
 
+from .configuration_safevlm import SafeVlmConfig  # isort: split; first, as it checks the packages' versions
+
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -11,11 +13,13 @@ from transformers import (
     AutoProcessor,
 )
 
-from .configuration_safevlm import SafeVlmConfig  # isort: split; first, as it checks the packages' versions
 from .from_base import from_base
-from .modeling_safevlm import SafeVlmForConditionalGeneration
+from .modeling_safevlm import SafeVlmForConditionalGeneration, SafeVlmOutput
+from .pipeline_safevlm import SafeVlmPipeline
 from .processing.processing_safevlm import SafeVlmProcessor
 from .safety_adapter import save_safety_adapter
+from .safety_assessment import SafetyAssessment
+from .safety_policy import ACTIONS, POLICY_PRESETS, SafetyPolicy
 
 # Making a model needs this package, using one does not: these two are not in the code that a saved model carries.
 SafeVlmForConditionalGeneration.from_base = classmethod(from_base)
