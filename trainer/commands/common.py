@@ -49,7 +49,7 @@ def add_labels_argument(command: argparse.ArgumentParser):
     """For commands that know no model or recipe whose labels the rows have."""
     command.add_argument(
         "--labels",
-        help="names of categories and levels, if not the paper's: a YAML or JSON file, a training recipe, or a SafeVLM",
+        help="names of categories and levels, if not the paper's: a YAML or JSON file, a recipe, or a SafeVLM",
     )
 
 
