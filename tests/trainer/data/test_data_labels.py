@@ -136,17 +136,14 @@ def test_safe_category_may_have_any_name_and_place(tmp_path):
     path.write_text(json.dumps({"messages": [{"role": "user", "content": "Hi"}], "category": "fine", "level": "yes"}))
     with pytest.raises(DataError, match=r"category 'fine' contradicts level 'yes' \(1\)"):
         read_rows(path, labels=LABELS)
-    (tmp_path / "own.yaml").write_text(
-        "name: own\nfields: {question: q}\nsafe_when: {ok: [true]}\nlabels: [deepfake, yes]"
-    )
+    own = {"name": "own", "fields": {"question": "q"}, "safe_when": {"ok": [True]}, "labels": ["deepfake", True]}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(own))
     with pytest.raises(DataError, match="True is none of our levels"):  # YAML's yes
         Taxonomy.load(tmp_path / "own.yaml", LABELS)
-    (tmp_path / "own.yaml").write_text(
-        "name: own\nfields: {question: q}\nsafe_when: {ok: [true]}\nlabels: {field: kind, values: {a: [deepfake, 'yes'], b: fine}}"
-    )
-    path.write_text(
-        "\n".join(map(json.dumps, [{"q": "1", "ok": True}, {"q": "2", "kind": "a"}, {"q": "3", "kind": "b"}]))
-    )
+    own["labels"] = {"field": "kind", "values": {"a": ["deepfake", "yes"], "b": "fine"}}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(own))
+    records = [{"q": "1", "ok": True}, {"q": "2", "kind": "a"}, {"q": "3", "kind": "b"}]
+    path.write_text("\n".join(map(json.dumps, records)))
     read = read_rows(path, taxonomy=tmp_path / "own.yaml", labels=LABELS)
     assert [(row.category, row.level) for row in read] == [(0, 0), (1, 1), (0, 0)]
 
