@@ -96,3 +96,10 @@ def merge_lora(model, adapter: Path):
         plain.dequantize()
         model = PeftModel.from_pretrained(plain, adapter)
     return model.merge_and_unload()
+
+
+def merged_copy(model):
+    """A plain copy of a PEFT model with LoRA merged; the model itself trains on."""
+    if getattr(model.get_base_model(), "is_quantized", False):
+        raise ValueError("LoRA on a quantised base can be merged, and the model be saved, after `train()` only.")
+    return copy.deepcopy(model).merge_and_unload()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from safevlm.trainer.stages import add_lora, set_trainable
+from safevlm.trainer.preparation import add_lora, set_trainable
 
 
 @pytest.fixture

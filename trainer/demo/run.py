@@ -25,7 +25,8 @@ from safevlm.trainer.card_facts import model_facts, origin, row_counts, share_me
 from safevlm.trainer.data import balance
 from safevlm.trainer.data.mix_output import file_sha256
 from safevlm.trainer.evaluation import environment
-from safevlm.trainer.stages import Recipe, check_same_run, run_schedule, write_atomically
+from safevlm.trainer.checkpoints import write_atomically
+from safevlm.trainer.stages import Recipe, check_same_run, run_schedule
 
 from .answers import instructions, to_row
 from .base import build_base
