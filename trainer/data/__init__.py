@@ -13,7 +13,6 @@ from .readers import (
     read_safevlm_jsonl,
     register_format,
 )
-from .records import example_from_record
 from .sampling import balance, split_holdout
 from .schema import CATEGORY_NAMES, LEVEL_NAMES, SafetyExample, label_ids, safe_category_id
 from .taxonomy import Taxonomy, shipped_taxonomies
@@ -34,7 +33,6 @@ __all__ = [
     "Taxonomy",
     "balance",
     "detect_format",
-    "example_from_record",
     "iter_rows",
     "label_ids",
     "load_image",
