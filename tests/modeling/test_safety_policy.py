@@ -1,7 +1,6 @@
 """The policy as data: what follows from a verdict, what a deployer may write, what is refused."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,12 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safevlm import ACTIONS, POLICY_PRESETS, SafetyPolicy, SafeVlmConfig
-from safevlm.configuration_safevlm import CATEGORY_NAMES, LEVEL_NAMES
 from safevlm.safety_assessment import assess_logits
+from safevlm.safety_labels import SafetyLabels
 
-LABELS = SimpleNamespace(
-    category_names=CATEGORY_NAMES, level_names=LEVEL_NAMES, safe_category_id=CATEGORY_NAMES.index("safe")
-)
+LABELS = SafetyLabels()
+CATEGORY_NAMES, LEVEL_NAMES = LABELS.category_names, LABELS.level_names
 LOGITS = st.floats(-20, 20, width=32)
 
 

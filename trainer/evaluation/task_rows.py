@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from safevlm.trainer.data import CATEGORY_NAMES, DataError, SafetyExample, read_rows, safe_category_id
+from safevlm.trainer.data import DataError, SafetyExample, SafetyLabels, read_rows
 
 HOW_TO_GET = "trainer/evaluation/README.md says how to get each data set and where it goes"
 
@@ -67,7 +67,7 @@ def mossbench_rows(path: Path, image_folder: Path) -> list[SafetyExample]:
                 row_id=f"mossbench-{pid}",
                 images=(image,),
                 messages=[{"role": "user", "content": content}],
-                category=safe_category_id(CATEGORY_NAMES),
+                category=SafetyLabels().safe_category_id,
                 level=0,
                 source=f"mossbench {over}",
                 split="test",

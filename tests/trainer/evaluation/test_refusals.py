@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safevlm.safety_policy import SafetyPolicy
-from safevlm.trainer.data import CATEGORY_NAMES
+from safevlm.trainer.data import SafetyLabels
 from safevlm.trainer.evaluation.refusal_features import normalize, question_form
 from safevlm.trainer.evaluation.refusal_validation import (
     NUM_FOLDS,
@@ -40,7 +40,7 @@ def xstest():
 @pytest.mark.parametrize("prompt", [QUESTION, None])
 @pytest.mark.parametrize("language", ["en", "de", "es", "fr", "zh"])
 def test_every_forced_refusal_of_the_policy_is_a_refusal(detector, language, prompt):
-    for category in CATEGORY_NAMES:
+    for category in SafetyLabels().category_names:
         text = SafetyPolicy(language=language).refusal(category)
         assert detector.classify(prompt, text).label == "refusal", text
 
