@@ -7,7 +7,7 @@ import torch
 
 from safevlm.safety_policy import ACTIONS, SafetyPolicy
 
-from .data import DataError, SafetyExample, example_from_record
+from .data import DataError, SafetyExample, SafetyLabels, example_from_record
 from .encoding import encode_example
 
 
@@ -32,6 +32,7 @@ class RowEncoder:
     def __init__(self, processor, config, hint_probability=0.0, max_length=None, seed=0):
         self.processor = processor
         self.config = config
+        self.labels = SafetyLabels.from_config(config)
         self.policy = SafetyPolicy.from_value(config.safety_policy)
         self.actions = self.policy.action_table(config.category_names, config.level_names)
         self.hint_probability = hint_probability
@@ -41,7 +42,7 @@ class RowEncoder:
     def example(self, row, index: int) -> SafetyExample:
         """The row, checked. Raises `DataError` where it breaks the schema or has labels that the model does not."""
         if isinstance(row, Mapping):
-            return example_from_record(row, self.config, row_id=str(row.get("id", index)))
+            return example_from_record(row, self.labels, row_id=str(index))
         if not isinstance(row, SafetyExample):
             raise DataError(
                 f"row {index}: expected a dict with `messages` and `images`, or a SafetyExample, "

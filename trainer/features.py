@@ -5,6 +5,8 @@ from transformers.integrations.integration_utils import (
     get_available_reporting_integrations,
 )
 
+from safevlm import SafeVlmConfig
+
 LABEL_NAMES = ["labels", "safety_level_labels", "safety_category_labels"]
 PACKAGES = {"azure_ml": "azureml-sdk", "comet_ml": "comet-ml", "neptune": "neptune", "mlflow": "mlflow"}
 
@@ -43,8 +45,8 @@ def check_arguments(args):
             raise ValueError(f"`{name}` is not supported in SafeVLM's training: {why}.")
     if args.uses_lora and args.push_to_hub and args.hub_strategy in ("checkpoint", "all_checkpoints"):
         raise ValueError(
-            f"`hub_strategy={args.hub_strategy}` is not supported with LoRA, whose checkpoints are adapters; use 'end' "
-            f"and `trainer.push_to_hub()`, which pushes the merged model."
+            f"`hub_strategy={args.hub_strategy}` is not supported with LoRA, whose checkpoints are adapters; use "
+            f"'end' and `trainer.push_to_hub()`, which pushes the merged model."
         )
 
 
@@ -69,10 +71,36 @@ def check_trainer_options(args, options: dict):
             raise ValueError(f"`{name}` is not supported by SafeVlmTrainer: {reason}.")
     if args.uses_lora and (options.get("optimizers") or (None, None))[0] is not None:
         raise ValueError(
-            "`optimizers` is not supported with LoRA, whose weights the trainer makes; pass `optimizer_cls_and_kwargs`."
+            "`optimizers` is not supported with LoRA, whose weights the trainer makes; pass "
+            "`optimizer_cls_and_kwargs`."
         )
     if args.n_gpu > 1:
         raise ValueError(
             f"{args.n_gpu} GPUs in one process would cut batches apart from their images. Start one process per GPU "
             f"(`torchrun --nproc_per_node {args.n_gpu}`), or set CUDA_VISIBLE_DEVICES to one."
+        )
+
+
+def check_parts(model, args, processing_class):
+    """Raises `ValueError` for a model, arguments or a processor of another kind than the trainer's."""
+    from .training_args import SafeVlmTrainingArguments  # which imports this file
+
+    if not isinstance(args, SafeVlmTrainingArguments):
+        raise ValueError(
+            f"`args` must be SafeVlmTrainingArguments, which has the stage, got {type(args).__name__}. It takes "
+            f"whatever TrainingArguments takes: `SafeVlmTrainingArguments(stage=..., output_dir=..., ...)`."
+        )
+    if hasattr(model, "peft_config"):
+        raise ValueError("`model` has PEFT adapters already; pass the plain model, `lora_r` adds LoRA and merges it.")
+    config = getattr(model, "config", None)
+    if getattr(config, "model_type", None) != SafeVlmConfig.model_type:
+        raise ValueError(
+            f"`model` must be a SafeVlmForConditionalGeneration (make one with `from_base`), got "
+            f"{model if isinstance(model, str) else type(model).__name__!r}."
+        )
+    if processing_class is None or getattr(processing_class, "tokens_per_image", None) != config.tokens_per_image:
+        raise ValueError(
+            f"`processing_class` must be the model's SafeVlmProcessor with "
+            f"`tokens_per_image={config.tokens_per_image}`, "
+            f"got {getattr(processing_class, 'tokens_per_image', processing_class)!r}."
         )

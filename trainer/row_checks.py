@@ -11,15 +11,16 @@ from .data import SafetyExample, probe_image
 from .encoded_rows import EncodedDataset, RowEncoder
 
 logger = logging.getLogger(__name__)
-SLACK = 8  # tokens per image by which a count without pixels may be wrong, where text merges with what stands around it
+SLACK = 8
+"""Tokens per image by which a count without pixels may be wrong: text can merge with what stands around an image."""
 
 
 @dataclass
 class RowCounts:
     """
     Args:
-        rows, labelled, assessed, useless (`int`): All; those with a safety label; of these, those with a picture, which
-            is what the safety head learns from; those with neither a label nor an answer.
+        rows, labelled, assessed, useless (`int`): All; those with a safety label; of these, those with a picture,
+            which are what the safety head learns from; those with neither a label nor an answer.
     """
 
     rows: int = 0

@@ -4,6 +4,7 @@
 `model/` appears, whole, when it is done.
 """
 
+import filecmp
 import logging
 import os
 import shutil
@@ -130,8 +131,7 @@ def run_schedule(
         num_rows = len(train) if hasattr(train, "__len__") else None
         check_same_run(folder, {**arguments, "safety": recipe.safety, "number of rows": num_rows})
         done = folder / "model"
-        new = not done.is_dir()
-        if new:
+        if not done.is_dir():
             trainer = SafeVlmTrainer(
                 model=model,
                 args=args,
@@ -149,9 +149,16 @@ def run_schedule(
             model = SafeVlmForConditionalGeneration.from_pretrained(done, dtype=model.dtype).to(model.device)
         if after_stage is not None:
             after_stage(folder, model)
-    if new or not final.is_dir():  # else it may have been calibrated since
+    if not _same_weights(final, done):  # else it may have been calibrated since, or have a card that a person wrote
         write_atomically(partial(shutil.copytree, done), final)
     return model
+
+
+def _same_weights(folder: Path, other: Path) -> bool:
+    files = {path.name for path in other.glob("*.safetensors")}
+    return files == {path.name for path in folder.glob("*.safetensors")} and all(
+        filecmp.cmp(folder / name, other / name) for name in files
+    )
 
 
 def _of_stage(rows, stage: str):

@@ -1,4 +1,4 @@
-"""SafeVlmTrainer: transformers' `Trainer` that runs one stage of SafeVLM's schedule, alone or as `run_schedule`'s worker.
+"""SafeVlmTrainer: transformers' `Trainer` that runs one stage of SafeVLM's schedule, alone or for `run_schedule`.
 
     SafeVlmTrainer(model=model, args=SafeVlmTrainingArguments(stage="joint_finetuning", lora_r=8, output_dir="out"),
                    train_dataset=rows, eval_dataset=rows, processing_class=processor).train()
@@ -13,21 +13,20 @@
                logits, and whether it assessed the row at all (`False`: no picture).
 `save_model`, `push_to_hub`  a folder or repository that `SafeVlmForConditionalGeneration.from_pretrained` loads; LoRA
                is merged, in the middle of the training by way of a copy. No pickled `training_args.bin`.
-checkpoints    `checkpoint-N/` is for resuming and for the best model: with LoRA PEFT's adapter (LoRA and safety modules),
-               else the whole model. Resuming, also with the newest cut off, ends as if never interrupted, bit for bit.
+checkpoints    `checkpoint-N/` is for resuming and for the best model: with LoRA PEFT's adapter (LoRA and safety
+               modules), else the whole model. Resuming, even if the newest was cut off in writing, ends with the same
+               weights as a run without a break, bit for bit.
 
 TRL's trainers keep PEFT's wrapper after training and save the adapter. Here the plain model is what is left, since the
 next stage, the policy and the Hub's Auto classes want it; the adapter lies beside it.
 """
 
 from collections import defaultdict
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from transformers import Trainer
 
-from safevlm import SafeVlmConfig, SafeVlmForConditionalGeneration
 from safevlm.losses import IGNORE_INDEX, combine_losses
 from safevlm.model_card import write_card
 
@@ -35,8 +34,8 @@ from .card_callback import read_measured
 from .checkpoints import last_complete_checkpoint, load_weights
 from .data_collator import SafeVlmDataCollator
 from .encoded_rows import EncodedDataset, EncodedStream, RowEncoder, encode_rows
-from .features import check_trainer_options
-from .placement import check_sharding, merged_copy, without_weights
+from .features import check_parts, check_trainer_options
+from .placement import check_sharding, merged_copy, quantized_base_allowed, without_weights
 from .preparation import StageModel
 from .row_checks import check_rows
 from .training_args import SafeVlmTrainingArguments
@@ -58,8 +57,8 @@ class SafeVlmTrainer(Trainer):
         args (`SafeVlmTrainingArguments`)
         data_collator (callable, *optional*): Gets encoded rows (see `encode_example`); by default
             [`SafeVlmDataCollator`].
-        train_dataset, eval_dataset: Lists, `datasets` or torch data sets, also iterable ones (`eval_dataset` also a dict
-            of them), of [`SafetyExample`]s or of dicts as `example_from_record` reads them:
+        train_dataset, eval_dataset: Lists, `datasets` or torch data sets, also iterable ones (`eval_dataset` also a
+            dict of them), of [`SafetyExample`]s or of dicts as `example_from_record` reads them:
             `{"messages": [...], "images": [...], "category": ..., "level": ...}`.
         processing_class (`SafeVlmProcessor`): The model's.
         kwargs: As in `Trainer`; what is refused says so by name.
@@ -75,7 +74,7 @@ class SafeVlmTrainer(Trainer):
         processing_class=None,
         **kwargs,
     ):
-        _check_parts(model, args, processing_class)
+        check_parts(model, args, processing_class)
         check_trainer_options(args, kwargs)
         config = model.config
         for name in ("safety_level_loss_coef", "safety_category_loss_coef"):
@@ -90,7 +89,7 @@ class SafeVlmTrainer(Trainer):
         train_encoder = RowEncoder(processing_class, config, args.hint_probability, args.max_length, args.seed)
         collator = data_collator or SafeVlmDataCollator(processing_class.tokenizer.pad_token_id)
         self._stage = None if train_dataset is None else StageModel(model, args)
-        with _quantized_base_allowed(model):
+        with quantized_base_allowed(model):
             super().__init__(
                 model=model if self._stage is None else self._stage.model,
                 args=args,
@@ -148,7 +147,7 @@ class SafeVlmTrainer(Trainer):
         model = self._unwrapped()
         if self._stage is not None:
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                raise ValueError("Under FSDP and DeepSpeed the model is whole, and can be saved, after `train()` only.")
+                raise ValueError("Under FSDP and DeepSpeed the model can be saved after `train()` only.")
             if self.args.uses_lora:
                 model = merged_copy(model) if self.args.should_save else None
         if self.args.should_save:
@@ -175,7 +174,7 @@ class SafeVlmTrainer(Trainer):
         write_card(self.args.output_dir, {"model_name": model_name or "SafeVLM", "training": training})
 
     def _shown_arguments(self) -> dict:
-        names = ("trainable", "lora_r", "learning_rate", "max_steps", "num_train_epochs", "per_device_train_batch_size")
+        names = "trainable lora_r learning_rate max_steps num_train_epochs per_device_train_batch_size".split()
         return {name: getattr(self.args, name) for name in names}
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
@@ -272,12 +271,12 @@ class SafeVlmTrainer(Trainer):
                 self._eval_losses[name].append((outputs[name] * rows, rows))
 
     def _add_missing_verdicts(self, outputs, batch_size: int):
-        """A batch without any image has no logits and no mask, but other batches have; NaN must never pass for that."""
+        """A batch without any image has no logits and no mask, but others have; NaN must never pass for that."""
         if outputs.get("safety_assessed") is None:
-            device = self.args.device
-            outputs["safety_level_logits"] = torch.zeros(batch_size, len(self._config.level_names), device=device)
-            outputs["safety_category_logits"] = torch.zeros(batch_size, len(self._config.category_names), device=device)
-            outputs["safety_assessed"] = torch.zeros(batch_size, dtype=torch.bool, device=device)
+            none = torch.zeros(batch_size, dtype=torch.bool, device=self.args.device)
+            outputs["safety_level_logits"] = none.float().repeat(len(self._config.level_names), 1).T
+            outputs["safety_category_logits"] = none.float().repeat(len(self._config.category_names), 1).T
+            outputs["safety_assessed"] = none
         for name in ("safety_level_logits", "safety_category_logits"):
             bad = ~torch.isfinite(outputs[name]).all(dim=1)
             if bad.any():
@@ -341,41 +340,3 @@ def _labelled(inputs, outputs, loss_name: str) -> torch.Tensor:
     if labels is None or assessed is None:
         return torch.zeros((), dtype=torch.long)
     return ((labels != IGNORE_INDEX) & assessed.to(labels.device)).sum()
-
-
-def _check_parts(model, args, processing_class):
-    if not isinstance(args, SafeVlmTrainingArguments):
-        raise ValueError(
-            f"`args` must be SafeVlmTrainingArguments, which has the stage, got {type(args).__name__}. It takes "
-            f"whatever TrainingArguments takes: `SafeVlmTrainingArguments(stage=..., output_dir=..., ...)`."
-        )
-    if hasattr(model, "peft_config"):
-        raise ValueError("`model` has PEFT adapters already; pass the plain model, `lora_r` adds LoRA and merges it.")
-    config = getattr(model, "config", None)
-    if getattr(config, "model_type", None) != SafeVlmConfig.model_type:
-        raise ValueError(
-            f"`model` must be a SafeVlmForConditionalGeneration (make one with `from_base`), got "
-            f"{model if isinstance(model, str) else type(model).__name__!r}."
-        )
-    if processing_class is None or getattr(processing_class, "tokens_per_image", None) != config.tokens_per_image:
-        raise ValueError(
-            f"`processing_class` must be the model's SafeVlmProcessor with "
-            f"`tokens_per_image={config.tokens_per_image}`, "
-            f"got {getattr(processing_class, 'tokens_per_image', processing_class)!r}."
-        )
-
-
-@contextmanager
-def _quantized_base_allowed(model):
-    """
-    `Trainer` refuses a quantised model without LoRA; ours may train its safety modules, which are not quantised
-    (a quantised weight cannot be made trainable, see `set_trainable`).
-    """
-    quantized = isinstance(model, SafeVlmForConditionalGeneration) and getattr(model, "is_quantized", False)
-    if quantized:
-        model.is_quantized = False
-    try:
-        yield
-    finally:
-        if quantized:
-            model.is_quantized = True

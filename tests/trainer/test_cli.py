@@ -188,6 +188,9 @@ def test_a_crash_while_writing_the_final_model_leaves_the_former_one(world, trai
     import shutil
 
     output, _ = trained
+    weights = output / "model" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(b"of a former training")
     before = {path.name: path.read_bytes() for path in (output / "model").iterdir() if path.is_file()}
 
     def copytree(source, target, **kwargs):
@@ -199,6 +202,7 @@ def test_a_crash_while_writing_the_final_model_leaves_the_former_one(world, trai
     code, _, err = run(*train_arguments(world, output))
     assert code == 1 and "No space left on device" in err
     assert before == {path.name: path.read_bytes() for path in (output / "model").iterdir() if path.is_file()}
+    weights.write_bytes(whole)
 
 
 def test_assess_through_the_entry_point_prints_one_verdict_as_json(world, trained):

@@ -48,9 +48,7 @@ def test_no_row_at_all_is_an_error():
 def prediction(level_logits, category_logits, level_labels, category_labels, assessed=None):
     labels = (np.zeros((len(level_labels), 3)), np.array(level_labels), np.array(category_labels))
     assessed = np.array([True] * len(level_labels) if assessed is None else assessed)
-    return SimpleNamespace(
-        predictions=(np.array(level_logits), np.array(category_logits), assessed), label_ids=labels
-    )
+    return SimpleNamespace(predictions=(np.array(level_logits), np.array(category_logits), assessed), label_ids=labels)
 
 
 def test_trainer_metrics_take_the_arg_max_and_the_probability_of_any_risk():
