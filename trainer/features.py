@@ -43,9 +43,9 @@ def check_arguments(args):
     for name, (asked, why) in refused.items():
         if asked:
             raise ValueError(f"`{name}` is not supported in SafeVLM's training: {why}.")
-    if args.uses_lora and args.push_to_hub and args.hub_strategy in ("checkpoint", "all_checkpoints"):
+    if args.uses_lora and args.push_to_hub and args.hub_strategy.value in ("checkpoint", "all_checkpoints"):
         raise ValueError(
-            f"`hub_strategy={args.hub_strategy}` is not supported with LoRA, whose checkpoints are adapters; use "
+            f"`hub_strategy={args.hub_strategy.value}` is not supported with LoRA, whose checkpoints are adapters; use "
             f"'end' and `trainer.push_to_hub()`, which pushes the merged model."
         )
 

@@ -22,6 +22,7 @@ next stage, the policy and the Hub's Auto classes want it; the adapter lies besi
 """
 
 from collections import defaultdict
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -197,6 +198,21 @@ class SafeVlmTrainer(Trainer):
     def get_test_dataloader(self, test_dataset):
         return super().get_test_dataloader(encode_rows(test_dataset, self._encoder))
 
+    def _get_train_sampler(self, train_dataset=None):
+        with self._length_in_tokens():
+            return super()._get_train_sampler(train_dataset)
+
+    def _get_eval_sampler(self, eval_dataset):
+        with self._length_in_tokens():
+            return super()._get_eval_sampler(eval_dataset)
+
+    @contextmanager
+    def _length_in_tokens(self):
+        """`Trainer` groups rows by the length of the processing class's first input: the pixels of a processor."""
+        processor, self.processing_class = self.processing_class, self.processing_class.tokenizer
+        yield
+        self.processing_class = processor
+
     def _prepare_inputs(self, inputs):
         if not self.model.training:
             self._row_ids.clear()
@@ -278,7 +294,7 @@ class SafeVlmTrainer(Trainer):
             outputs["safety_category_logits"] = none.float().repeat(len(self._config.category_names), 1).T
             outputs["safety_assessed"] = none
         for name in ("safety_level_logits", "safety_category_logits"):
-            bad = ~torch.isfinite(outputs[name]).all(dim=1)
+            bad = ~torch.isfinite(outputs[name]).all(dim=1) & outputs["safety_assessed"]
             if bad.any():
                 ids = self._row_ids[-1] or [str(i) for i in range(batch_size)]
                 rows = ", ".join(repr(row) for row, is_bad in zip(ids, bad.tolist(), strict=True) if is_bad)

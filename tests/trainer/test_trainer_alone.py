@@ -25,7 +25,9 @@ def test_the_model_is_prepared_before_training_starts(fresh_model, make_trainer,
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_model_that_was_passed_is_the_plain_trained_one(fresh_model, make_trainer, rows, weights, differing, stage):
+def test_the_model_that_was_passed_is_the_plain_trained_one(
+    fresh_model, make_trainer, rows, weights, differing, stage
+):
     model = fresh_model()
     model.base.lm_head.weight.requires_grad = False
     before = weights(model)
@@ -132,7 +134,12 @@ def test_resuming_ends_with_the_weights_of_a_run_without_a_break(
     fresh_model, make_trainer, rows, weights, differing, stage, tmp_path, monkeypatch
 ):
     settings = dict(
-        **STAGES[stage], max_steps=5, save_strategy="steps", save_steps=1, lr_scheduler_type="cosine", hint_probability=0.5
+        **STAGES[stage],
+        max_steps=5,
+        save_strategy="steps",
+        save_steps=1,
+        lr_scheduler_type="cosine",
+        hint_probability=0.5,
     )
     whole = make_trainer(fresh_model(), rows, output_dir=str(tmp_path / "whole"), **settings)
     whole.train()

@@ -55,8 +55,8 @@ def trainer_metrics(prediction) -> dict[str, float]:
 
     Rows without labels or without an image are left out.
     """
-    level_logits, category_logits, assessed = _whole(prediction.predictions)
-    _, level_labels, category_labels = _whole(prediction.label_ids)
+    level_logits, category_logits, assessed = (_column(prediction.predictions, i) for i in range(3))
+    level_labels, category_labels = (_column(prediction.label_ids, i) for i in (1, 2))
     known = (level_labels >= 0) & (category_labels >= 0) & assessed
     if not known.any():
         return {"num_assessed": 0}
@@ -72,6 +72,6 @@ def trainer_metrics(prediction) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if value is not None}
 
 
-def _whole(parts):
-    """Arrays over all rows; with `eval_do_concat_batches=False` the Trainer gives a list of batches."""
-    return tuple(np.concatenate(batches) for batches in zip(*parts, strict=True)) if isinstance(parts, list) else parts
+def _column(parts, index: int) -> np.ndarray:
+    """One of the Trainer's arrays, over all rows; with `eval_do_concat_batches=False` it gives a list of batches."""
+    return np.concatenate([batch[index] for batch in parts]) if isinstance(parts, list) else parts[index]
