@@ -45,8 +45,8 @@ def check_arguments(args):
             raise ValueError(f"`{name}` is not supported in SafeVLM's training: {why}.")
     if args.uses_lora and args.push_to_hub and args.hub_strategy.value in ("checkpoint", "all_checkpoints"):
         raise ValueError(
-            f"`hub_strategy={args.hub_strategy.value}` is not supported with LoRA, whose checkpoints are adapters; use "
-            f"'end' and `trainer.push_to_hub()`, which pushes the merged model."
+            f"`hub_strategy={args.hub_strategy.value}` is not supported with LoRA, whose checkpoints are adapters; "
+            f"use 'end' and `trainer.push_to_hub()`, which pushes the merged model."
         )
 
 
