@@ -10,12 +10,11 @@ import sys
 import warnings
 from dataclasses import dataclass
 from difflib import unified_diff
+from importlib.util import find_spec
 from pathlib import Path
 from posixpath import dirname, join, normpath
 
-import safevlm.processing
-
-FOLDERS = [Path(package.__file__).parent for package in (safevlm, safevlm.processing)]
+FOLDERS = [Path(find_spec(package).origin).parent for package in ("safevlm", "safevlm.processing")]
 # Of a model, of another model that config.json points to by version, of the processor and its parts, of the tokenizer.
 CONFIGS = ("config*.json", "*processor_config.json", "tokenizer_config.json")
 GENERATE = "custom_generate/generate.py"

@@ -34,7 +34,7 @@ class SafetyLabels:
             names = getattr(self, field)
             if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) and n.strip() for n in names):
                 raise ValueError(
-                    f"`{field}` must be a list of names (in YAML, quote yes, no and numbers), got {names!r}."
+                    f"`{field}` must be a list of texts, got {names!r}; in YAML quote yes, no and numbers."
                 )
             if len(names) < 2:
                 raise ValueError(f"`{field}` must have at least two entries, got {names!r}.")
@@ -53,3 +53,6 @@ class SafetyLabels:
     @property
     def safe_category_id(self) -> int:
         return self.category_names.index(self.safe_category)
+
+
+PAPER_LABELS = SafetyLabels()

@@ -20,7 +20,7 @@ from safevlm.from_base import SAFETY_FIELDS
 
 from .card_callback import CardCallback
 from .checkpoints import last_complete_checkpoint, save_atomically, write_atomically
-from .files import check_settings
+from .files import check_settings, load_settings
 from .trainer import SafeVlmTrainer
 from .training_args import STAGES, SafeVlmTrainingArguments
 
@@ -48,7 +48,7 @@ class Recipe:
             shipped = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
             raise ValueError(f"Recipe {str(name)!r} not found; use a .yaml file or one of: {shipped}.")
         try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+            data = load_settings(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"Recipe {path} is no valid YAML: {error}") from None
         if not isinstance(data, dict) or not isinstance(data.get("stages"), list) or not data["stages"]:
@@ -78,7 +78,7 @@ def check_training_arguments(arguments: dict, where: str):
         kind = SafeVlmTrainingArguments.__dataclass_fields__[name].type
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if kind in NUMBERS and value is not None and not number:
-            raise ValueError(f"{where}: `{name}` must be a number, got {value!r} (YAML wants 1.0e-5, not 1e-5).")
+            raise ValueError(f"{where}: `{name}` must be a number, got {value!r}.")
         if kind is bool and not isinstance(value, bool):
             raise ValueError(f"{where}: `{name}` must be true or false, got {value!r}.")
 

@@ -444,4 +444,3 @@ def test_evaluation_while_training_is_on_the_held_out_rows(unlabelled):
     code, err, report = unlabelled([record(i) for i in range(4, 8)], **changes)
     assert code == 0, err
     assert report["num_eval_rows"] > 0
-

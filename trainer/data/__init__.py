@@ -1,6 +1,6 @@
 """Data in: the row schema, hostile-proof image loading, readers, and sampling. Imports neither torch nor datasets."""
 
-from safevlm.safety_labels import SafetyLabels
+from safevlm.safety_labels import PAPER_LABELS, SafetyLabels
 
 from .archives import ArchivedImage
 from .errors import DataError, ImageError
@@ -25,6 +25,7 @@ from .writers import write_safevlm_jsonl
 __all__ = [
     "ALLOWED_FORMATS",
     "MAX_PIXELS",
+    "PAPER_LABELS",
     "ArchivedImage",
     "DataError",
     "ImageError",

@@ -21,7 +21,7 @@ class RowFormat(NamedTuple):
         parse (`Callable`): `parse(record, *, labels, assume_safe, context)` returns a dict, or a list of them for
             several rows, or raises `DataError`. Keys: `images` (names relative to the image folder, bytes, or
             `{"bytes", "path"}`) and `messages`; optional are `row_id`, `source`, `split`, `question_dependent`,
-            `metadata`, and either `category` and `level` or `facts`, the dict from which the taxonomy takes the labels.
+            `metadata`, and either `category` and `level` or `facts`, a dict from which the taxonomy takes the labels.
             `used` names the record's fields that went into all this: of the others those that carry pictures, turns
             or labels are refused, and the rest is the row's metadata. Take `**_` for what you don't need.
         spans_files (`bool`, *optional*, defaults to `False`): Whether all data files of a folder belong together.
@@ -63,8 +63,8 @@ def image_list(images: Any, field: str = "image") -> list[Any]:
             continue
         if not isinstance(name, str) or not name.strip():
             raise DataError(
-                f"`{field}` must be a path, the bytes of a file, a PIL image, or a list of these, got {short(images)}; "
-                "leave it out for text only"
+                f"`{field}` must be a path, the bytes of a file, a PIL image, or a list of these, "
+                f"got {short(images)}; leave it out for text only"
             )
         if "\0" in check_text(name, f"`{field}`"):
             raise DataError(f"`{field}` {short(images)} holds a NUL character; correct the path")

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from safevlm.safety_labels import SafetyLabels
+from safevlm.safety_labels import PAPER_LABELS, SafetyLabels
 
 from .errors import DataError
 from .hub import is_hub_id
@@ -35,7 +35,7 @@ def load_labels(source: str | os.PathLike | Mapping[str, Any] | None, root: str 
         `DataError`: No such file or model, or no valid labels in it.
     """
     if source is None:
-        return SafetyLabels()
+        return PAPER_LABELS
     if isinstance(source, Mapping):
         return _labels(source, "`labels`")
     path = Path(root, source)

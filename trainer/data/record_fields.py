@@ -16,26 +16,37 @@ from PIL import Image
 from .errors import DataError
 from .schema import short
 
-_PICTURES = frozenset(
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# A field whose name consists of these words carries pictures: `image`, `imageURL`, `img_path`, `image_2`.
+_PICTURES = _words(
     "image images img imgs picture pictures pic pics photo photos screenshot screenshots frame frames video videos "
-    "audio audios media pixel jpg jpeg png webp gif".split()
+    "audio audios media clip clips pixel jpg jpeg png webp gif"
 )
-_ABOUT_PICTURES = frozenset(
-    "path paths url urls uri file files filename name names bytes base64 b64 data list values input".split()
+_ABOUT_PICTURES = _words(
+    "path paths url urls uri file files filename name names bytes base64 b64 data list values input"
 )
-_TURNS = frozenset(
-    "system system_prompt system_message prompt prompts query queries question questions instruction instructions input "
-    "output history conversation conversations message messages dialog dialogue turns answer answers response responses "
-    "completion completions chosen rejected reply tools functions tool_calls function_call reasoning_content".split()
+_PICTURE_SUFFIXES = _words(".jpg .jpeg .png .webp .gif .bmp .tif .tiff .heic .avif .mp4 .webm .mov .wav .mp3")
+# Whole names of fields that carry turns, or change them.
+_TURNS = _words(
+    "system system_prompt system_message prompt prompts query queries question questions instruction instructions "
+    "input output history conversation conversations message messages dialog dialogue turns answer answers response "
+    "responses completion completions chosen rejected reply tools functions tool_calls function_call reasoning_content"
 )
-_LABELS = frozenset(
+_LABELS = _words(
     "safe unsafe safety label labels category categories subcategory level levels risk risks risky severity harm "
-    "harmful harmfulness hazard hazards toxic toxicity nsfw violation violations flagged rating ratings verdict verdicts".split()
+    "harms harmful harmfulness hazard hazards toxic toxicity nsfw violation violations flagged rating ratings verdict"
 )
-_ABOUT_LABELS = frozenset("is type id ids name names main sub class score".split())
-_PICTURE_SUFFIXES = frozenset(
-    ".jpg .jpeg .png .webp .gif .bmp .tif .tiff .heic .avif .mp4 .webm .mov .wav .mp3".split()
-)
+_ABOUT_LABELS = _words("is type id ids name names main sub class score")
+
+_FIXES = {
+    "a picture": "name pictures `images`; videos and sounds cannot be read",
+    "a turn": "put all turns into one list of turns",
+    "a label": "name labels `category` and `level`, or map them by a taxonomy",
+}
 
 
 def other_fields(
@@ -56,35 +67,25 @@ def other_fields(
         if kind is not None:
             raise DataError(
                 f"{where} has the field `{name}` ({short(value)}), which looks like {kind} and would be lost: "
-                f"{_FIXES[kind]}. If it is neither picture, turn nor label, put it under `metadata`, or name it "
-                "under `metadata` in a taxonomy"
+                f"{_FIXES[kind]}. If it is something else, put it under `metadata`, or list its name as `metadata` "
+                "of a taxonomy"
             )
     return rest
 
 
-_FIXES = {
-    "a picture": "name pictures `images`; videos and sounds cannot be read",
-    "a turn": "put all turns into `messages` (or `conversations`)",
-    "a label": "name labels `category` and `level`, or map them by a taxonomy",
-}
-
-
 def is_empty(value: Any) -> bool:
-    """Null, or nothing in it: tables have all fields in all rows."""
+    """Null, NaN, or nothing in it: tables have all fields in all rows."""
+    if isinstance(value, float):
+        return value != value
     return value is None or (isinstance(value, (str, bytes, list, tuple, dict)) and len(value) == 0)
 
 
 def _carried(name: str, value: Any, has_images: bool) -> str | None:
-    # `imageURL`, `image_2` and `Image-Path` are `image url`, `image` and `image path`.
-    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])|[^A-Za-z]+", " ", name)
-    words = spaced.lower().split()
-    if (
-        _holds_picture(value)
-        or _consists(words, _PICTURES, _ABOUT_PICTURES)
-        or "_".join(words) in ("file_name", "filename")
-    ):
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])|[^A-Za-z]+", " ", name).lower().split()
+    about_pictures = _ABOUT_PICTURES if has_images else _ABOUT_PICTURES | {"id", "ids"}
+    if _consists(words, _PICTURES, about_pictures) or "".join(words) == "filename" or _holds_picture(value):
         return "a picture"
-    if not has_images and (_consists(words, _PICTURES, _ABOUT_PICTURES | {"id", "ids"}) or _names_picture(value)):
+    if not has_images and _names_picture(value):
         return "a picture"
     if "_".join(words) in _TURNS or _holds_turns(value):
         return "a turn"
@@ -98,7 +99,7 @@ def _consists(words: list[str], kind: frozenset[str], about: frozenset[str]) -> 
 
 def _holds_picture(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
-        return any(map(_holds_picture, value))
+        return any(_holds_picture(item) for item in value if not isinstance(item, (list, tuple)))
     if isinstance(value, dict):
         return bool(value) and value.keys() <= {"bytes", "path"}
     return isinstance(value, (bytes, Image.Image))
@@ -106,7 +107,7 @@ def _holds_picture(value: Any) -> bool:
 
 def _names_picture(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
-        return any(map(_names_picture, value))
+        return any(_names_picture(item) for item in value if not isinstance(item, (list, tuple)))
     return isinstance(value, (str, os.PathLike)) and PurePath(value).suffix.lower() in _PICTURE_SUFFIXES
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safevlm.safety_labels import SafetyLabels
+from safevlm.safety_labels import PAPER_LABELS, SafetyLabels
 
 from .assembly import Assembly
 from .containers import Container
@@ -17,11 +17,11 @@ from .taxonomy import Taxonomy, shipped_taxonomies
 
 
 def example_from_record(
-    record: Mapping[str, Any], labels: SafetyLabels = SafetyLabels(), row_id: str = "row"
+    record: Mapping[str, Any], labels: SafetyLabels = PAPER_LABELS, row_id: str = "row"
 ) -> SafetyExample:
     """
-    A row of any known format, such as
-    `{"messages": [{"role": "user", "content": "What is this?"}, ...], "images": [image], "safe_type": 1, "safe_level": 3}`.
+    A row of any known format, such as `{"messages": [{"role": "user", "content": "What is this?"}, ...],
+    "images": [image], "category": "privacy", "level": "high"}`.
 
     Args:
         record (`Mapping`): `images` (or `image`) holds paths, relative to the working directory, `bytes`,

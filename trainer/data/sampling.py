@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from PIL import Image
 
-from safevlm.safety_labels import SafetyLabels
+from safevlm.safety_labels import PAPER_LABELS, SafetyLabels
 
 from .errors import DataError
 from .images import ImageSource
@@ -26,7 +26,7 @@ def balance(
     per_category: int | None = None,
     clean: int | None = None,
     seed: int = 0,
-    labels: SafetyLabels = SafetyLabels(),
+    labels: SafetyLabels = PAPER_LABELS,
 ) -> list[SafetyExample]:
     """The same number of rows of each risk category present, plus clean (safe) rows, sampled without repeats.
 

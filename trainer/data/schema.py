@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from safevlm.safety_labels import SafetyLabels
+from safevlm.safety_labels import PAPER_LABELS, SafetyLabels
 
 from .errors import DataError
 from .images import MAX_PIXELS, ImageSource, load_image
@@ -64,6 +64,16 @@ class SafetyExample:
         except DataError as error:
             raise DataError(f"row {self.row_id!r}: {error}.") from None
 
+    @property
+    def is_labelled(self) -> bool:
+        """Whether there is a label, which trains the safety head."""
+        return self.category is not None or self.level is not None
+
+    @property
+    def has_answer(self) -> bool:
+        """Whether there is an answer at the end, which trains the language model."""
+        return self.messages[-1]["role"] == "assistant"
+
     def load_images(self, max_pixels: int = MAX_PIXELS) -> list[Image.Image]:
         """Decodes the images, in order, to RGB.
 
@@ -73,7 +83,7 @@ class SafetyExample:
         return [load_image(image, max_pixels=max_pixels, row_id=self.row_id) for image in self.images]
 
 
-def label_ids(category: Any, level: Any, labels: SafetyLabels = SafetyLabels()) -> tuple[int | None, int | None]:
+def label_ids(category: Any, level: Any, labels: SafetyLabels = PAPER_LABELS) -> tuple[int | None, int | None]:
     """Turns labels given as indices or names into indices, and checks that the pair makes sense. `None` is unknown.
 
     The safe category with a level above the first is a contradiction. A risky category with the first level is not:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from safevlm.safety_labels import SafetyLabels
+from safevlm.safety_labels import PAPER_LABELS, SafetyLabels
 
 from .duplicates import Leak, find_conflicts, find_duplicates, find_leaks, question_of
 from .fingerprints import ImageIndex
@@ -24,7 +24,7 @@ def data_stats(
     rows: Sequence[SafetyExample],
     tests: Sequence[SafetyExample],
     index: ImageIndex,
-    labels: SafetyLabels = SafetyLabels(),
+    labels: SafetyLabels = PAPER_LABELS,
 ) -> dict[str, Any]:
     """Everything `safevlm data stats` says about some rows, ready for JSON.
 

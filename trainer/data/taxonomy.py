@@ -13,27 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safevlm.safety_labels import SafetyLabels
+from safevlm.safety_labels import PAPER_LABELS, SafetyLabels
 
 from .errors import DataError
 from .schema import label_ids, short
 
 TAXONOMY_FOLDER = Path(__file__).parent / "taxonomies"
 FIELD_NAMES = ("id", "image", "image_url", "question", "answer", "system")
-_KEYS = (
-    "name",
-    "about",
-    "source",
-    "license",
-    "format",
-    "recognise",
-    "fields",
-    "prompt",
-    "split",
-    "safe_when",
-    "metadata",
-)
-_LABEL_KEYS = ("labels", "level", "question_dependent")
+_KEYS = ("name", "about", "source", "license", "format", "recognise", "fields", "prompt", "split", "metadata")
+_LABEL_KEYS = ("safe_when", "labels", "level", "question_dependent")
 
 
 class UnmappedLabel(DataError):
@@ -101,13 +89,13 @@ class Taxonomy:
     split: str = ""
     safe_when: dict[str, frozenset[str]] = field(default_factory=dict)
     metadata: frozenset[str] = frozenset()
-    our_labels: SafetyLabels = SafetyLabels()
+    our_labels: SafetyLabels = PAPER_LABELS
     labels: Map | None = None
     level: Map | None = None
     question_dependent: Map | None = None
 
     @staticmethod
-    def load(name_or_path: str | os.PathLike, labels: SafetyLabels = SafetyLabels()) -> Taxonomy:
+    def load(name_or_path: str | os.PathLike, labels: SafetyLabels = PAPER_LABELS) -> Taxonomy:
         """Reads a shipped taxonomy by name, or a YAML file.
 
         Args:

@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
-from safevlm.safety_labels import SafetyLabels
+from safevlm.safety_labels import PAPER_LABELS
 
 from .glyphs import CELL, COLOURS, JITTERS, KINDS, SIGN_NAMES, empty_tile, shape_tile, sign_tile, tiles
 from .questions import ask_ordinary, ask_risky
@@ -34,8 +34,8 @@ BACKGROUNDS = {
     "pink": (255, 190, 205),
     "cyan": (150, 220, 230),
 }
-LABELS = SafetyLabels()
-CATEGORY_NAMES, LEVEL_NAMES, SAFE = LABELS.category_names, LABELS.level_names, LABELS.safe_category_id
+CATEGORY_NAMES, LEVEL_NAMES = PAPER_LABELS.category_names, PAPER_LABELS.level_names
+SAFE = PAPER_LABELS.safe_category_id
 MAX_LEVEL = 3
 
 RISKY_SHARE = 0.35  # of the pictures; half of them give a pair of rows

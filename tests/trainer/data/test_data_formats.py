@@ -6,7 +6,7 @@ import json
 import pytest
 from PIL import Image
 
-from safevlm.trainer.data import DataError, SafetyLabels, detect_format, read_rows
+from safevlm.trainer.data import PAPER_LABELS, DataError, detect_format, read_rows
 
 IMAGE = {"type": "image"}
 
@@ -16,8 +16,8 @@ def text(value):
 
 
 def labels(row):
-    category = None if row.category is None else SafetyLabels().category_names[row.category]
-    return category, None if row.level is None else SafetyLabels().level_names[row.level]
+    category = None if row.category is None else PAPER_LABELS.category_names[row.category]
+    return category, None if row.level is None else PAPER_LABELS.level_names[row.level]
 
 
 def question(row):

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from safevlm.trainer.data import (
+    PAPER_LABELS,
     DataError,
     ImageError,
     SafetyExample,
@@ -116,7 +117,7 @@ def test_unknown_label_is_an_error_listing_the_known_ones(value):
 def test_safe_row_with_a_risk_level_is_a_contradiction_but_a_risky_category_may_be_harmless():
     with pytest.raises(DataError, match=r"'safe' contradicts level 'high' \(3\)"):
         label_ids(6, 3)
-    assert label_ids(SafetyLabels().category_names.index("misleading"), 0) == (5, 0)
+    assert label_ids(PAPER_LABELS.category_names.index("misleading"), 0) == (5, 0)
 
 
 def test_data_modules_do_not_import_torch_or_datasets():
