@@ -25,7 +25,7 @@ from .card_facts import (
 )
 from .data import SafetyLabels, load_labels, read_rows, split_holdout
 from .evaluation import trainer_metrics
-from .row_checks import check_counts, count_rows
+from .row_checks import RowCounts, check_counts, count_rows
 from .stages import Recipe, check_overrides, run_schedule
 from .trainer import SafeVlmTrainer
 from .training_args import SafeVlmTrainingArguments
@@ -63,72 +63,83 @@ def train_from_files(
         reading: `format`, `taxonomy`, `split`, `subset`, `revision` of [`read_rows`], for all of `data`.
     """
     output_dir = Path(output_dir)
-    recipe_asked, dtype_asked, overrides_asked = recipe, dtype, overrides
+    options = {"holdout": holdout, "assume_safe": assume_safe, "dtype": dtype, "seed": seed, **reading}
+    if on_error == "skip":
+        options["skip_bad_rows"] = True
+    command = train_command(base, data, images, recipe, output_dir, options, overrides)
     recipe = Recipe.load(recipe)
     _check_call(recipe, holdout, dtype, overrides or {})
     config = AutoConfig.from_pretrained(base)
-    further = isinstance(config, SafeVlmConfig)
-    if not further:
-        get_backbone(config)  # a clear error before anything is read
-    labels = SafetyLabels.from_config(config) if further else load_labels({"safety": recipe.safety})
+    labels = _labels_for(config, recipe)
     rows, skipped = _read(data, images, labels=labels, assume_safe=assume_safe, on_error=on_error, **reading)
     train_rows, eval_rows = split_holdout(rows, holdout, seed=seed) if holdout else (rows, None)
     counts = count_rows(train_rows)
     check_counts(counts)
-
     model, processor = _safe_model(base, config, recipe, dtype, seed, overrides or {})
     overrides = {"seed": seed, "data_seed": seed, "use_cpu": not torch.cuda.is_available(), **(overrides or {})}
+    card = output_dir / "model" / CARD
+    words = card.read_text(encoding="utf-8") if card.is_file() else None
+    model, metrics = _train(model, processor, train_rows, eval_rows, output_dir, recipe, overrides)
+    report = {
+        **_row_numbers(counts, eval_rows, skipped),
+        "metrics": metrics,
+        "model": str(output_dir / "model"),
+    }
+    if PartialState().is_main_process:
+        if not card.is_file():  # the model is new
+            training = {
+                "command": command,
+                **_row_facts(report, train_rows, labels),
+                **data_facts(data, reading.get("revision")),
+                "stages": stage_facts(output_dir, recipe, overrides),
+            }
+            results = head_results(report, training, model.config)
+            _write_card(card, words, model_facts("SafeVLM", base_facts(base, config), training, results))
+        (output_dir / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return report
+
+
+def _train(model, processor, train_rows, eval_rows, output_dir: Path, recipe: Recipe, overrides: dict):
+    """The trained model, and the measures of its head after each stage."""
     metrics = {}
 
     def after_stage(folder: Path, model):
         if eval_rows is not None:
             metrics[folder.name.split("-", 1)[1]] = evaluate_head(model, processor, eval_rows, folder, overrides)
 
-    card = output_dir / "model" / CARD
-    words = card.read_text(encoding="utf-8") if card.is_file() else None
-    model = run_schedule(
-        model,
-        processor,
-        train_rows,
-        output_dir,
-        recipe,
-        eval_rows=eval_rows,
-        after_stage=after_stage,
-        compute_metrics=trainer_metrics,
-        **overrides,
-    )
-    report = {
-        "num_train_rows": len(train_rows),
-        "num_unlabelled_rows": counts.rows - counts.labelled,
-        "num_eval_rows": len(eval_rows or []),
-        "skipped": [{"row": row, "reason": reason} for row, reason in skipped],
-        "metrics": metrics,
-        "model": str(output_dir / "model"),
+    options = dict(eval_rows=eval_rows, after_stage=after_stage, compute_metrics=trainer_metrics)
+    return run_schedule(model, processor, train_rows, output_dir, recipe, **options, **overrides), metrics
+
+
+def _row_facts(report: dict, train_rows, labels: SafetyLabels) -> dict:
+    return {
+        "rows": report["num_train_rows"],
+        "held_out": report["num_eval_rows"],
+        "skipped": len(report["skipped"]),
+        **row_counts(train_rows, labels.category_names, labels.level_names),
     }
-    if PartialState().is_main_process:
-        if not card.is_file():  # the model is new
-            options = {"holdout": holdout, "assume_safe": assume_safe, "dtype": dtype_asked, "seed": seed, **reading}
-            if on_error == "skip":
-                options["skip_bad_rows"] = True
-            training = {
-                "command": train_command(base, data, images, recipe_asked, output_dir, options, overrides_asked),
-                "rows": len(train_rows),
-                "held_out": len(eval_rows or []),
-                "skipped": len(skipped),
-                **row_counts(train_rows, labels.category_names, labels.level_names),
-                **data_facts(data, reading.get("revision")),
-                "stages": stage_facts(output_dir, recipe, overrides),
-            }
-            facts = base_facts(base, config), training, head_results(report, training, model.config)
-            _write_card(card, words, model_facts("SafeVLM", *facts))
-        (output_dir / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    return report
 
 
 def _write_card(card: Path, words: str | None, facts: dict):
     if words is not None:
         card.write_text(words, encoding="utf-8")  # what a person wrote in the former one stays
     write_card(card.parent, facts, model_id="model")
+
+
+def _labels_for(config, recipe: Recipe) -> SafetyLabels:
+    if isinstance(config, SafeVlmConfig):
+        return SafetyLabels.from_config(config)
+    get_backbone(config)  # a clear error before anything is read
+    return load_labels({"safety": recipe.safety})
+
+
+def _row_numbers(counts: RowCounts, eval_rows, skipped) -> dict:
+    return {
+        "num_train_rows": counts.rows,
+        "num_unlabelled_rows": counts.rows - counts.labelled,
+        "num_eval_rows": len(eval_rows or []),
+        "skipped": [{"row": row, "reason": reason} for row, reason in skipped],
+    }
 
 
 def _check_call(recipe: Recipe, holdout: float, dtype: str, overrides: dict):

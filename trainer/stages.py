@@ -18,7 +18,6 @@ from accelerate import PartialState
 from safevlm import SafeVlmForConditionalGeneration
 from safevlm.from_base import SAFETY_FIELDS
 
-from .card_callback import CardCallback
 from .checkpoints import last_complete_checkpoint, save_atomically, write_atomically
 from .files import check_settings, load_settings
 from .trainer import SafeVlmTrainer
@@ -123,13 +122,12 @@ def run_schedule(
     final = Path(output_dir) / "model"
     for number, arguments in enumerate(recipe.stages, start=1):
         arguments = {**arguments, **overrides}
-        stage = arguments["stage"]
-        folder = Path(output_dir) / f"{number}-{stage}"
+        folder = Path(output_dir) / f"{number}-{arguments['stage']}"
         # First, since it says which of several processes this one is.
         args = SafeVlmTrainingArguments(**{**arguments, "output_dir": str(folder)})
-        train, evaluation = _of_stage(train_rows, stage), _of_stage(eval_rows, stage)
-        num_rows = len(train) if hasattr(train, "__len__") else None
-        check_same_run(folder, {**arguments, "safety": recipe.safety, "number of rows": num_rows})
+        train, evaluation = (_of_stage(rows, args.stage) for rows in (train_rows, eval_rows))
+        number_of_rows = {"number of rows": len(train)} if hasattr(train, "__len__") else {}
+        check_same_run(folder, {**arguments, "safety": recipe.safety, **number_of_rows})
         done = folder / "model"
         if not done.is_dir():
             trainer = SafeVlmTrainer(
@@ -139,11 +137,10 @@ def run_schedule(
                 eval_dataset=evaluation,
                 processing_class=processor,
                 compute_metrics=compute_metrics,
-                callbacks=[CardCallback(), *(callbacks or [])],
+                callbacks=callbacks,
             )
             trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
-            model = trainer.model
-            save_atomically(model, processor, done)
+            save_atomically(model := trainer.model, processor, done)
         else:
             logger.info("stage %s is done, loading %s", folder.name, done)
             model = SafeVlmForConditionalGeneration.from_pretrained(done, dtype=model.dtype).to(model.device)

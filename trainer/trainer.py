@@ -12,7 +12,7 @@
 `evaluate`, `predict`  take rows as `train_dataset` does; at any time. Predictions are the head's level and category
                logits, and whether it assessed the row at all (`False`: no picture).
 `save_model`, `push_to_hub`  a folder or repository that `SafeVlmForConditionalGeneration.from_pretrained` loads; LoRA
-               is merged, in the middle of the training by way of a copy. No pickled `training_args.bin`.
+               is merged, in the middle of the training by way of a copy.
 checkpoints    `checkpoint-N/` is for resuming and for the best model: with LoRA PEFT's adapter (LoRA and safety
                modules), else the whole model. Resuming, even if the newest was cut off in writing, ends with the same
                weights as a run without a break, bit for bit.
@@ -31,11 +31,12 @@ from transformers import Trainer
 from safevlm.losses import IGNORE_INDEX, combine_losses
 from safevlm.model_card import write_card
 
-from .card_callback import read_measured
+from .card_callback import CardCallback, read_measured
 from .checkpoints import last_complete_checkpoint, load_weights
 from .data_collator import SafeVlmDataCollator
 from .encoded_rows import EncodedDataset, EncodedStream, RowEncoder, encode_rows
 from .features import check_parts, check_trainer_options
+from .mean_losses import MeanLosses, labelled_rows
 from .placement import check_sharding, merged_copy, quantized_base_allowed, without_weights
 from .preparation import StageModel
 from .row_checks import check_rows
@@ -73,6 +74,7 @@ class SafeVlmTrainer(Trainer):
         train_dataset=None,
         eval_dataset=None,
         processing_class=None,
+        callbacks=None,
         **kwargs,
     ):
         check_parts(model, args, processing_class)
@@ -83,7 +85,7 @@ class SafeVlmTrainer(Trainer):
                 setattr(config, name, getattr(args, name))
         self._config = config
         self._losses = defaultdict(list)  # of training, since the last log
-        self._eval_losses = defaultdict(list)  # (sum, number of tokens or rows) per batch
+        self._eval_losses = MeanLosses(LOSS_NAMES)
         self._row_ids: list[list[str]] = []  # of this step's micro-batches
         self._labelled = 0
         self._encoder = RowEncoder(processing_class, config, max_length=args.max_length, seed=args.seed)
@@ -98,6 +100,7 @@ class SafeVlmTrainer(Trainer):
                 train_dataset=encode_rows(train_dataset, train_encoder, args.cache_encoded),
                 eval_dataset=encode_rows(eval_dataset, self._encoder, args.cache_encoded),
                 processing_class=processing_class,
+                callbacks=[*([CardCallback()] if self._stage else []), *(callbacks or [])],
                 **kwargs,
             )
         check_sharding(self)
@@ -267,7 +270,7 @@ class SafeVlmTrainer(Trainer):
 
     def _note_training_losses(self, inputs, outputs, losses, safety_scale):
         if isinstance(self.train_dataset, EncodedStream):  # others are looked through before
-            self._labelled += sum(_labelled(inputs, outputs, name).item() for name in LOSS_NAMES[1:])
+            self._labelled += sum(labelled_rows(inputs, outputs, name).item() for name in LOSS_NAMES[1:])
         for name, value in losses.items():
             if value is not None:
                 value = value.detach()
@@ -280,11 +283,11 @@ class SafeVlmTrainer(Trainer):
         if outputs.get("lm_loss") is not None:
             tokens = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()
             divided_by = tokens if num_items_in_batch is None else num_items_in_batch
-            self._eval_losses["lm_loss"].append((outputs["lm_loss"] * divided_by, tokens))
+            self._eval_losses.add("lm_loss", outputs["lm_loss"] * divided_by, tokens)
         for name in LOSS_NAMES[1:]:
             if outputs.get(name) is not None:
-                rows = _labelled(inputs, outputs, name)
-                self._eval_losses[name].append((outputs[name] * rows, rows))
+                rows = labelled_rows(inputs, outputs, name)
+                self._eval_losses.add(name, outputs[name] * rows, rows)
 
     def _add_missing_verdicts(self, outputs, batch_size: int):
         """A batch without any image has no logits and no mask, but others have; NaN must never pass for that."""
@@ -308,23 +311,12 @@ class SafeVlmTrainer(Trainer):
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
         if self._stage is None and (self.is_fsdp_enabled or self.is_deepspeed_enabled) and self.state.global_step:
             raise ValueError("After `train()` under FSDP or DeepSpeed, evaluate with a new trainer.")
-        self._eval_losses.clear()
+        self._eval_losses = MeanLosses(LOSS_NAMES)
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         self._row_ids.clear()
-        for name, mean in self._mean_eval_losses().items():
+        for name, mean in self._eval_losses.means(self.accelerator).items():
             output.metrics[f"{metric_key_prefix}_{name}"] = mean
         return output
-
-    def _mean_eval_losses(self) -> dict[str, float]:
-        """Over all rows of all processes, so that these agree on when to stop early."""
-        sums = torch.zeros(len(LOSS_NAMES), 2, dtype=torch.float64)
-        for i, name in enumerate(LOSS_NAMES):
-            for total, number in self._eval_losses[name]:
-                sums[i] += torch.stack([total.double(), number.double()]).cpu()
-        sums = self.accelerator.reduce(sums.float().to(self.args.device), "sum").cpu()
-        return {
-            name: (total / number).item() for name, (total, number) in zip(LOSS_NAMES, sums, strict=True) if number
-        }
 
     def _label_conditioning(self) -> float:
         """Share of label-conditioned rows at this point of the training, in [0, 1]."""
@@ -348,11 +340,3 @@ class _WithRowIds:
 
     def __call__(self, rows):
         return {**self.collator(rows), ROW_IDS: [getattr(row, "row_id", "?") for row in rows]}
-
-
-def _labelled(inputs, outputs, loss_name: str) -> torch.Tensor:
-    """How many rows of a batch the loss is the mean of."""
-    labels, assessed = inputs.get(loss_name.replace("_loss", "_labels")), outputs.get("safety_assessed")
-    if labels is None or assessed is None:
-        return torch.zeros((), dtype=torch.long)
-    return ((labels != IGNORE_INDEX) & assessed.to(labels.device)).sum()
