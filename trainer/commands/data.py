@@ -123,7 +123,11 @@ def run_stats(args):
     if args.json:
         print_json(stats)
     else:
-        sys.stdout.write("\n".join(_stats_lines(stats)) + "\n")
+        where = "`--output FOLDER` writes all" if args.output is None else f"all are in {args.output / 'stats.json'}"
+        lines = _stats_lines(stats, where)
+        if args.output is not None:
+            lines += ["", f"Written: {args.output / 'stats.json'}, {args.output / 'stats.png'}"]
+        sys.stdout.write("\n".join(lines) + "\n")
 
 
 def run_mix(args):
@@ -139,7 +143,8 @@ def run_mix(args):
     sys.stdout.write(f"train with: --data {args.output / 'train.jsonl'} --images {images}\n")
 
 
-def _stats_lines(stats: dict) -> list[str]:
+def _stats_lines(stats: dict, where: str) -> list[str]:
+    """`where` says how to get the lists whole."""
     images, duplicates = stats["images"], stats["duplicates"]
     lines = [
         f"{stats['rows']} rows, {len(stats['skipped'])} more that cannot be read; "
@@ -167,11 +172,11 @@ def _stats_lines(stats: dict) -> list[str]:
         f"duplicate rows: {duplicates['exact_rows']} exact, {duplicates['near_rows']} near "
         f"(images up to {stats['near_distance']} of 256 bits apart); "
         f"rows with the image and question of another, but other labels: {duplicates['conflicting_rows']}",
-        *_some([f"{entry['row']} says the same as {entry['like']}" for entry in duplicates["rows"]]),
+        *_some([f"{entry['row']} says the same as {entry['like']}" for entry in duplicates["rows"]], where),
         f"groups of near-duplicate images: {len(duplicates['near_images'])}",
-        *_some([" ~ ".join(names) for names in duplicates["near_images"]]),
+        *_some([" ~ ".join(names) for names in duplicates["near_images"]], where),
         f"leaks into test rows: {len(stats['leaks'])}",
-        *_some([_leak_line(leak) for leak in stats["leaks"]]),
+        *_some([_leak_line(leak) for leak in stats["leaks"]], where),
     ]
     return lines
 
@@ -186,8 +191,8 @@ def _leak_line(leak: dict) -> str:
     return f"{rows} ({leak['kind']}{distance}): {leak['image']}{other}"
 
 
-def _some(lines: list[str]) -> list[str]:
-    more = [f"  ... and {len(lines) - SHOWN} more; --output writes all"] if len(lines) > SHOWN else []
+def _some(lines: list[str], where: str) -> list[str]:
+    more = [f"  ... and {len(lines) - SHOWN} more; {where}"] if len(lines) > SHOWN else []
     return [f"  {line}" for line in lines[:SHOWN]] + more
 
 
