@@ -57,8 +57,8 @@ def plain_messages(chat, tokens: ControlTokens) -> list[dict]:
     Raises:
         `ValueError`: Something in it is neither text nor an image.
     """
-    if not isinstance(chat, (list, tuple)):
-        raise ValueError(f"A chat must be a list of messages, got {type(chat).__name__}.")
+    if not isinstance(chat, (list, tuple)) or not chat:
+        raise ValueError(f"A chat must be a list of messages, got {_short(chat)}.")
     return [_plain_message(message, f"messages[{i}]", tokens) for i, message in enumerate(chat)]
 
 
@@ -123,5 +123,5 @@ def checked_text(value: str, where: str) -> str:
 
 
 def _short(value) -> str:
-    text = repr(value) if isinstance(value, (str, int, float, type(None))) else type(value).__name__
+    text = repr(value) if isinstance(value, (str, int, float, type(None))) or value == [] else type(value).__name__
     return text if len(text) <= 40 else text[:40] + "..."

@@ -223,8 +223,8 @@ class SafeVlmProcessor(ProcessorMixin):
 
         Raises:
             `ValueError`: Something in the messages is neither text nor an image, or becomes a control token by what
-                the template does to it; or `chat_template` is not the processor's own. Servers hand over what a request brings, and
-                another template can write a question where the safety head does not look for one.
+                the template does to it; or `chat_template` is not the processor's own. Servers hand over what a
+                request brings, and another template can write a question where the safety head does not look for one.
         """
         templates = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
         if chat_template is not None and chat_template not in (*templates, *templates.values()):
@@ -234,9 +234,8 @@ class SafeVlmProcessor(ProcessorMixin):
             )
         tokens = self._control_tokens(everything=kwargs.pop("sanitize_control_tokens", False))
         conversation = getattr(conversation, "messages", conversation)  # the pipeline's Chat
-        batched = bool(conversation) and (
-            isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages")
-        )
+        first = conversation[0] if isinstance(conversation, (list, tuple)) and conversation else None
+        batched = isinstance(first, (list, tuple)) or hasattr(first, "messages")
         chats = [getattr(chat, "messages", chat) for chat in (conversation if batched else [conversation])]
         chats = [plain_messages(chat, tokens) for chat in chats]
         kwargs = {name: plain(value, name, tokens) for name, value in kwargs.items()}

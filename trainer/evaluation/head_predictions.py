@@ -144,14 +144,12 @@ def _predict_batch(model, processor, rows: Sequence[SafetyExample]) -> list[dict
     import torch
 
     texts = [processor.apply_chat_template(_question(row), add_generation_prompt=True) for row in rows]
-    bos = processor.tokenizer.bos_token
     inputs = processor(
         images=[row.load_images() for row in rows],
         text=texts,
         return_tensors="pt",
         padding=True,
         padding_side="left",
-        add_special_tokens=not (bos and texts[0].startswith(bos)),  # some templates write it themselves
     ).to(model.device, model.dtype)
     with torch.no_grad():
         features = model.encode_images(**inputs)
