@@ -26,6 +26,7 @@ from .card_facts import (
 )
 from .data import read_rows, split_holdout
 from .evaluation import trainer_metrics
+from .overruled import check_before_training
 from .stages import Recipe, check_overrides, run_schedule, write_atomically
 from .trainer import SafeVlmTrainer
 from .training_args import SafeVlmTrainingArguments
@@ -74,6 +75,7 @@ def train_from_files(
     if not isinstance(config, SafeVlmConfig):
         get_backbone(config)  # a clear error before anything is read
     labels = config if isinstance(config, SafeVlmConfig) else SafeVlmConfig(**_label_fields(recipe.safety))
+    check_before_training(recipe, overrides or {}, seed, config if isinstance(config, SafeVlmConfig) else None)
     parts = [
         read_rows(
             path,

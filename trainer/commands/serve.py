@@ -26,6 +26,8 @@ def add(commands):
 
 
 def run(args):
+    name, _, revision = args.model.partition("@")  # as transformers takes it apart
+    check_model_type(name, "MODEL", revision or None)
     from transformers.utils.import_utils import is_serve_available
 
     if not is_serve_available():
@@ -39,8 +41,6 @@ def run(args):
 
     if args.policy is not None:
         SafetyPolicy.from_value(args.policy)  # a clear error before a model is loaded
-    name, _, revision = args.model.partition("@")  # as transformers takes it apart
-    check_model_type(name, "MODEL", revision or None)
     check_device(None if args.device == "auto" else args.device)
     manager = load(args.model, args.policy, device=args.device, dtype=args.dtype, quantization=args.quantization)
     config = uvicorn.Config(build_app(manager, args.max_request_mb), args.host, args.port, log_level="warning")
