@@ -53,9 +53,9 @@ def _explain(error: BaseException) -> str:
     if _interrupted(error):
         return "Interrupted; repeat the command to resume."
     message = textwrap.shorten(str(error), LONGEST_MESSAGE)
-    if isinstance(error, CLEAR):
-        return message or type(error).__name__
-    return f"{type(error).__name__}: {message} (--verbose shows where)"
+    if not message:
+        return f"{type(error).__name__} (--verbose shows where)"
+    return message if isinstance(error, CLEAR) else f"{type(error).__name__}: {message} (--verbose shows where)"
 
 
 def _interrupted(error: BaseException | None) -> bool:

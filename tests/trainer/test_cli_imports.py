@@ -69,7 +69,14 @@ def test_help_and_version_load_nothing_heavy_and_are_silent_on_stderr(arguments)
 
 @pytest.mark.parametrize(
     "arguments",
-    [["trian"], ["train"], ["data", "chek"], ["calibrate", "--model", "m"], ["demo", "--seed", "one"], ["push", "--x"]],
+    [
+        ["trian"],
+        ["train"],
+        ["data", "chek"],
+        ["calibrate", "--model", "m"],
+        ["demo", "--seed", "one"],
+        ["push", "--x"],
+    ],
     ids=" ".join,
 )
 def test_wrong_arguments_load_nothing_heavy(arguments):
