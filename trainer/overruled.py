@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 _DEFAULTS = {field.name: field.default for field in fields(SafeVlmTrainingArguments)}
 # Settings, when they have no effect (asked of a stage's settings, defaults included), and what beats them.
 _RULES: tuple[tuple[tuple[str, ...], Callable[[Mapping], bool], str], ...] = (
-    (("num_train_epochs",), lambda s: s["max_steps"] > 0, "`max_steps: {max_steps}` sets it"),
+    (("num_train_epochs",), lambda s: s["max_steps"] > 0, "`max_steps: {max_steps}` decides"),
     (("save_steps",), lambda s: _name(s["save_strategy"]) != "steps", "`save_strategy` is {save_strategy}"),
     (("save_total_limit", "save_only_model"), lambda s: _name(s["save_strategy"]) == "no", "`save_strategy` is no"),
     (("eval_steps",), lambda s: _name(s["eval_strategy"]) != "steps", "`eval_strategy` is {eval_strategy}"),

@@ -58,7 +58,7 @@ def world(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["--help"], ["--version"], ["data", "--help"], *([command, "--help"] for command in COMMANDS)],
+    [[], ["--help"], ["--version"], ["data"], ["data", "--help"], *([command, "--help"] for command in COMMANDS)],
     ids=" ".join,
 )
 def test_help_and_version_load_nothing_heavy_and_are_silent_on_stderr(arguments):

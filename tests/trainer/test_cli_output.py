@@ -177,7 +177,7 @@ def test_what_has_no_effect_is_told_once(caplog, monkeypatch):
     with caplog.at_level(logging.WARNING):
         check_before_training(Recipe(stages), {"max_steps": 2, "num_train_epochs": 1}, seed=0)
     assert [record.message for record in caplog.records] == [
-        "`num_train_epochs: 1` has no effect: `max_steps: 2` sets it.",
+        "`num_train_epochs: 1` has no effect: `max_steps: 2` decides.",
         "`seed: 5` of the recipe has no effect: `--seed 0` is for all stages.",
     ]
     caplog.clear()
