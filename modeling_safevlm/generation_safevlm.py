@@ -50,7 +50,7 @@ class SafeVlmGenerationMixin(GenerationMixin):
         policy = self.resolve_policy(safety_policy)
         attention_mask = self._attention_mask(input_ids, attention_mask)
         features = self.encode_images(input_ids, **image_inputs)
-        parts = self._prompt_parts(input_ids, attention_mask, safety_question_mask)
+        parts = self.prompt_parts(input_ids, attention_mask, safety_question_mask)
         return self._assess_readings(input_ids, attention_mask, features, parts, policy)
 
     @torch.no_grad()
@@ -111,7 +111,7 @@ class SafeVlmGenerationMixin(GenerationMixin):
         verdicts = [POLICY_OFF] * len(input_ids)
         if policy.enabled:
             features = self.encode_images(input_ids, **image_inputs)
-            parts = self._prompt_parts(input_ids, attention_mask, safety_question_mask)
+            parts = self.prompt_parts(input_ids, attention_mask, safety_question_mask)
             assessment = self._assess_readings(input_ids, attention_mask, features, parts, policy)
             if hasattr(streamer, "put_safety"):
                 streamer.put_safety(assessment)
@@ -161,13 +161,18 @@ class SafeVlmGenerationMixin(GenerationMixin):
 
     # -- the verdict -------------------------------------------------------------------------------------------------
 
-    def _prompt_parts(self, input_ids, attention_mask, question_mask) -> PromptParts:
+    def prompt_parts(self, input_ids, attention_mask, question_mask) -> PromptParts:
+        """Which tokens of the prompts the head may read."""
         return prompt_parts(input_ids, attention_mask, question_mask, self.config.generation_prompt_token_ids)
 
     def _assess_readings(self, input_ids, attention_mask, features, parts, policy) -> SafetyAssessment:
-        readings = [None] if features is None else parts.readings(policy.whole_conversation)
-        predictions = [self.predict_safety(input_ids, attention_mask, features, reading) for reading in readings]
-        return self.apply_policy(predictions, policy)
+        readings = self.predict_readings(input_ids, attention_mask, features, parts, policy.whole_conversation)
+        return self.apply_policy(readings, policy)
+
+    def predict_readings(self, input_ids, attention_mask, features, parts, whole_conversation=True):
+        """What the head says in each of its readings of the prompts (see question_reading.py), before any policy."""
+        readings = [None] if features is None else parts.readings(whole_conversation)
+        return [self.predict_safety(input_ids, attention_mask, features, reading) for reading in readings]
 
     def _hint_columns(self, input_ids, parts) -> list[int]:
         rows = zip(input_ids.tolist(), parts.questions.tolist(), strict=True)
