@@ -47,7 +47,8 @@ def packed_layers(model) -> set[str]:
     return {
         name
         for name, module in model.named_modules()
-        if isinstance(module, bnb.nn.Linear4bit) and getattr(module.weight.quant_state, "packing_format_for_cpu", False)
+        if isinstance(module, bnb.nn.Linear4bit)
+        and getattr(module.weight.quant_state, "packing_format_for_cpu", False)
     }
 
 

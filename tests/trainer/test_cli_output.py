@@ -125,7 +125,7 @@ def test_a_recipe_may_write_1e_4(tmp_path):
     [
         (
             {"max_steps": 5, "num_train_epochs": 3},
-            "num_train_epochs: 3` has no effect: `max_steps: 5` sets the length.",
+            "num_train_epochs: 3` has no effect: `max_steps: 5` decides.",
         ),
         ({"num_train_epochs": 3}, None),
         ({"save_strategy": "no", "save_steps": 9}, "save_steps: 9` has no effect: `save_strategy` is no."),
