@@ -53,7 +53,10 @@ def main(output_dir: str, stages: str, without_picture: str = ""):
         SafetyExample(
             f"row-{i}",
             [] if str(i) in without_picture else [picture(i)],
-            [*chat("Is it yes?", int(str(i) not in without_picture)), {"role": "assistant", "content": [{"type": "text", "text": answer}]}],
+            [
+                *chat("Is it yes?", int(str(i) not in without_picture)),
+                {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+            ],
             category=i,
             level=i,
         )
