@@ -10,12 +10,11 @@ import sys
 import warnings
 from dataclasses import dataclass
 from difflib import unified_diff
+from importlib.util import find_spec
 from pathlib import Path
 from posixpath import dirname, join, normpath
 
-import safevlm.processing
-
-FOLDERS = [Path(package.__file__).parent for package in (safevlm, safevlm.processing)]
+FOLDERS = [Path(find_spec(package).origin).parent for package in ("safevlm", "safevlm.processing")]
 # Of a model, of another model that config.json points to by version, of the processor and its parts, of the tokenizer.
 CONFIGS = ("config*.json", "*processor_config.json", "tokenizer_config.json")
 GENERATE = "custom_generate/generate.py"
@@ -85,7 +84,12 @@ def code_folder(model: str, revision: str | None = None) -> Path:
         `ValueError`: There is no such model or revision.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     if Path(model).is_dir():
         if revision is not None:
@@ -99,6 +103,11 @@ def code_folder(model: str, revision: str | None = None) -> Path:
         raise ValueError(
             f"MODEL {model!r} is no folder, and no model on the Hub that you may see; check the name, or log in with "
             f"`hf auth login`."
+        ) from None
+    except LocalEntryNotFoundError:
+        raise ValueError(
+            f"MODEL {model!r} is no folder here, and not in the cache of the Hub's models, and the Hub cannot be "
+            "reached."
         ) from None
 
 

@@ -8,15 +8,13 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 )
 
+from .safety_labels import SafetyLabels
 from .safety_policy import SafetyPolicy
 
 # `transformers serve`, the pipelines and the model card ask these tables whether a class is a vision-language model;
 # the Auto classes' `register` does not enter it there. Here, since a server reads a model's configuration first.
 for names in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES):
     names["safevlm"] = "SafeVlmForConditionalGeneration"
-
-CATEGORY_NAMES = ("politics", "illegal risk", "insults and bullying", "fairness", "privacy", "misleading", "safe")
-LEVEL_NAMES = ("none", "low", "medium", "high")
 
 
 class SafeVlmConfig(PreTrainedConfig):
@@ -46,6 +44,8 @@ class SafeVlmConfig(PreTrainedConfig):
             that the model can write hints and refusals without a tokenizer.
         generation_prompt_token_ids (`list[int]`): What the chat template writes after the newest question, up to the
             answer; hints go before it.
+        answer_opening_token_ids (`list[int]`): What a forced refusal begins with: the end of the thoughts that the
+            generation prompt opens.
 
     `safevlm_version` in a saved configuration is the release that wrote it; a later one's is refused.
     """
@@ -76,15 +76,16 @@ class SafeVlmConfig(PreTrainedConfig):
         num_projected_tokens: int = 4,
         num_head_layers: int = 1,
         num_attention_heads: int = 8,
-        category_names: list[str] = CATEGORY_NAMES,
-        level_names: list[str] = LEVEL_NAMES,
-        safe_category: str = "safe",
+        category_names: list[str] = SafetyLabels.category_names,
+        level_names: list[str] = SafetyLabels.level_names,
+        safe_category: str = SafetyLabels.safe_category,
         safety_level_loss_coef: float = 10.0,
         safety_category_loss_coef: float = 10.0,
         safety_policy="default",
         safety_token_id: int | None = None,
         policy_token_ids: dict[str, str] | None = None,
         generation_prompt_token_ids: list[int] | None = None,
+        answer_opening_token_ids: list[int] | None = None,
         initializer_range: float = 0.02,
         **kwargs,
     ):
@@ -99,15 +100,17 @@ class SafeVlmConfig(PreTrainedConfig):
         self.num_projected_tokens = num_projected_tokens
         self.num_head_layers = num_head_layers
         self.num_attention_heads = num_attention_heads
-        self.category_names = list(category_names)
-        self.level_names = list(level_names)
-        self.safe_category = safe_category
+        labels = SafetyLabels(category_names, level_names, safe_category)
+        self.category_names = list(labels.category_names)
+        self.level_names = list(labels.level_names)
+        self.safe_category = labels.safe_category
         self.safety_level_loss_coef = safety_level_loss_coef
         self.safety_category_loss_coef = safety_category_loss_coef
         self.safety_policy = SafetyPolicy.from_value(safety_policy).to_dict()
         self.safety_token_id = safety_token_id
         self.policy_token_ids = dict(policy_token_ids or {})
         self.generation_prompt_token_ids = list(generation_prompt_token_ids or [])
+        self.answer_opening_token_ids = list(answer_opening_token_ids or [])
         self.initializer_range = initializer_range
         # The wrapper's pipeline adds the verdict to the stock answer; see pipeline_safevlm.py.
         self.custom_pipelines = {
@@ -139,10 +142,6 @@ class SafeVlmConfig(PreTrainedConfig):
             raise ValueError(
                 f"`safety_projector_type` must be 'c_abstractor' or 'resampler', got {self.safety_projector_type!r}."
             )
-        if self.safe_category not in self.category_names:
-            raise ValueError(f"`safe_category` {self.safe_category!r} is not among {self.category_names}.")
-        if len(self.level_names) < 2 or len(self.category_names) < 2:
-            raise ValueError("`level_names` and `category_names` need at least two entries each.")
         SafetyPolicy.from_value(self.safety_policy).check_labels(self.category_names, self.level_names)
 
     @classmethod

@@ -14,7 +14,7 @@ from transformers import GenerationMixin, LogitsProcessorList
 from .cached_prompt import remember_prompt, reuse_cache, uncached_features
 from .embedding_hook import place_embeddings
 from .policy_enforcement import EnforcePolicy, PromptStreamer
-from .prompt_editing import edit_prompt, hint_column
+from .prompt_editing import edit_prompt, hint_column, open_answers
 from .question_reading import PromptParts, prompt_parts
 from .safety_assessment import SafetyAssessment
 from .safety_policy import ACTIONS, SafetyPolicy
@@ -50,7 +50,7 @@ class SafeVlmGenerationMixin(GenerationMixin):
         policy = self.resolve_policy(safety_policy)
         attention_mask = self._attention_mask(input_ids, attention_mask)
         features = self.encode_images(input_ids, **image_inputs)
-        parts = self._prompt_parts(input_ids, attention_mask, safety_question_mask)
+        parts = self.prompt_parts(input_ids, attention_mask, safety_question_mask)
         return self._assess_readings(input_ids, attention_mask, features, parts, policy)
 
     @torch.no_grad()
@@ -111,12 +111,15 @@ class SafeVlmGenerationMixin(GenerationMixin):
         verdicts = [POLICY_OFF] * len(input_ids)
         if policy.enabled:
             features = self.encode_images(input_ids, **image_inputs)
-            parts = self._prompt_parts(input_ids, attention_mask, safety_question_mask)
+            parts = self.prompt_parts(input_ids, attention_mask, safety_question_mask)
             assessment = self._assess_readings(input_ids, attention_mask, features, parts, policy)
             if hasattr(streamer, "put_safety"):
                 streamer.put_safety(assessment)
             verdicts = list(zip(assessment.action.tolist(), assessment.category.tolist(), strict=True))
             hints, refusals = self._policy_texts(assessment, policy, tokenizer)
+            prompts = [row[mask.bool()].tolist() for row, mask in zip(input_ids, attention_mask, strict=True)]
+            opened = self.config.generation_prompt_token_ids, self.config.answer_opening_token_ids
+            refusals = open_answers(refusals, prompts, *opened)
             prompt = edit_prompt(input_ids, attention_mask, per_token, hints, self._hint_columns(input_ids, parts))
             self._keep_answer_length(call, added=prompt["input_ids"].shape[1] - input_ids.shape[1])
             enforcement = EnforcePolicy(
@@ -161,13 +164,18 @@ class SafeVlmGenerationMixin(GenerationMixin):
 
     # -- the verdict -------------------------------------------------------------------------------------------------
 
-    def _prompt_parts(self, input_ids, attention_mask, question_mask) -> PromptParts:
+    def prompt_parts(self, input_ids, attention_mask, question_mask) -> PromptParts:
+        """Which tokens of the prompts the head may read."""
         return prompt_parts(input_ids, attention_mask, question_mask, self.config.generation_prompt_token_ids)
 
     def _assess_readings(self, input_ids, attention_mask, features, parts, policy) -> SafetyAssessment:
-        readings = [None] if features is None else parts.readings(policy.whole_conversation)
-        predictions = [self.predict_safety(input_ids, attention_mask, features, reading) for reading in readings]
-        return self.apply_policy(predictions, policy)
+        readings = self.predict_readings(input_ids, attention_mask, features, parts, policy.whole_conversation)
+        return self.apply_policy(readings, policy)
+
+    def predict_readings(self, input_ids, attention_mask, features, parts, whole_conversation=True):
+        """What the head says in each of its readings of the prompts (see question_reading.py), before any policy."""
+        readings = [None] if features is None else parts.readings(whole_conversation)
+        return [self.predict_safety(input_ids, attention_mask, features, reading) for reading in readings]
 
     def _hint_columns(self, input_ids, parts) -> list[int]:
         rows = zip(input_ids.tolist(), parts.questions.tolist(), strict=True)
@@ -243,7 +251,8 @@ class SafeVlmGenerationMixin(GenerationMixin):
         if (ids := self.config.policy_token_ids.get(text)) is not None:
             return [int(i) for i in ids.split()]
         if tokenizer is not None:
-            return tokenizer(" " + text, add_special_tokens=False)["input_ids"]
+            space = "" if self.config.answer_opening_token_ids else " "
+            return tokenizer(space + text, add_special_tokens=False)["input_ids"]
         raise ValueError(
             f"The policy's text {text!r} has no token ids in this model. Pass `tokenizer=processor.tokenizer` to "
             f"`generate`, or store the policy with `model.set_safety_policy(policy, processor)`."

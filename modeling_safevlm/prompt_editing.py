@@ -60,19 +60,38 @@ def edit_prompt(
 
 def hint_column(ids: list[int], mask: list[bool], generation_prompt: list[int]) -> int:
     """
-    The column of a row before which a hint goes: where the newest turn's generation prompt starts.
+    The column of a row before which a hint goes: the end of the newest turn's words, where the generation prompt
+    starts.
 
     Args:
         ids (`list[int]`): The row.
         mask (`list[bool]`): Where the row is neither padding nor an assistant's text.
-        generation_prompt (`list[int]`): What the template writes before an answer. In a prompt without one the hint
-            goes to the end, before the beginning of the answer if there is one.
+        generation_prompt (`list[int]`): What the template writes between the newest turn's words and an answer. The
+            prompt may end with the first tokens of it only: without a generation prompt the turn's end is left, and
+            behind an open tag of thoughts other text makes other tokens. In a prompt with none of it the hint goes
+            to the end, before the beginning of the answer if there is one.
     """
     columns = [column for column, read in enumerate(mask) if read]
-    at = last_occurrence([ids[column] for column in columns], generation_prompt)
-    if at < len(columns):
-        return columns[at]
+    for length in range(min(len(generation_prompt), len(columns)), 0, -1):
+        if [ids[column] for column in columns[-length:]] == generation_prompt[:length]:
+            return columns[-length]
     return columns[-1] + 1 if columns else 0
+
+
+def open_answers(
+    answers: list[list[int] | None], rows: list[list[int]], generation_prompt: list[int], opening: list[int]
+) -> list[list[int] | None]:
+    """
+    `answers` that begin with `opening` (which closes the generation prompt's thoughts) where the prompt ends with the
+    generation prompt. Behind the beginning of an answer there is nothing to close.
+
+    Args:
+        rows (`list[list[int]]`): Each row's prompt, without padding.
+    """
+    ends = [bool(generation_prompt) and row[-len(generation_prompt) :] == generation_prompt for row in rows]
+    return [
+        answer if answer is None or not end else opening + answer for answer, end in zip(answers, ends, strict=True)
+    ]
 
 
 def last_occurrence(ids: list[int], pattern: list[int]) -> int:

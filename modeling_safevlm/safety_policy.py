@@ -14,8 +14,6 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 ACTIONS = ("allow", "caution", "warn", "refuse")
 """What can follow from a verdict, mildest first. The index is the id used in tensors."""
 
@@ -178,8 +176,10 @@ class SafetyPolicy:
                     f"not have. It has: {', '.join(known)}."
                 )
 
-    def action_table(self, category_names: list[str], level_names: list[str]) -> torch.LongTensor:
+    def action_table(self, category_names: list[str], level_names: list[str]) -> "torch.LongTensor":  # noqa: F821
         """Action ids of shape `(num_categories, num_levels)`."""
+        import torch  # here, since a policy is read, checked and published without torch, too
+
         self.check_labels(category_names, level_names)
         return torch.tensor(
             [
@@ -191,8 +191,10 @@ class SafetyPolicy:
             ]
         )
 
-    def thresholds(self, category_names: list[str]) -> torch.FloatTensor:
+    def thresholds(self, category_names: list[str]) -> "torch.FloatTensor":  # noqa: F821
         """Risk thresholds of shape `(num_categories,)`, probabilities in [0, 1]."""
+        import torch
+
         return torch.tensor([float(self.category_risk_thresholds.get(c, self.risk_threshold)) for c in category_names])
 
     def hint(self, action: str, category: str) -> str | None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from . import peft_alone
 
 if TYPE_CHECKING:
-    from .stages import Recipe, run_schedule, train_stage
+    from .stages import Recipe, run_schedule
     from .trainer import SafeVlmTrainer
     from .training_args import SafeVlmTrainingArguments
 
@@ -15,10 +15,9 @@ _MODULES = {
     "SafeVlmTrainer": "trainer",
     "SafeVlmTrainingArguments": "training_args",
     "run_schedule": "stages",
-    "train_stage": "stages",
 }
 
-__all__ = ["Recipe", "SafeVlmTrainer", "SafeVlmTrainingArguments", "run_schedule", "train_stage"]
+__all__ = ["Recipe", "SafeVlmTrainer", "SafeVlmTrainingArguments", "run_schedule"]
 
 peft_alone.install()
 

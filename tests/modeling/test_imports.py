@@ -15,12 +15,16 @@ from safevlm import processing
 
 HEAVY = ["datasets", "peft", "gradio", "sklearn", "matplotlib", "bitsandbytes", "pandas", "safevlm.trainer"]
 
-# What is saved with a model, flat in one folder.
+# Of the package alone. All else is saved with a model, flat in one folder.
+PACKAGE_ONLY = {
+    *("__init__.py", "__main__.py", "registration.py"),
+    *("from_base.py", "safety_adapter.py", "adapter_files.py"),
+}
 REMOTE_CODE = [
     path
     for package in (safevlm, processing)
     for path in sorted(Path(package.__file__).parent.glob("*.py"))
-    if path.name not in ("__init__.py", "from_base.py", "safety_adapter.py")
+    if path.name not in PACKAGE_ONLY
 ]
 # Nothing that opens connections, starts processes or unpickles. Of `os` only `os.path`.
 STANDARD_LIBRARY = {

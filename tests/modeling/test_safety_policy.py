@@ -1,7 +1,6 @@
 """The policy as data: what follows from a verdict, what a deployer may write, what is refused."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,18 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safevlm import ACTIONS, POLICY_PRESETS, SafetyPolicy, SafeVlmConfig
-from safevlm.configuration_safevlm import CATEGORY_NAMES, LEVEL_NAMES
 from safevlm.safety_assessment import assess_logits
+from safevlm.safety_labels import PAPER_LABELS
 
-LABELS = SimpleNamespace(
-    category_names=CATEGORY_NAMES, level_names=LEVEL_NAMES, safe_category_id=CATEGORY_NAMES.index("safe")
-)
+CATEGORY_NAMES, LEVEL_NAMES = PAPER_LABELS.category_names, PAPER_LABELS.level_names
 LOGITS = st.floats(-20, 20, width=32)
 
 
 def assess(policy, level_logits, category_logits=(3.0, 0, 0, 0, 0, 0, 0), assessed=True):
     level, category = torch.tensor([level_logits]), torch.tensor([list(category_logits)])
-    return assess_logits(level, category, torch.tensor([assessed]), SafetyPolicy.from_value(policy), LABELS)
+    return assess_logits(level, category, torch.tensor([assessed]), SafetyPolicy.from_value(policy), PAPER_LABELS)
 
 
 def level_logits(*probabilities):
@@ -69,7 +66,7 @@ def test_a_lower_threshold_is_never_milder(level, category, a, b):
 @given(st.lists(LOGITS, min_size=4, max_size=4), st.lists(LOGITS, min_size=7, max_size=7))
 def test_risk_and_category_never_contradict_each_other(level, category):
     verdict = assess("default", level, category)
-    assert bool(verdict.level == 0) == bool(verdict.category == LABELS.safe_category_id)
+    assert bool(verdict.level == 0) == bool(verdict.category == PAPER_LABELS.safe_category_id)
     assert 0 <= verdict.score <= 1
 
 
@@ -226,3 +223,15 @@ def test_a_saved_policy_file_is_readable_yaml(tmp_path):
     text = (tmp_path / "policy.yaml").read_text()
     assert "risk_threshold: 0.2" in text and "抱歉" in text
     assert yaml.safe_load(text)["level_actions"]["medium"] == "refuse"
+
+
+def test_an_assessment_prints_as_one_line_a_row():
+    levels, categories = torch.eye(4)[[0, 3, 0]] * 9, torch.eye(7)[[6, 1, 6]] * 9
+    assessment = assess_logits(levels, categories, torch.tensor([True, True, False]), SafetyPolicy(), PAPER_LABELS)
+    assert repr(assessment).splitlines() == [
+        "SafetyAssessment:",
+        "  row 0: allow (safe, none, risk 0.000)",
+        "  row 1: refuse (illegal risk, high, risk 1.000)",
+        "  row 2: allow (not assessed)",
+    ]
+    assert str(assessment[1:2]) == "SafetyAssessment:\n  row 0: refuse (illegal risk, high, risk 1.000)"

@@ -45,9 +45,10 @@ def test_the_engine_starts_where_safevlm_is_not_installed(space_folder, saved_mo
     folder = shutil.copytree(space_folder, tmp_path / "space")
     (folder / "safevlm.py").write_text("raise ImportError('not here')\n")
     code = (
-        "import guards; from engine import Engine, Turn; from settings import Settings; from PIL import Image;"
+        "import guards; from engine import Engine, Picture, Turn; from settings import Settings\n"
+        "from PIL import Image\n"
         f"engine = Engine(Settings({str(saved_model)!r}));"
-        "print(next(engine.assess([Turn('What?', Image.new('RGB', (9, 9)))], 'strict'))['assessed'])"
+        "print(next(engine.assess([Turn('What?', Picture(lambda: Image.new('RGB', (9, 9))))], 'strict'))['assessed'])"
     )
     environment = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules"), "PATH": "/usr/bin:/bin"}
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
@@ -58,8 +59,7 @@ def test_the_folder_holds_page_loader_and_examples(space_folder, example):
     page = {path.name for path in (Path(space.__file__).parents[2] / "model_card" / "space").iterdir()}
     files = {path.relative_to(space_folder).as_posix() for path in space_folder.rglob("*") if path.is_file()}
     files = {name for name in files if "__pycache__" not in name}
-    added = {"image_loading/images.py", "image_loading/archives.py", "image_loading/errors.py"}
-    added |= {"examples/examples.json", "examples/0.jpg", "examples/1.jpg"}
+    added = {"pictures.py", "examples/examples.json", "examples/0.jpg", "examples/1.jpg"}
     assert files == page - {"__pycache__"} | added
     assert [row["image"] for row in json.loads((space_folder / "examples/examples.json").read_text())] == [
         "0.jpg",
@@ -196,7 +196,7 @@ def test_a_push_makes_a_private_space_whose_model_is_pinned(hub, example, capsys
     assert main(["space", "--model", MODEL, "--push", "me/demo", "--example", str(example), "What?"]) == 0
     printed = json.loads(capsys.readouterr().out)
     pushed = hub.repo("spaces/me/demo")
-    assert pushed.private and {"app.py", "README.md", "image_loading/images.py", "examples/0.jpg"} <= set(pushed.files)
+    assert pushed.private and {"app.py", "README.md", "pictures.py", "examples/0.jpg"} <= set(pushed.files)
     assert pushed.files["style.css"] == (Path(space.__file__).parents[2] / "model_card/space/style.css").read_bytes()
     assert hub.created[-1]["sdk"] == "gradio"
     assert hub.variables == {

@@ -5,7 +5,14 @@ import shlex
 import sys
 from pathlib import Path
 
-from .common import add_command, add_model_arguments, add_reader_arguments, load_model, reader_options
+from .common import (
+    add_command,
+    add_model_arguments,
+    add_reader_arguments,
+    check_model_type,
+    load_model,
+    reader_options,
+)
 
 
 def add(commands):
@@ -37,16 +44,17 @@ def add(commands):
 
 
 def run(args):
+    if args.apply and not (Path(args.model) / "config.json").is_file():
+        raise ValueError(f"--apply needs a model folder on this machine, got --model {args.model!r}.")
+    check_model_type(args.model, "--model")
     from safevlm.trainer.card_facts import add_calibration
-    from safevlm.trainer.data import read_rows
+    from safevlm.trainer.data import SafetyLabels, read_rows
     from safevlm.trainer.evaluation import calibrate, environment, plot_calibration, predict_rows, store_policy
     from safevlm.trainer.evaluation.calibration import check_aim
     from safevlm.trainer.evaluation.head_measures import require_eval_extra
 
     require_eval_extra()
     check_aim(args.target_fpr, args.cost_ratio)
-    if args.apply and not (Path(args.model) / "config.json").is_file():
-        raise ValueError(f"--apply needs a model folder on this machine, got --model {args.model!r}.")
     model, processor = load_model(args.model, args.device)
     config = model.config
     policy = model.resolve_policy(args.policy)
@@ -54,8 +62,7 @@ def run(args):
         read_rows(
             path,
             args.images,
-            category_names=config.category_names,
-            level_names=config.level_names,
+            labels=SafetyLabels.from_config(config),
             **reader_options(args),
             require_answer=False,
             on_error="skip" if args.skip_bad_rows else "raise",

@@ -14,9 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from shutil import copyfile, copytree, ignore_patterns
 
-from .common import add_command, print_json
-
-IMAGE_LOADER = ("images.py", "archives.py", "errors.py")  # of trainer/data
+from .common import add_command, check_model_type, print_json
 
 
 def add(commands):
@@ -53,6 +51,8 @@ def add(commands):
 
 
 def run(args):
+    if not args.push:
+        check_model_type(args.model, "--model", args.revision)
     with tempfile.TemporaryDirectory(prefix="safevlm-space-") as folder:
         assemble(Path(folder), args.example)
         policies = _place_policies(Path(folder), args.policies)
@@ -78,13 +78,12 @@ def assemble(folder: Path, examples: list[tuple[str, str]] = ()):
         `ImageError`: An example's image cannot be read.
     """
     from safevlm import model_card
+    from safevlm.processing import pictures
     from safevlm.trainer import data
 
-    page, loader = Path(model_card.__file__).parent / "space", Path(data.__file__).parent
+    page = Path(model_card.__file__).parent / "space"
     copytree(page, folder, dirs_exist_ok=True, ignore=ignore_patterns("__pycache__"))
-    (folder / "image_loading").mkdir()
-    for name in IMAGE_LOADER:
-        copyfile(loader / name, folder / "image_loading" / name)
+    copyfile(pictures.__file__, folder / "pictures.py")
     if examples:
         (folder / "examples").mkdir()
         rows = []
