@@ -23,7 +23,8 @@ def add(commands):
         epilog="Example:\n  safevlm data check rows.jsonl --images pictures",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    actions = data.add_subparsers(dest="data_command", required=True, metavar="action")
+    data.set_defaults(run=lambda args: data.print_help(), verbose=False)  # without an action
+    actions = data.add_subparsers(dest="data_command", metavar="action")
 
     check = add_command(
         actions,
