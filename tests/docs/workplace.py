@@ -79,7 +79,6 @@ class Workplace:
         self.environment = {
             "PATH": os.pathsep.join([str(binaries), str(Path(sys.executable).parent), os.environ["PATH"]]),
             "HOME": str(folder / "home"),
-            "PYTHONPATH": "/tmp/fl",
             "LANG": "C.UTF-8",
             "OMP_NUM_THREADS": "1",
             "OMP_WAIT_POLICY": "PASSIVE",
