@@ -9,7 +9,8 @@ from tiny import LEVELS, answers, encode, picture, safe_model
 
 from safevlm import SafeVlmProcessor
 from safevlm.trainer.data import DataError, SafetyExample
-from safevlm.trainer.encoding import EncodedDataset, encode_example
+from safevlm.trainer.encoded_rows import EncodedDataset, RowEncoder
+from safevlm.trainer.encoding import encode_example
 
 
 @pytest.fixture(scope="module", params=THINKING)
@@ -68,7 +69,7 @@ def test_a_hint_stands_in_the_users_turn_in_training_and_in_generation(thinking,
     model, processor = thinking
     messages = [user("Is it yes?", 1), assistant("no"), user("And here?", 1), assistant("yes")]
     example = row(*messages, level=LEVELS.index("low"))
-    trained = EncodedDataset([example], processor, model.config, hint_probability=1.0)[0]["input_ids"]
+    trained = EncodedDataset([example], RowEncoder(processor, model.config, hint_probability=1.0))[0]["input_ids"]
     verdicts(model, "low")
     given = {}
     monkeypatch.setattr(model.base, "generate", lambda **call: given.update(call) or call["input_ids"])

@@ -10,7 +10,8 @@ from typing import Any
 
 from safevlm.safety_labels import SafetyLabels
 
-from .containers import Container, Item, decode
+from .containers import Container
+from .data_files import Item, decode
 from .errors import DataError
 from .format_base import identifier
 from .formats import Context, RowFormat
@@ -141,7 +142,7 @@ class Assembly:
         return container.stem or container.name
 
     def _check(self, row: SafetyExample) -> None:
-        if self.require_answer and teaches_nothing(row):
+        if self.require_answer and not (row.has_answer or row.is_labelled):
             raise DataError("has neither an answer nor a label; add one, or drop the row")
         if self.check_images == "none":
             return
@@ -167,11 +168,6 @@ class Assembly:
             f"{name}: the taxonomy {self.taxonomy.name!r} lacks {len(self._unmapped)} of the labels here: {listed}. "
             "Add them to a copy of its YAML file and pass that as `taxonomy`."
         )
-
-
-def teaches_nothing(row: SafetyExample) -> bool:
-    """Whether a row has neither an answer, which trains the language model, nor a label, which trains the head."""
-    return row.messages[-1]["role"] != "assistant" and row.category is None and row.level is None
 
 
 def _image(image: Any, container: Container) -> ImageSource:

@@ -43,12 +43,18 @@ def parse_vlguard(record: dict, *, context: Context, **_) -> list[dict]:
 
 def parse_rtvlm(record: dict, *, context: Context, **_) -> list[dict]:
     """A row per question; the tasks differ in how they name questions and images."""
-    field = next((name for name in _RTVLM_QUESTIONS if record.get(name) is not None), _RTVLM_QUESTIONS[0])
+    given = [name for name in _RTVLM_QUESTIONS if record.get(name) is not None]
+    if len(given) > 1:
+        raise DataError(f"the question is given more than once, in {given}; keep one of them")
+    field = given[0] if given else _RTVLM_QUESTIONS[0]
     questions = record.get(field)
     several = isinstance(questions, list)
     count = len(questions) if several else 1
     if count == 0:
         raise DataError(f"`{field}` is an empty list; drop the row")
+    answers = record.get("answers")
+    if isinstance(answers, list) and not (several and len(answers) == count):
+        raise DataError(f"`answers` must be a text, or one for each of `{field}` ({count}), got {short(answers)}")
     images = _rtvlm_images(record, context)
     name = next((identifier(record, key) for key in ("index", "id") if record.get(key) is not None), None)
     rows = []

@@ -66,6 +66,10 @@ def parse_messages(record: dict, **options) -> dict[str, Any]:
         if images and inline:
             raise DataError(f"images are both in `{field}` and in the messages' parts; keep one of the two")
         images = images or inline
+        parts = sum(part["type"] == "image" for turn in messages for part in turn["content"])
+        if parts != len(images):
+            counts = f"{len(images)} image(s) in `{field}` but {parts} image part(s) in `messages`"
+            raise DataError(f"{counts}; they must agree")
     return _row(record, "messages", images, messages, extras, **options)
 
 

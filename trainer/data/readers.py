@@ -17,7 +17,8 @@ from typing import Any, Literal
 from safevlm.safety_labels import PAPER_LABELS, SafetyLabels
 
 from .assembly import Assembly
-from .containers import DATA_SUFFIXES, Container, Item, decode, image_finder, one_set, open_files
+from .containers import Container, image_finder, one_set, open_files
+from .data_files import DATA_SUFFIXES, Item, decode
 from .errors import DataError
 from .formats import CODED_FORMATS, RowFormat, flat_formats, parse_flat
 from .hub import is_hub_id, open_hub
@@ -256,12 +257,13 @@ def _recognise(path: Any, containers: list[_Opened]) -> str:
 
 def _recognise_one(opened: _Opened) -> str:
     first, name = None, opened.container.name
-    empty = True
+    empty, reason = True, ""
     for item in opened.peek():
         empty = False
         try:
             record = decode(item.value)
-        except DataError:
+        except DataError as error:
+            reason = reason or f" ({opened.unit} {item.number}: {error})"
             continue
         first = record if first is None else first
         try:
@@ -272,7 +274,9 @@ def _recognise_one(opened: _Opened) -> str:
     if empty:
         raise DataError(f"{name}: has no rows.")
     keys = (
-        "no JSON object, one per line or in a list" if first is None else f"the keys {short(sorted(map(str, first)))}"
+        f"no JSON object, one per line or in a list{reason}"
+        if first is None
+        else f"the keys {short(sorted(map(str, first)))}"
     )
     raise DataError(
         f"{name}: has no known format, it has {keys}; known formats are {sorted(known_formats())}. "

@@ -24,7 +24,7 @@ def _words(text: str) -> frozenset[str]:
 # A field whose name consists of these words carries pictures: `image`, `imageURL`, `img_path`, `image_2`.
 _PICTURES = _words(
     "image images img imgs picture pictures pic pics photo photos screenshot screenshots frame frames video videos "
-    "audio audios media pixel jpg jpeg png webp gif"
+    "audio audios media clip clips pixel jpg jpeg png webp gif"
 )
 _ABOUT_PICTURES = _words(
     "path paths url urls uri file files filename name names bytes base64 b64 data list values input"
@@ -74,7 +74,9 @@ def other_fields(
 
 
 def is_empty(value: Any) -> bool:
-    """Null, or nothing in it: tables have all fields in all rows."""
+    """Null, NaN, or nothing in it: tables have all fields in all rows."""
+    if isinstance(value, float):
+        return value != value
     return value is None or (isinstance(value, (str, bytes, list, tuple, dict)) and len(value) == 0)
 
 
@@ -97,7 +99,7 @@ def _consists(words: list[str], kind: frozenset[str], about: frozenset[str]) -> 
 
 def _holds_picture(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
-        return any(map(_holds_picture, value))
+        return any(_holds_picture(item) for item in value if not isinstance(item, (list, tuple)))
     if isinstance(value, dict):
         return bool(value) and value.keys() <= {"bytes", "path"}
     return isinstance(value, (bytes, Image.Image))
@@ -105,7 +107,7 @@ def _holds_picture(value: Any) -> bool:
 
 def _names_picture(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
-        return any(map(_names_picture, value))
+        return any(_names_picture(item) for item in value if not isinstance(item, (list, tuple)))
     return isinstance(value, (str, os.PathLike)) and PurePath(value).suffix.lower() in _PICTURE_SUFFIXES
 
 

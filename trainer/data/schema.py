@@ -64,6 +64,16 @@ class SafetyExample:
         except DataError as error:
             raise DataError(f"row {self.row_id!r}: {error}.") from None
 
+    @property
+    def is_labelled(self) -> bool:
+        """Whether there is a label, which trains the safety head."""
+        return self.category is not None or self.level is not None
+
+    @property
+    def has_answer(self) -> bool:
+        """Whether there is an answer at the end, which trains the language model."""
+        return self.messages[-1]["role"] == "assistant"
+
     def load_images(self, max_pixels: int = MAX_PIXELS) -> list[Image.Image]:
         """Decodes the images, in order, to RGB.
 
