@@ -301,7 +301,7 @@ def test_an_error_through_the_entry_point_is_one_line_and_exit_code_1(world):
     assert process.returncode == 1
     assert process.stdout == ""
     assert process.stderr.count("\n") == 1
-    assert "gone.png' does not exist; check the image folder" in process.stderr
+    assert "gone.png' does not exist" in process.stderr
 
 
 @pytest.mark.parametrize(
@@ -370,10 +370,6 @@ BAD_ROWS = {
     "unknown level": (record(8, safe_level=9), "unknown level 9"),
     "contradiction": (record(8, image="0.png", safe_type=6, safe_level=3), "contradicts level"),
     "no conversation": (record(8, image="0.png", conversations=[]), "non-empty list"),
-    "no answer": (
-        record(8, image="0.png", conversations=[{"from": "USER", "value": "<image>\nIs it?"}]),
-        "the last turn is not the assistant's",
-    ),
 }
 
 
