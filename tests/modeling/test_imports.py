@@ -61,6 +61,16 @@ def test_import_registers_the_classes_with_the_auto_classes():
         assert auto._model_mapping[safevlm.SafeVlmConfig] is safevlm.SafeVlmForConditionalGeneration
 
 
+@pytest.mark.parametrize("modules", ["safevlm.trainer.stages, transformers.trainer", "safevlm.trainer.evaluation"])
+def test_training_imports_bitsandbytes_only_to_quantise(modules):
+    """peft, which transformers' Trainer imports, would; and bitsandbytes writes on stderr as it is imported."""
+    code = (
+        f"import sys, safevlm.trainer, {modules}, peft; assert 'bitsandbytes' not in sys.modules; "
+        "from peft.import_utils import is_bnb_4bit_available; assert is_bnb_4bit_available()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_everything_public_is_there():
     assert safevlm.__all__ == sorted(safevlm.__all__)
     assert all(hasattr(safevlm, name) for name in safevlm.__all__)

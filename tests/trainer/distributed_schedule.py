@@ -45,15 +45,18 @@ def allow_fsdp_on_cpu():
     AcceleratorState.__init__ = init_with_fsdp
 
 
-def main(output_dir: str, stages: str):
-    """`stages` is a JSON list of training arguments."""
+def main(output_dir: str, stages: str, without_picture: str = ""):
+    """`stages` is a JSON list of training arguments; rows whose number is in `without_picture` have none."""
     torch.set_num_threads(1)
     answers = ["no", "The answer is yes. " * 3, "yes", "What is in the picture?"]
     rows = [
         SafetyExample(
             f"row-{i}",
-            [picture(i)],
-            [*chat("Is it yes?"), {"role": "assistant", "content": [{"type": "text", "text": answer}]}],
+            [] if str(i) in without_picture else [picture(i)],
+            [
+                *chat("Is it yes?", int(str(i) not in without_picture)),
+                {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+            ],
             category=i,
             level=i,
         )

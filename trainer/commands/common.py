@@ -45,6 +45,14 @@ def add_reader_arguments(command: argparse.ArgumentParser):
     command.add_argument("--assume-safe", action="store_true", help="rows without labels count as safe")
 
 
+def add_labels_argument(command: argparse.ArgumentParser):
+    """For commands that know no model or recipe whose labels the rows have."""
+    command.add_argument(
+        "--labels",
+        help="names of categories and levels, if not the paper's: a YAML or JSON file, a recipe, or a SafeVLM",
+    )
+
+
 def reader_options(args) -> dict:
     """Arguments of `read_rows` from those of `add_reader_arguments`, but for the images'."""
     names = ("format", "taxonomy", "split", "subset", "revision", "assume_safe")
