@@ -72,8 +72,8 @@ def test_a_recipe_file_is_read(load):
         ({"stages": [STAGE], "safety": {"tokens": 1}}, "`safety`: unknown fields tokens"),
         ({"stages": [STAGE], "safety": [1]}, "`safety` must map fields of SafeVlmConfig to values"),
         (
-            "stages:\n- stage: safety_alignment\n  learning_rate: 1e-5\n",
-            "`learning_rate` must be a number, got '1e-5'",
+            "stages:\n- stage: safety_alignment\n  learning_rate: fast\n",
+            "`learning_rate` must be a number, got 'fast'",
         ),
         ({"stages": [{**STAGE, "bf16": "auto"}]}, "`bf16` must be true or false, got 'auto'"),
         ("stages: [", "is no valid YAML"),
