@@ -14,7 +14,7 @@ from transformers import GenerationMixin, LogitsProcessorList
 from .cached_prompt import remember_prompt, reuse_cache, uncached_features
 from .embedding_hook import place_embeddings
 from .policy_enforcement import EnforcePolicy, PromptStreamer
-from .prompt_editing import edit_prompt, hint_column
+from .prompt_editing import edit_prompt, hint_column, open_answers
 from .question_reading import PromptParts, prompt_parts
 from .safety_assessment import SafetyAssessment
 from .safety_policy import ACTIONS, SafetyPolicy
@@ -117,6 +117,9 @@ class SafeVlmGenerationMixin(GenerationMixin):
                 streamer.put_safety(assessment)
             verdicts = list(zip(assessment.action.tolist(), assessment.category.tolist(), strict=True))
             hints, refusals = self._policy_texts(assessment, policy, tokenizer)
+            prompts = [row[mask.bool()].tolist() for row, mask in zip(input_ids, attention_mask, strict=True)]
+            opened = self.config.generation_prompt_token_ids, self.config.answer_opening_token_ids
+            refusals = open_answers(refusals, prompts, *opened)
             prompt = edit_prompt(input_ids, attention_mask, per_token, hints, self._hint_columns(input_ids, parts))
             self._keep_answer_length(call, added=prompt["input_ids"].shape[1] - input_ids.shape[1])
             enforcement = EnforcePolicy(
@@ -248,7 +251,8 @@ class SafeVlmGenerationMixin(GenerationMixin):
         if (ids := self.config.policy_token_ids.get(text)) is not None:
             return [int(i) for i in ids.split()]
         if tokenizer is not None:
-            return tokenizer(" " + text, add_special_tokens=False)["input_ids"]
+            space = "" if self.config.answer_opening_token_ids else " "
+            return tokenizer(space + text, add_special_tokens=False)["input_ids"]
         raise ValueError(
             f"The policy's text {text!r} has no token ids in this model. Pass `tokenizer=processor.tokenizer` to "
             f"`generate`, or store the policy with `model.set_safety_policy(policy, processor)`."

@@ -22,7 +22,7 @@ from .devices import compute_device
 from .embedding_hook import place_embeddings
 from .generation_safevlm import SafeVlmGenerationMixin, check_inputs
 from .losses import IGNORE_INDEX, combine_losses, safety_losses
-from .policy_texts import generation_prompt_token_ids, policy_token_ids
+from .policy_texts import answer_opening_token_ids, generation_prompt_token_ids, policy_token_ids
 from .quantization import forget_quantization, keep_safety_modules, share_quantization, unpack
 from .safety_assessment import SafetyAssessment, assess_rows, worst_images
 from .safety_modules import SafetyEmbeddings, SafetyModules, SafetyTokens
@@ -202,6 +202,7 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
         policy.check_labels(self.config.category_names, self.config.level_names)
         if processor is not None:
             self.config.generation_prompt_token_ids = generation_prompt_token_ids(processor)
+            self.config.answer_opening_token_ids = answer_opening_token_ids(processor)
             self.config.policy_token_ids = {
                 **self.config.policy_token_ids,
                 **policy_token_ids(processor, policy.texts(self.config.category_names)),

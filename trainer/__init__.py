@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from . import peft_alone
+
 if TYPE_CHECKING:
     from .stages import Recipe, run_schedule
     from .trainer import SafeVlmTrainer
@@ -16,6 +18,8 @@ _MODULES = {
 }
 
 __all__ = ["Recipe", "SafeVlmTrainer", "SafeVlmTrainingArguments", "run_schedule"]
+
+peft_alone.install()
 
 
 def __getattr__(name: str):

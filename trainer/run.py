@@ -25,6 +25,7 @@ from .card_facts import (
 )
 from .data import SafetyLabels, load_labels, read_rows, split_holdout
 from .evaluation import trainer_metrics
+from .overruled import check_before_training
 from .row_checks import RowCounts, check_counts, count_rows
 from .stages import Recipe, check_overrides, run_schedule
 from .trainer import SafeVlmTrainer
@@ -70,6 +71,7 @@ def train_from_files(
     recipe = Recipe.load(recipe)
     _check_call(recipe, holdout, dtype, overrides or {})
     config = AutoConfig.from_pretrained(base)
+    check_before_training(recipe, overrides or {}, seed, config if isinstance(config, SafeVlmConfig) else None)
     labels = _labels_for(config, recipe)
     rows, skipped = _read(data, images, labels=labels, assume_safe=assume_safe, on_error=on_error, **reading)
     train_rows, eval_rows = split_holdout(rows, holdout, seed=seed) if holdout else (rows, None)

@@ -78,6 +78,9 @@ class SafeVlmTrainingArguments(TrainingArguments):
                 f"With `lora_r={self.lora_r}`, `trainable` can hold 'safety' and 'language_model' only, "
                 f"got {self.trainable}; set `lora_r=0` to train other parts."
             )
+        for name in ("save_strategy", "eval_strategy", "logging_strategy"):
+            if getattr(self, name) is False:  # what YAML makes of a plain `no`
+                setattr(self, name, "no")
         # Without all of them named, the Trainer would collect every argument with "label" in its name and then, one
         # being absent, silently report no evaluation loss.
         if self.label_names is None:

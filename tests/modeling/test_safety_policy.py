@@ -223,3 +223,15 @@ def test_a_saved_policy_file_is_readable_yaml(tmp_path):
     text = (tmp_path / "policy.yaml").read_text()
     assert "risk_threshold: 0.2" in text and "抱歉" in text
     assert yaml.safe_load(text)["level_actions"]["medium"] == "refuse"
+
+
+def test_an_assessment_prints_as_one_line_a_row():
+    levels, categories = torch.eye(4)[[0, 3, 0]] * 9, torch.eye(7)[[6, 1, 6]] * 9
+    assessment = assess_logits(levels, categories, torch.tensor([True, True, False]), SafetyPolicy(), PAPER_LABELS)
+    assert repr(assessment).splitlines() == [
+        "SafetyAssessment:",
+        "  row 0: allow (safe, none, risk 0.000)",
+        "  row 1: refuse (illegal risk, high, risk 1.000)",
+        "  row 2: allow (not assessed)",
+    ]
+    assert str(assessment[1:2]) == "SafetyAssessment:\n  row 0: refuse (illegal risk, high, risk 1.000)"

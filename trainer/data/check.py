@@ -133,8 +133,8 @@ def check_files(
 
 
 _NO_LABELS = (
-    "no row has a label, so there is nothing for the safety head to learn; add `category` and `level`, map the set's "
-    "own labels by a taxonomy, or read clean rows with --assume-safe"
+    "no row that can be read has a label, so there is nothing for the safety head to learn; add `category` and "
+    "`level`, map the set's own labels by a taxonomy, or read clean rows with --assume-safe"
 )
 
 
