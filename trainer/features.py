@@ -49,9 +49,10 @@ def check_arguments(args):
         )
 
 
-def check_reporting(names: list[str]):
-    """Raises `ImportError` for a `report_to` whose package is missing."""
-    for name in names:
+def check_reporting(report_to: str | list[str] | None):
+    """Raises `ImportError` for a `report_to` whose package is missing, `ValueError` for an unknown one."""
+    names = {report_to} if isinstance(report_to, str) else set(report_to or ())
+    for name in names - {"all", "none"}:
         if name not in INTEGRATION_TO_CALLBACK:
             known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
             raise ValueError(f"`report_to` {name!r} is unknown; use none, all, or one of: {known}.")
