@@ -68,20 +68,11 @@ def train_from_files(
         reading: `format`, `taxonomy`, `split`, `subset`, `revision` of [`read_rows`], for all of `data`.
     """
     output_dir = Path(output_dir)
-    options = {
-        "holdout": holdout,
-        "assume_safe": assume_safe,
-        "dtype": dtype,
-        "seed": seed,
-        "labels": labels,
-        **reading,
-    }
+    options = dict(holdout=holdout, assume_safe=assume_safe, dtype=dtype, seed=seed, labels=labels, **reading)
     if on_error == "skip":
         options["skip_bad_rows"] = True
     command = train_command(base, data, images, recipe, output_dir, options, overrides)
-    recipe = Recipe.load(recipe)
-    if labels is not None:
-        recipe = replace(recipe, safety={**recipe.safety, **labels_dict(load_labels(labels))})
+    recipe = _recipe(recipe, labels)
     _check_call(recipe, holdout, dtype, overrides or {})
     config = AutoConfig.from_pretrained(base)
     check_before_training(recipe, overrides or {}, seed, config if isinstance(config, SafeVlmConfig) else None)
@@ -139,6 +130,11 @@ def _write_card(card: Path, words: str | None, facts: dict):
     if words is not None:
         card.write_text(words, encoding="utf-8")  # what a person wrote in the former one stays
     write_card(card.parent, facts, model_id="model")
+
+
+def _recipe(name: str | os.PathLike, labels) -> Recipe:
+    recipe = Recipe.load(name)
+    return recipe if labels is None else replace(recipe, safety={**recipe.safety, **labels_dict(load_labels(labels))})
 
 
 def _labels_for(config, recipe: Recipe, asked) -> SafetyLabels:
