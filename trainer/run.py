@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from .card_facts import (
     train_command,
 )
 from .data import SafetyLabels, load_labels, read_rows, split_holdout
+from .data.labels_file import labels_dict
 from .evaluation import trainer_metrics
 from .overruled import check_before_training
 from .row_checks import RowCounts, check_counts, count_rows
@@ -46,6 +48,7 @@ def train_from_files(
     dtype: str = "auto",
     seed: int = 0,
     overrides: dict | None = None,
+    labels: str | os.PathLike | None = None,
     **reading: str | os.PathLike | None,
 ) -> dict:
     """
@@ -61,18 +64,19 @@ def train_from_files(
         dtype: Of the weights; `"auto"` is the one they are stored in (but bfloat16 for a float16 base and a recipe
             with `bf16`, as the two cannot be mixed). What trains does so in float32 under mixed precision.
         overrides: Training arguments for all stages.
+        labels: Names of categories and levels for a base that has none, instead of the recipe's; see [`load_labels`].
         reading: `format`, `taxonomy`, `split`, `subset`, `revision` of [`read_rows`], for all of `data`.
     """
     output_dir = Path(output_dir)
-    options = {"holdout": holdout, "assume_safe": assume_safe, "dtype": dtype, "seed": seed, **reading}
+    options = dict(holdout=holdout, assume_safe=assume_safe, dtype=dtype, seed=seed, labels=labels, **reading)
     if on_error == "skip":
         options["skip_bad_rows"] = True
     command = train_command(base, data, images, recipe, output_dir, options, overrides)
-    recipe = Recipe.load(recipe)
+    recipe = _recipe(recipe, labels)
     _check_call(recipe, holdout, dtype, overrides or {})
     config = AutoConfig.from_pretrained(base)
     check_before_training(recipe, overrides or {}, seed, config if isinstance(config, SafeVlmConfig) else None)
-    labels = _labels_for(config, recipe)
+    labels = _labels_for(config, recipe, asked=labels)
     rows, skipped = _read(data, images, labels=labels, assume_safe=assume_safe, on_error=on_error, **reading)
     train_rows, eval_rows = split_holdout(rows, holdout, seed=seed) if holdout else (rows, None)
     counts = count_rows(train_rows)
@@ -124,9 +128,17 @@ def _write_card(card: Path, words: str | None, facts: dict):
     write_card(card.parent, facts, model_id="model")
 
 
-def _labels_for(config, recipe: Recipe) -> SafetyLabels:
+def _recipe(name: str | os.PathLike, labels) -> Recipe:
+    recipe = Recipe.load(name)
+    return recipe if labels is None else replace(recipe, safety={**recipe.safety, **labels_dict(load_labels(labels))})
+
+
+def _labels_for(config, recipe: Recipe, asked) -> SafetyLabels:
     if isinstance(config, SafeVlmConfig):
-        return SafetyLabels.from_config(config)
+        own = SafetyLabels.from_config(config)
+        if asked is not None and load_labels(asked) != own:
+            raise ValueError(f"`labels` {str(asked)!r} are not those of the base, a SafeVLM: {labels_dict(own)}.")
+        return own
     get_backbone(config)  # a clear error before anything is read
     return load_labels({"safety": recipe.safety})
 

@@ -46,7 +46,7 @@ def add_reader_arguments(command: argparse.ArgumentParser):
 
 
 def add_labels_argument(command: argparse.ArgumentParser):
-    """For commands that know no model or recipe whose labels the rows have."""
+    """For commands that are given no trained model, whose labels the rows would have."""
     command.add_argument(
         "--labels",
         help="names of categories and levels, if not the paper's: a YAML or JSON file, a recipe, or a SafeVLM",

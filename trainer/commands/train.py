@@ -6,7 +6,7 @@ import yaml
 
 from safevlm.trainer.files import load_settings
 
-from .common import add_command, add_reader_arguments, model_config, print_json, reader_options
+from .common import add_command, add_labels_argument, add_reader_arguments, model_config, print_json, reader_options
 
 
 def add(commands):
@@ -22,6 +22,7 @@ def add(commands):
         "--data", required=True, nargs="+", help="rows: files (JSON, JSONL, csv, parquet), folders, zips or Hub ids"
     )
     add_reader_arguments(command)
+    add_labels_argument(command)
     command.add_argument(
         "--output", required=True, type=Path, help="folder to write; the model ends up in OUTPUT/model"
     )
@@ -59,6 +60,7 @@ def run(args):
         seed=args.seed,
         overrides=overrides,
         images=args.images,
+        labels=args.labels,
         **reader_options(args),
     )
     if PartialState().is_main_process:

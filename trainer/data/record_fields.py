@@ -30,17 +30,23 @@ _ABOUT_PICTURES = _words(
     "path paths url urls uri file files filename name names bytes base64 b64 data list values input"
 )
 _PICTURE_SUFFIXES = _words(".jpg .jpeg .png .webp .gif .bmp .tif .tiff .heic .avif .mp4 .webm .mov .wav .mp3")
-# Whole names of fields that carry turns, or change them.
+# In the same way `history`, `user_prompt` and `model_response` carry turns, or change them.
 _TURNS = _words(
-    "system system_prompt system_message prompt prompts query queries question questions instruction instructions "
-    "input output history conversation conversations message messages dialog dialogue turns answer answers response "
-    "responses completion completions chosen rejected reply tools functions tool_calls function_call reasoning_content"
+    "system prompt prompts query queries question questions instruction instructions input inputs output outputs "
+    "history conversation conversations message messages dialog dialogs dialogue dialogues turn turns answer answers "
+    "response responses completion completions chosen rejected reply replies tool tools function functions reasoning "
+    "thinking"
 )
+_ABOUT_TURNS = _words("text content list call calls user human model assistant gpt bot safe unsafe harmful reference")
+# And `is_safe`, `risk_level` and `response_harm_label` are labels.
 _LABELS = _words(
     "safe unsafe safety label labels category categories subcategory level levels risk risks risky severity harm "
     "harms harmful harmfulness hazard hazards toxic toxicity nsfw violation violations flagged rating ratings verdict"
 )
-_ABOUT_LABELS = _words("is type id ids name names main sub class score")
+_ABOUT_LABELS = _words(
+    "is type id ids name names main sub class score final gold image text user model prompt query question answer "
+    "response refusal"
+)
 
 _FIXES = {
     "a picture": "name pictures `images`; videos and sounds cannot be read",
@@ -87,7 +93,7 @@ def _carried(name: str, value: Any, has_images: bool) -> str | None:
         return "a picture"
     if not has_images and _names_picture(value):
         return "a picture"
-    if "_".join(words) in _TURNS or _holds_turns(value):
+    if _consists(words, _TURNS, _ABOUT_TURNS) or _holds_turns(value):
         return "a turn"
     return "a label" if _consists(words, _LABELS, _ABOUT_LABELS) else None
 

@@ -216,9 +216,6 @@ def _from_dict(content: Any, labels: SafetyLabels) -> Taxonomy:
             raise DataError(f"`question_dependent` must be true, false or null, got {short(value)}")
         return value
 
-    metadata = content.get("metadata") or []
-    if not isinstance(metadata, list) or not all(isinstance(name, str) for name in metadata):
-        raise DataError(f"`metadata` must be a list of field names, got {short(metadata)}")
     return Taxonomy(
         name=content["name"],
         format=content.get("format", "flat"),
@@ -227,7 +224,7 @@ def _from_dict(content: Any, labels: SafetyLabels) -> Taxonomy:
         prompt=content.get("prompt", ""),
         split=content.get("split", ""),
         safe_when=_safe_when(content.get("safe_when") or {}),
-        metadata=frozenset(metadata),
+        metadata=_metadata(content.get("metadata") or []),
         our_labels=labels,
         labels=_map(content, "labels", label_pair),
         level=_map(content, "level", level_name),
@@ -259,6 +256,12 @@ def _safe_when(content: Any) -> dict[str, frozenset[str]]:
     if not isinstance(content, dict) or not all(isinstance(values, list) for values in content.values()):
         raise DataError(f"`safe_when` must map fields to lists of values, got {short(content)}")
     return {name: frozenset(_key(_yaml_text(value)) for value in values) for name, values in content.items()}
+
+
+def _metadata(content: Any) -> frozenset[str]:
+    if not isinstance(content, list) or not all(isinstance(name, str) for name in content):
+        raise DataError(f"`metadata` must be a list of field names, got {short(content)}")
+    return frozenset(content)
 
 
 def _recognise(content: Any) -> tuple[frozenset[str], ...]:

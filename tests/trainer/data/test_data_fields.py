@@ -65,7 +65,7 @@ TURN_FIELDS = {
     name: "Tell me."
     for name in (
         "system system_prompt systemPrompt prompt query question instruction input output answer response completion "
-        "chosen rejected System"
+        "chosen rejected System user_prompt question_text model_response response_0 safe_response tool_calls thinking"
     ).split()
 } | {
     "history": [["Hi", "Ho"]],
@@ -96,6 +96,10 @@ LABEL_FIELDS = {
     "sub_category": "x",
     "rating": "Unsafe",
     "toxicity": 0.9,
+    "is_response_safe": False,
+    "prompt_harm_label": "harmful",
+    "final_label": 1,
+    "category_id": 3,
     "label_1": 0,
 }
 FIELDS = {**PICTURE_FIELDS, **TURN_FIELDS, **LABEL_FIELDS}

@@ -191,3 +191,11 @@ def test_commands_take_labels_and_need_no_torch(tmp_path):
     assert unknown.returncode == 1 and "row own.jsonl:1: line 1: `category`: unknown category" in unknown.stdout
     nowhere = run("check", "own.jsonl", "--labels", "nowhere.yaml")
     assert nowhere.returncode == 1 and "`labels` 'nowhere.yaml' is no file" in nowhere.stderr
+
+
+def test_training_a_safe_model_further_keeps_its_labels(tmp_path):
+    from safevlm.trainer.run import train_from_files
+
+    SafeVlmConfig(**OWN, safety_policy={"level_actions": {"yes": "refuse"}}).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="`labels` 'paper' are not those of the base, a SafeVLM: .*deepfake"):
+        train_from_files(tmp_path / "model", [rows(tmp_path)], tmp_path / "out", labels="paper", recipe="demo")

@@ -142,6 +142,7 @@ def test_own_label_names_are_checked_before_any_row(write, colours):
         ({"safe_when": ["red"]}, "`safe_when` must map"),
         ({"recognise": ["ask"]}, "`recognise` must be a list of lists"),
         ({"prompt": 3}, "`prompt` must be a text"),
+        ({"metadata": "colour"}, "`metadata` must be a list of field names"),
     ],
 )
 def test_fault_in_a_taxonomy_file_is_named(colours, changes, reason):
