@@ -101,7 +101,7 @@ def test_the_pipeline_gives_answer_and_verdict_and_never_the_hint(here, processo
 def test_a_pipeline_call_can_bring_its_own_policy(here, inputs, processor, there):
     off = answers(processor, here.generate(**inputs, safety_policy="off", max_new_tokens=80), inputs)[0]
     found = there["pipeline"]["off"][0]
-    assert found["generated_text"].strip() == off.strip() and found["safety"] is None
+    assert found["generated_text"].strip() == off.strip() and found["safety"]["action"] == "off"
     for records, verdict in zip(there["pipeline"]["policy"], here.assess(**inputs).to_list(), strict=True):
         category = verdict["category"]
         assert records[0]["generated_text"].strip() == f"Not about {category}."
