@@ -311,6 +311,7 @@ def test_statuses_of_http_have_openais_shape(server):
     chat = "/v1/chat/completions"
     for path, method, kind, status in [
         ("/", "GET", "", 404),
+        (chat + "/", "POST", "application/json", 404),
         (chat, "GET", "", 405),
         ("/v1/models", "POST", "application/json", 405),
         (chat, "POST", "text/plain", 415),

@@ -97,7 +97,6 @@ def test_connections_that_send_nothing_or_too_slowly_are_closed(server, monkeypa
     for begin in (b"", b"GET", head, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET"):
         with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
             connection.sendall(begin)
-            assert not connection.recv(10_000).endswith(b"never")
             while connection.recv(10_000):
                 pass
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:

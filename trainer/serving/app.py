@@ -32,7 +32,7 @@ def build_app(answering: Answering, name: str, *, max_request_mb: float, seconds
         seconds (`float`): Time a request has, the wait in the queue included. An answer is cut there.
         max_waiting (`int`): Requests in the queue.
     """
-    app, started = FastAPI(openapi_url=None), int(time.time())
+    app, started = FastAPI(openapi_url=None, redirect_slashes=False), int(time.time())
     app.state.worker = Worker(max_waiting)
     reader = BodyReader(max_bytes=int(max_request_mb * 1_000_000), max_bodies=max_waiting)
 
