@@ -11,18 +11,37 @@ sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 
 import overhead
 
+POLICY = {"level_actions": {}, "risk_threshold": 1.0}
 
-@pytest.mark.parametrize("side", ["base", "safe"])
-def test_a_clock_notes_the_first_token_and_each_step_after_it(model, processor, side):
+
+def test_base_and_safe_model_write_a_token_in_turns_and_each_is_timed(model, processor):
     inputs = encode(processor, ["What is in the picture?"], [1])
-    if side == "base":
-        inputs = {"input_ids": torch.arange(100, 130)[None]}
-    clock = overhead.Clock(lambda: None)
-    target = model.base if side == "base" else model
-    options = {} if side == "base" else {"safety_policy": {"level_actions": {}, "risk_threshold": 1.0}}
-    target.generate(**inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False, streamer=clock, **options)
-    assert len(clock.times) == 7 and len(clock.steps()) == 5
-    assert all(seconds > 0 for seconds in clock.steps())
+    text, order = {"input_ids": torch.arange(100, 130)[None]}, []
+    options = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False)
+
+    def generate(name, target, **arguments):
+        def run(streamer):
+            put = streamer.put
+            streamer.put = lambda value: (order.append(name), put(value))
+            target.generate(**arguments, **options, streamer=streamer)
+
+        return run
+
+    clocks = overhead.in_turns(
+        lambda: None, generate("base", model.base, **text), generate("safe", model, **inputs, safety_policy=POLICY)
+    )
+    assert order == ["base", "safe"] * 7  # the prompt and six tokens
+    for clock in clocks:
+        assert len(clock.further_tokens) == 5 and all(seconds > 0 for seconds in clock.seconds)
+        assert clock.first_token == sum(clock.seconds[:2])
+
+
+def test_a_call_that_fails_does_not_stop_the_other(model):
+    def fails(streamer):
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        overhead.in_turns(lambda: None, fails, lambda streamer: [streamer.put(None) for _ in range(5)])
 
 
 def test_a_ratio_is_of_pairs_so_that_a_slow_moment_slows_both():

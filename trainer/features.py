@@ -8,7 +8,6 @@ from transformers.integrations.integration_utils import (
 from safevlm import SafeVlmConfig
 
 LABEL_NAMES = ["labels", "safety_level_labels", "safety_category_labels"]
-PACKAGES = {"azure_ml": "azureml-sdk", "comet_ml": "comet-ml", "neptune": "neptune", "mlflow": "mlflow"}
 
 
 def check_arguments(args):
@@ -50,13 +49,15 @@ def check_arguments(args):
         )
 
 
-def check_reporting(names: list[str]):
-    """Raises `ImportError` for a `report_to` whose package is missing."""
-    for name in names:
+def check_reporting(report_to: str | list[str] | None):
+    """Raises `ImportError` for a `report_to` whose package is missing, `ValueError` for an unknown one."""
+    names = {report_to} if isinstance(report_to, str) else set(report_to or ())
+    for name in names - {"all", "none"}:
         if name not in INTEGRATION_TO_CALLBACK:
-            raise ValueError(f"`report_to` {name!r} is unknown; use {', '.join(sorted(INTEGRATION_TO_CALLBACK))}.")
+            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+            raise ValueError(f"`report_to` {name!r} is unknown; use none, all, or one of: {known}.")
         if name not in get_available_reporting_integrations():
-            raise ImportError(f"`report_to={name}` needs a package: pip install {PACKAGES.get(name, name)}.")
+            raise ImportError(f"`report_to` {name!r} needs a package that is not installed: pip install {name}.")
 
 
 def check_trainer_options(args, options: dict):

@@ -8,8 +8,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
-
+from .features import check_reporting
 from .training_args import SafeVlmTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -52,7 +51,10 @@ def check_before_training(recipe, overrides: Mapping, seed: int, config=None):
     lines = [] if config is None else overruled_safety(recipe.safety, config)
     for stage in recipe.stages:
         settings = {**stage, **overrides}
-        check_reporters(settings.get("report_to"))
+        names = settings.get("report_to") or []
+        check_reporting(
+            [name for name in ([names] if isinstance(names, str) else names) if name not in ("all", "none")]
+        )
         lines += overruled(settings)
         for name in {"seed", "data_seed"} & set(stage) - set(overrides):
             if stage[name] != seed:
@@ -84,17 +86,6 @@ def overruled_safety(safety: Mapping, config) -> list[str]:
         for name, value in found.items()
         if json.dumps(value, default=str) != json.dumps(safety[name], default=str)
     ]
-
-
-def check_reporters(report_to: str | list[str] | None):
-    names = [report_to] if isinstance(report_to, str) else report_to or []
-    for name in names:
-        if name in ("all", "none", *get_available_reporting_integrations()):
-            continue
-        if name not in INTEGRATION_TO_CALLBACK:
-            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
-            raise ValueError(f"`report_to` {name!r} is unknown; use none, all, or one of: {known}.")
-        raise ImportError(f"`report_to` {name!r} needs a package that is not installed: pip install {name}.")
 
 
 def _name(value) -> str:

@@ -49,13 +49,20 @@ class StageModel:
             model = gather_weights(model, empty)
         if self.args.uses_lora:
             model = merge_lora(model, Path(self.args.output_dir) / "adapter")
+        return self._as_it_came(model).eval()
+
+    def undo(self):
+        """Leaves the model as it was."""
+        self._as_it_came(self.model.unload() if self.args.uses_lora else self.model)
+
+    def _as_it_came(self, model):
         for name, parameter in model.named_parameters():
             dtype, trainable = self.before.get(name, (parameter.dtype, True))
             if parameter.dtype != dtype and dtype.is_floating_point:
                 parameter.data = parameter.data.to(dtype)
             # A quantised base has integer weights, which become trainable when it is dequantised for the merge.
             parameter.requires_grad = parameter.is_floating_point() and (trainable or not dtype.is_floating_point)
-        return model.eval()
+        return model
 
 
 def align_storage(model):

@@ -82,11 +82,7 @@ def train_from_files(
     card = output_dir / "model" / CARD
     words = card.read_text(encoding="utf-8") if card.is_file() else None
     model, metrics = _train(model, processor, train_rows, eval_rows, output_dir, recipe, overrides)
-    report = {
-        **_row_numbers(counts, eval_rows, skipped),
-        "metrics": metrics,
-        "model": str(output_dir / "model"),
-    }
+    report = {**_row_numbers(counts, eval_rows, skipped), "metrics": metrics, "model": str(card.parent)}
     if PartialState().is_main_process:
         if not card.is_file():  # the model is new
             training = {

@@ -91,19 +91,24 @@ class SafeVlmTrainer(Trainer):
         self._encoder = RowEncoder(processing_class, config, max_length=args.max_length, seed=args.seed)
         train_encoder = RowEncoder(processing_class, config, args.hint_probability, args.max_length, args.seed)
         collator = data_collator or SafeVlmDataCollator(processing_class.tokenizer.pad_token_id)
+        options = dict(
+            args=args,
+            data_collator=_WithRowIds(collator),
+            train_dataset=encode_rows(train_dataset, train_encoder, args.cache_encoded),
+            eval_dataset=encode_rows(eval_dataset, self._encoder, args.cache_encoded),
+            processing_class=processing_class,
+            callbacks=[*([] if train_dataset is None else [CardCallback()]), *(callbacks or [])],
+            **kwargs,
+        )
         self._stage = None if train_dataset is None else StageModel(model, args)
-        with quantized_base_allowed(model):
-            super().__init__(
-                model=model if self._stage is None else self._stage.model,
-                args=args,
-                data_collator=_WithRowIds(collator),
-                train_dataset=encode_rows(train_dataset, train_encoder, args.cache_encoded),
-                eval_dataset=encode_rows(eval_dataset, self._encoder, args.cache_encoded),
-                processing_class=processing_class,
-                callbacks=[*([CardCallback()] if self._stage else []), *(callbacks or [])],
-                **kwargs,
-            )
-        check_sharding(self)
+        try:
+            with quantized_base_allowed(model):
+                super().__init__(model=model if self._stage is None else self._stage.model, **options)
+            check_sharding(self)
+        except Exception:
+            if self._stage is not None:
+                self._stage.undo()
+            raise
 
     # -- the stage ---------------------------------------------------------------------------------------------------
 
@@ -112,8 +117,7 @@ class SafeVlmTrainer(Trainer):
         if self.train_dataset is None:
             raise ValueError("`train_dataset` is missing: this trainer can only evaluate.")
         trains_head = any(part.split(".")[0] == "safety" for part in self.args.trainable)
-        if isinstance(self.train_dataset, EncodedDataset):
-            check_rows(self.train_dataset, trains_head, progress=not self.args.disable_tqdm)
+        self._check_rows(trains_head)
         if self._stage is None:
             self._begin_again()
         if resume_from_checkpoint is True:
@@ -131,6 +135,13 @@ class SafeVlmTrainer(Trainer):
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             self.accelerator.free_memory()  # so that an evaluation prepares the plain model
         return result
+
+    def _check_rows(self, trains_head: bool):
+        evaluated = [] if self.args.eval_strategy == "no" else self.eval_dataset
+        sets = evaluated.values() if isinstance(evaluated, dict) else [evaluated]
+        for rows, needs_labels in ((self.train_dataset, trains_head), *((rows, False) for rows in sets)):
+            if isinstance(rows, EncodedDataset):
+                check_rows(rows, needs_labels, progress=not self.args.disable_tqdm)
 
     def _begin_again(self):
         self._stage = StageModel(self.model, self.args)
@@ -170,16 +181,13 @@ class SafeVlmTrainer(Trainer):
         """Writes SafeVLM's card, with what this trainer knows, into `output_dir`."""
         if not self.is_world_process_zero():
             return
-        training = {}
+        names = "trainable lora_r learning_rate max_steps num_train_epochs per_device_train_batch_size".split()
+        arguments = {name: getattr(self.args, name) for name in names}
+        measured = read_measured(self.args.output_dir)
+        training = {"stages": [{"stage": self.args.stage, "arguments": arguments, "measured": measured}]}
         if isinstance(self.train_dataset, EncodedDataset):
             training["rows"] = len(self.train_dataset)
-        measured = read_measured(self.args.output_dir)
-        training["stages"] = [{"stage": self.args.stage, "arguments": self._shown_arguments(), "measured": measured}]
         write_card(self.args.output_dir, {"model_name": model_name or "SafeVLM", "training": training})
-
-    def _shown_arguments(self) -> dict:
-        names = "trainable lora_r learning_rate max_steps num_train_epochs per_device_train_batch_size".split()
-        return {name: getattr(self.args, name) for name in names}
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         model = self.model if model is None else model

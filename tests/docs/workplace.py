@@ -154,7 +154,7 @@ def _readme(folder: Path, place: Workplace, port: int):
 def _trained(folder: Path, place: Workplace, port: int):
     """`out`, as `safevlm train` leaves it."""
     shutil.copytree(folder / "demo" / "training", folder / "out")
-    shutil.copytree(folder / "demo" / "model", folder / "out" / "model")
+    shutil.copytree(folder / "demo" / "model", folder / "out" / "model", dirs_exist_ok=True)
 
 
 LORA = """

@@ -195,7 +195,7 @@ def test_what_has_no_effect_is_told_once(caplog, monkeypatch):
     ],
 )
 def test_a_reporter_that_is_not_there_is_named_before_training(report_to, error, message, monkeypatch):
-    import safevlm.trainer.overruled as module
+    import safevlm.trainer.features as module
 
     monkeypatch.setattr(module, "get_available_reporting_integrations", lambda: ["mlflow"])
     with pytest.raises(error, match=message):

@@ -90,6 +90,18 @@ def test_training_again_goes_on_from_the_trained_weights(fresh_model, make_train
     assert trainer.model is model and differing(first, weights(model))
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_trainer_that_cannot_be_made_leaves_the_model_as_it_was(
+    fresh_model, make_trainer, rows, weights, differing, stage
+):
+    model = fresh_model()
+    before = weights(model)
+    with pytest.raises(ValueError, match="eval_dataset"):
+        make_trainer(model, rows, eval_strategy="epoch", **STAGES[stage])
+    assert not differing(before, weights(model))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 # -- checkpoints
 
 

@@ -317,6 +317,13 @@ def test_a_too_long_row_is_found_before_training(fresh_model, make_trainer, make
         make_trainer(fresh_model(), rows, max_length=130).train()
 
 
+def test_a_too_long_row_to_evaluate_on_is_found_before_training(fresh_model, make_trainer, make_row, never_trained):
+    rows = [make_row(0), make_row(1, answer="The answer is yes. " * 30)]
+    for evaluated in (rows, {"first": rows[:1], "second": rows}):
+        with pytest.raises(DataError, match=r"row 'row-1': \d+ tokens, `max_length` is 130"):
+            make_trainer(fresh_model(), rows[:1], evaluated, max_length=130, eval_strategy="epoch").train()
+
+
 def test_a_too_long_row_of_a_stream_is_found_when_it_is_reached(fresh_model, make_trainer, make_row):
     rows = TorchStream([make_row(0), make_row(1, answer="The answer is yes. " * 30)])
     with pytest.raises(DataError, match=r"row 'row-1': \d+ tokens, `max_length` is 130"):

@@ -53,9 +53,10 @@ def run_answer(args):
     else:
         sys.stdout.write(text + "\n")
         if safety is not None:
-            sys.stdout.write(
-                f"[{safety['action']}; {safety['category']}, {safety['level']}; risk {safety['score']:.3f}]\n"
-            )
+            verdict = safety.get("error")  # the head failed
+            if verdict is None:
+                verdict = f"{safety['category']}, {safety['level']}; risk {safety['score']:.3f}"
+            sys.stdout.write(f"[{safety['action']}; {verdict}]\n")
 
 
 def _load(args, question: str):

@@ -128,10 +128,12 @@ def run_stats(args):
         draw_stats(stats, args.output / "stats.png")
     if args.json:
         print_json(stats)
-        return
-    sys.stdout.write("\n".join(_stats_lines(stats, args.output)) + "\n")
-    if args.output is not None:
-        sys.stdout.write(f"written: {args.output / 'stats.json'}, with all lists, and {args.output / 'stats.png'}\n")
+    else:
+        where = "`--output FOLDER` writes all" if args.output is None else f"all are in {args.output / 'stats.json'}"
+        lines = _stats_lines(stats, where)
+        if args.output is not None:
+            lines += ["", f"Written: {args.output / 'stats.json'}, {args.output / 'stats.png'}"]
+        sys.stdout.write("\n".join(lines) + "\n")
 
 
 def run_mix(args):
@@ -151,7 +153,8 @@ def run_mix(args):
     sys.stdout.write(f"train with: --data {args.output / 'train.jsonl'} --images {images}\n")
 
 
-def _stats_lines(stats: dict, output: Path | None) -> list[str]:
+def _stats_lines(stats: dict, where: str) -> list[str]:
+    """`where` says how to get the lists whole."""
     images, duplicates = stats["images"], stats["duplicates"]
     lines = [
         f"{stats['rows']} rows, {len(stats['skipped'])} more that cannot be read; "
@@ -179,11 +182,11 @@ def _stats_lines(stats: dict, output: Path | None) -> list[str]:
         f"duplicate rows: {duplicates['exact_rows']} exact, {duplicates['near_rows']} near "
         f"(images up to {stats['near_distance']} of 256 bits apart); "
         f"rows with the image and question of another, but other labels: {duplicates['conflicting_rows']}",
-        *_some([f"{entry['row']} says the same as {entry['like']}" for entry in duplicates["rows"]], output),
+        *_some([f"{entry['row']} says the same as {entry['like']}" for entry in duplicates["rows"]], where),
         f"groups of near-duplicate images: {len(duplicates['near_images'])}",
-        *_some([" ~ ".join(names) for names in duplicates["near_images"]], output),
+        *_some([" ~ ".join(names) for names in duplicates["near_images"]], where),
         f"leaks into test rows: {len(stats['leaks'])}",
-        *_some([_leak_line(leak) for leak in stats["leaks"]], output),
+        *_some([_leak_line(leak) for leak in stats["leaks"]], where),
     ]
     return lines
 
@@ -198,8 +201,7 @@ def _leak_line(leak: dict) -> str:
     return f"{rows} ({leak['kind']}{distance}): {leak['image']}{other}"
 
 
-def _some(lines: list[str], output: Path | None) -> list[str]:
-    where = "--output FOLDER writes all" if output is None else f"all are in {output / 'stats.json'}"
+def _some(lines: list[str], where: str) -> list[str]:
     more = [f"  ... and {len(lines) - SHOWN} more; {where}"] if len(lines) > SHOWN else []
     return [f"  {line}" for line in lines[:SHOWN]] + more
 

@@ -54,6 +54,7 @@ def item_facts(by_task: dict[str, list[dict]], metrics: dict[str, dict]) -> dict
     facts["num_guard_replies_without_verdict"] = sum(
         (record["verdict"] or {}).get("flagged", False) is None for record in everything
     )
+    facts["num_failed_verdicts"] = sum("error" in (record["verdict"] or {}) for record in everything)
     facts["num_unfinished_reasoning"] = sum(not split_reasoning(record["answer"])[1] for record in everything)
     return facts
 

@@ -46,6 +46,7 @@ def _normalised(text: str) -> str:
 def head_predictions(records: list[dict], rows, config) -> list[HeadPrediction]:
     """
     The verdicts on items as [`head_report`] takes them: their probabilities, calibrated already, as log probabilities.
+    Items on which the head gave none (no image, or numbers that are not finite) are left out.
 
     Args:
         records (`list[dict]`): Items of one task.
@@ -69,7 +70,7 @@ def head_predictions(records: list[dict], rows, config) -> list[HeadPrediction]:
             fingerprint="",
         )
         for record in records
-        if (record["verdict"] or {}).get("assessed") and "row_id" in record
+        if (record["verdict"] or {}).get("level_probabilities") and "row_id" in record
     ]
 
 

@@ -2,6 +2,9 @@
 
 import ast
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -158,3 +161,33 @@ def test_mix_goes_by_the_labels_of_its_recipe_and_writes_them_down(tmp_path, lab
     assert manifest["labels"] == OWN
     assert manifest["splits"]["train"]["categories"] == {"fine": 1, "deepfake": 2}
     assert len(read_rows(tmp_path / "out/train.jsonl", labels=LABELS)) == 3
+
+
+def test_commands_take_labels_and_need_no_torch(tmp_path):
+    rows(tmp_path)
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(OWN))
+    (tmp_path / "mix.yaml").write_text(yaml.safe_dump({"sources": [{"name": "ours", "path": "own.jsonl"}]}))
+    # Started as the console script is: then `import safevlm` registers nothing.
+    code = (
+        "import sys\n"
+        "sys.argv[0] = 'safevlm'\n"
+        "from safevlm.trainer.cli import main\n"
+        "status = main()\n"
+        "loaded = {'torch', 'transformers', 'datasets'} & set(sys.modules)\n"
+        "sys.exit(f'{loaded} loaded' if loaded else status)"
+    )
+
+    def run(*arguments):
+        command = [sys.executable, "-c", code, "data", *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+
+    checked = run("check", "own.jsonl", "--labels", "own.yaml")
+    assert checked.returncode == 0 and "3 rows of 1 file, 0 images: no problems" in checked.stdout, checked.stderr
+    counted = run("stats", "own.jsonl", "--labels", "own.yaml")
+    assert re.search(r"^deepfake +0 +2 +2$", counted.stdout, re.MULTILINE), counted.stderr
+    mixed = run("mix", "mix.yaml", "--output", "out", "--labels", "own.yaml")
+    assert "train.jsonl: 3 rows, 0 images (1 fine, 2 deepfake)" in mixed.stdout, mixed.stderr
+    unknown = run("check", "own.jsonl")
+    assert unknown.returncode == 1 and "row own.jsonl:1: line 1: `category`: unknown category" in unknown.stdout
+    nowhere = run("check", "own.jsonl", "--labels", "nowhere.yaml")
+    assert nowhere.returncode == 1 and "`labels` 'nowhere.yaml' is no file" in nowhere.stderr
