@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -82,7 +83,7 @@ def started(monkeypatch):
     calls = []
 
     class Process:
-        def __init__(self, command, cwd, env):
+        def __init__(self, command, cwd, env, process_group):
             self.files = {path.name: path.read_bytes() for path in Path(cwd).rglob("*") if path.is_file()}
             self.command, self.env = command, env
             calls.append(self)
@@ -156,17 +157,19 @@ serve(Path(sys.argv[1]), {"SAFEVLM_MODEL": "me/model"}, "127.0.0.1", 0)
 """
 
 
-def test_the_page_ends_with_the_command(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT], ids=lambda number: number.name)
+def test_the_page_ends_with_the_command_without_a_word(tmp_path, number):
     pytest.importorskip("gradio", reason="gradio is not installed; pip install 'safevlm[space]'")
     (tmp_path / "app.py").write_text(APP)
-    with subprocess.Popen([sys.executable, "-c", SERVE, str(tmp_path)]) as command:
+    arguments = [sys.executable, "-c", SERVE, str(tmp_path)]
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, process_group=0) as command:
         deadline = time.monotonic() + 60
         while not (tmp_path / "pid").is_file() or not (tmp_path / "pid").read_text():
             assert command.poll() is None and time.monotonic() < deadline
             time.sleep(0.1)
         page = int((tmp_path / "pid").read_text())
-        command.terminate()
-        assert command.wait(timeout=30) == 0
+        os.killpg(command.pid, number)  # as a terminal does
+        assert command.wait(timeout=30) == 0 and command.stderr.read() == b""
     with pytest.raises(ProcessLookupError):
         os.kill(page, 0)
 

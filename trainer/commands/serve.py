@@ -47,7 +47,7 @@ def run(args):
         raise ImportError(
             "The server needs fastapi, uvicorn and openai. Install them with: pip install 'safevlm[serve]'"
         )
-    from safevlm import SafetyPolicy
+    from safevlm.safety_policy import SafetyPolicy
     from safevlm.trainer.serving import Answering, Server, build_app, load
 
     for name in ("max_request_mb", "max_megapixels", "request_timeout", "max_waiting"):

@@ -51,8 +51,6 @@ def add(commands):
 
 
 def run(args):
-    if not args.push:
-        check_model_type(args.model, "--model", args.revision)
     with tempfile.TemporaryDirectory(prefix="safevlm-space-") as folder:
         assemble(Path(folder), args.example)
         policies = _place_policies(Path(folder), args.policies)
@@ -63,6 +61,9 @@ def run(args):
                 settings[f"SAFEVLM_{name.upper()}"] = value
         if args.push:
             return push(Path(folder), args.push, settings, private=not args.public)
+        if find_spec("gradio") is None:
+            raise ImportError("The page needs gradio. Install it with: pip install 'safevlm[space]'")
+        check_model_type(args.model, "--model", args.revision)
         return serve(Path(folder), settings, args.host, args.port)
 
 
@@ -98,13 +99,17 @@ def assemble(folder: Path, examples: list[tuple[str, str]] = ()):
 
 def serve(folder: Path, settings: dict[str, str], host: str, port: int) -> int:
     """Runs the page as a Space would, in a process of its own, until it is stopped."""
-    if find_spec("gradio") is None:
-        raise ImportError("The page needs gradio. Install it with: pip install 'safevlm[space]'")
     if Path(settings["SAFEVLM_MODEL"]).is_dir():
         settings["SAFEVLM_MODEL"] = str(Path(settings["SAFEVLM_MODEL"]).resolve())
     server = {"GRADIO_SERVER_NAME": host, "GRADIO_SERVER_PORT": str(port), "GRADIO_ANALYTICS_ENABLED": "False"}
-    with subprocess.Popen([sys.executable, "app.py"], cwd=folder, env={**os.environ, **settings, **server}) as process:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # the page must not outlive this process
+    environment = {**os.environ, **settings, **server}
+    # In a process group of its own: Ctrl-C reaches this process alone, which then ends the page without a traceback.
+    with subprocess.Popen([sys.executable, "app.py"], cwd=folder, env=environment, process_group=0) as process:
+        for number in (
+            signal.SIGTERM,
+            getattr(signal, "SIGHUP", signal.SIGTERM),
+        ):  # the page must not outlive this process
+            signal.signal(number, lambda *_: sys.exit(0))
         try:
             return process.wait()
         except KeyboardInterrupt:
@@ -140,7 +145,7 @@ def push(folder: Path, name: str, settings: dict[str, str], private: bool):
 
 def _place_policies(folder: Path, names: str) -> str:
     """Copies the policy files among `names` beside the app; returns the names the app will find."""
-    from safevlm import SafetyPolicy
+    from safevlm.safety_policy import SafetyPolicy
 
     placed = []
     for name in filter(None, (part.strip() for part in names.split(","))):

@@ -38,7 +38,7 @@ def add(commands):
         nargs="*",
         default=[],
         metavar="NAME=VALUE",
-        help="training arguments for all stages, e.g. max_steps=100",
+        help="training arguments for all stages, e.g. max_steps=100 learning_rate=1e-4",
     )
 
 
