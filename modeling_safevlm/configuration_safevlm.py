@@ -40,7 +40,8 @@ class SafeVlmConfig(PreTrainedConfig):
         category_names, level_names (`list[str]`): Labels, in the order of their ids. `safe_category` is the one
             without risk; level 0 is "no risk".
         safety_level_loss_coef, safety_category_loss_coef (`float`): Weights of the classification losses (paper: 10).
-        safety_policy (`SafetyPolicy`, `dict` or preset name): The policy in force unless a call names another.
+        safety_policy (`SafetyPolicy`, `dict` or preset name): The policy in force unless a call names another. No
+            path: a downloaded model must not name files here.
         safety_token_id (`int`): Token id of the `<safety>` placeholder.
         policy_token_ids (`dict[str, str]`): The policy's texts as token ids (space separated), made by `from_base`, so
             that the model can write hints and refusals without a tokenizer.
@@ -104,7 +105,7 @@ class SafeVlmConfig(PreTrainedConfig):
         self.safe_category = safe_category
         self.safety_level_loss_coef = safety_level_loss_coef
         self.safety_category_loss_coef = safety_category_loss_coef
-        self.safety_policy = SafetyPolicy.from_value(safety_policy).to_dict()
+        self.safety_policy = SafetyPolicy.from_value(safety_policy, files=False).to_dict()
         self.safety_token_id = safety_token_id
         self.policy_token_ids = dict(policy_token_ids or {})
         self.generation_prompt_token_ids = list(generation_prompt_token_ids or [])
@@ -141,9 +142,13 @@ class SafeVlmConfig(PreTrainedConfig):
             )
         if self.safe_category not in self.category_names:
             raise ValueError(f"`safe_category` {self.safe_category!r} is not among {self.category_names}.")
+        for field in ("level_names", "category_names"):
+            names = getattr(self, field)
+            if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+                raise ValueError(f"`{field}` has {twice[0]!r} twice; give each label a name of its own.")
         if len(self.level_names) < 2 or len(self.category_names) < 2:
             raise ValueError("`level_names` and `category_names` need at least two entries each.")
-        SafetyPolicy.from_value(self.safety_policy).check_labels(self.category_names, self.level_names)
+        SafetyPolicy.from_value(self.safety_policy, files=False).check_labels(self.category_names, self.level_names)
 
     @classmethod
     def paper(cls, base_config=None, **kwargs) -> "SafeVlmConfig":

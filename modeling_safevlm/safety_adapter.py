@@ -18,6 +18,7 @@ from torch import nn
 from transformers.integrations.accelerate import load_offloaded_parameter
 
 from .configuration_safevlm import SafeVlmConfig
+from .safety_modules import check_safety_weights
 
 ADAPTER_WEIGHTS = "safety_adapter.safetensors"
 LORA_WEIGHTS, LORA_CONFIG = "lora/adapter_model.safetensors", "lora/adapter_config.json"
@@ -76,6 +77,7 @@ def load_adapter_weights(model, folder: Path):
     """Loads an adapter's weights into a model that was made with its configuration; LoRA is merged. Returns it."""
     if not (folder / LORA_WEIGHTS).is_file():
         model.safety.load_state_dict(load_file(folder / ADAPTER_WEIGHTS))
+        check_safety_weights(model.safety, str(folder))
         return model
     if getattr(model.base, "is_quantized", False):
         raise ValueError(
@@ -84,10 +86,26 @@ def load_adapter_weights(model, folder: Path):
             f"`from_pretrained(saved, quantization_config=...)`."
         )
     try:
-        from peft import PeftModel
+        from peft import PeftModel, get_peft_model_state_dict
     except ImportError as error:
         raise ImportError(f"The safety adapter {str(folder)!r} holds LoRA: pip install 'safevlm[train]'.") from error
-    return PeftModel.from_pretrained(model, (folder / LORA_WEIGHTS).parent).merge_and_unload()
+    weights = load_file(folder / LORA_WEIGHTS)
+    adapted = PeftModel.from_pretrained(model, (folder / LORA_WEIGHTS).parent)
+    # PEFT only warns of weights that are missing.
+    expected = set(get_peft_model_state_dict(adapted)) | {
+        f"base_model.model.safety.{n}" for n in model.safety.state_dict()
+    }
+    if missing := sorted(expected - set(weights)):
+        safety = sum(".safety." in name for name in missing)
+        raise ValueError(
+            f"The safety adapter {str(folder)!r} lacks {len(missing)} weights, {safety} of them safety weights "
+            f"({', '.join(missing[:3])}, ...): save it again."
+        )
+    if broken := [name for name, weight in weights.items() if not weight.isfinite().all()]:
+        raise ValueError(f"The safety adapter {str(folder)!r} is damaged: {broken[0]} is not finite.")
+    model = adapted.merge_and_unload()
+    check_safety_weights(model.safety, str(folder))
+    return model
 
 
 def whole_state_dict(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from safevlm.safety_assessment import level_log_probabilities, risk_logits
-from safevlm.safety_policy import POLICY_PRESETS, SafetyPolicy
+from safevlm.safety_policy import POLICY_PRESETS, TEMPERATURE_RANGE, SafetyPolicy
 from safevlm.trainer.files import replace_text
 
 from .head_measures import HeadOutcomes, head_outcomes, logits, usable
@@ -30,7 +30,6 @@ from .head_report import head_report, operating_point
 
 MIN_ROWS = 20
 """A category needs this many rows (clean ones; with a cost ratio, risky ones, too) for a threshold of its own."""
-TEMPERATURE_RANGE = (0.05, 20.0)
 
 
 @dataclass
