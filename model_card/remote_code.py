@@ -14,6 +14,8 @@ from pathlib import Path
 from posixpath import dirname, join, normpath
 
 import safevlm.processing
+from safevlm.configuration_safevlm import CATEGORY_NAMES, LEVEL_NAMES
+from safevlm.safety_policy import SafetyPolicy
 
 FOLDERS = [Path(package.__file__).parent for package in (safevlm, safevlm.processing)]
 # Of a model, of another model that config.json points to by version, of the processor and its parts, of the tokenizer.
@@ -61,12 +63,14 @@ class Review:
         elsewhere (`list[str]`): What names code that is not in the folder: another repository's, or nobody's.
         not_loaded (`list[str]`): Python files that would not run.
         saved_by (`str`, *optional*): The release of safevlm that wrote the configuration.
+        weaknesses (`list[str]`): In which ways the model's policy is milder than the preset "default".
     """
 
     files: list[CodeFile]
     elsewhere: list[str]
     not_loaded: list[str]
     saved_by: str | None
+    weaknesses: list[str]
 
     @property
     def others(self) -> list[CodeFile]:
@@ -121,6 +125,7 @@ def review_code(folder: Path) -> Review:
         elsewhere,
         [name for name in found if name not in names],
         read_json(folder / "config.json").get("safevlm_version"),
+        _weaknesses(read_json(folder / "config.json")),
     )
 
 
@@ -218,6 +223,15 @@ def _released(name: str, content: bytes) -> bytes | None:
     paths = [folder / name for folder in FOLDERS if "/" not in name and (folder / name).is_file()]
     found = [path.read_bytes() for path in paths]
     return content if content in found else next(iter(found), None)
+
+
+def _weaknesses(config: dict) -> list[str]:
+    labels = {name: config.get(f"{name}_names") for name in ("category", "level")}
+    try:
+        policy = SafetyPolicy.from_value(config.get("safety_policy", "default"), files=False)
+        return policy.weaknesses(labels["category"] or CATEGORY_NAMES, labels["level"] or LEVEL_NAMES)
+    except (ValueError, TypeError) as error:
+        return [f"it is none: {error}"]
 
 
 def _values(value) -> list:

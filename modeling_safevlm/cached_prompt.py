@@ -61,19 +61,21 @@ def _digest(tensors: tuple) -> int:
     return (int.from_bytes(digest.digest(), "big") >> 1) + 1
 
 
-def _seal(cache) -> tuple:
+def _seal(cache) -> tuple[torch.Tensor | None, int | None]:
     """
-    The keys of the cache's first attention layer and how often they were written to: with each token a cache gets new
-    ones, or writes them. A copy of a cache is sealed, too.
+    The keys of the cache's first attention layer, and how often they were written to. With each token a layer gets new
+    keys, or writes to those that it has. So the seal of a cache, or of its copy, is broken by whatever changes it.
     """
-    keys = [layer.keys for layer in cache.layers if isinstance(getattr(layer, "keys", None), torch.Tensor)][:1]
-    return tuple((tensor, None if tensor.is_inference() else tensor._version) for tensor in keys)
+    for layer in cache.layers:
+        if isinstance(keys := getattr(layer, "keys", None), torch.Tensor):
+            written = 0 if isinstance(layer, DynamicLayer) else None if keys.is_inference() else keys._version
+            return keys, written
+    return None, None
 
 
 def _is_sealed(cache, known: CachedPrompt) -> bool:
-    now = _seal(cache)
-    same = [a is b and version == count is not None for (a, version), (b, count) in zip(now, known.seal, strict=False)]
-    return len(now) == len(known.seal) > 0 and all(same)
+    keys, written = _seal(cache)
+    return keys is not None and keys is known.seal[0] and written is not None and written == known.seal[1]
 
 
 def remember_prompt(

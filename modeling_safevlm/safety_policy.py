@@ -163,10 +163,8 @@ class SafetyPolicy:
 
         class Loader(yaml.SafeLoader):
             def construct_mapping(self, node, deep=False):
-                keys = [key for key, _ in node.value]
-                mapping = super().construct_mapping(node, deep)
-                _unique((self.construct_object(key), None) for key in keys)
-                return mapping
+                _unique((str(key.value), None) for key, _ in node.value)
+                return super().construct_mapping(node, deep)
 
         text = Path(path).read_text(encoding="utf-8")
         try:

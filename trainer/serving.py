@@ -196,6 +196,7 @@ def load(name: str, policy=None, **options) -> ModelManager:
     logging.disable_progress_bar()
     manager = ModelManager(force_model=name, **options)
     (loaded,) = manager.loaded_models.values()
+    loaded.model.check_policy_texts(loaded.processor)
     if policy is not None:
         loaded.model.set_safety_policy(loaded.model.resolve_policy(policy), loaded.processor)
     return manager
