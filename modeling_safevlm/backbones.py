@@ -41,6 +41,8 @@ class Backbone:
     language_model_parts: tuple[str, ...] = ("model.language_model", "lm_head")
     # The safety projector that fits: "c_abstractor" where an image is always one square grid of patches.
     projector_type: str = "resampler"
+    # Whether a prompt's tokens are read without what follows them, so that a longer prompt leaves them as they were.
+    reads_forwards: bool = True
 
     def __init__(self, config):
         self.config = config
@@ -166,6 +168,7 @@ class PaliGemmaBackbone(Backbone):
     """PaliGemma: SigLIP's square grid; the prompt is read in both directions, the answer forwards."""
 
     projector_type = "c_abstractor"
+    reads_forwards = False
 
     def training_inputs(self, labels):
         return {"token_type_ids": (labels != IGNORE_INDEX).long()}

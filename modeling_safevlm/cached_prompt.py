@@ -84,7 +84,7 @@ def remember_prompt(
     attention_mask: torch.Tensor,
     pictures: torch.Tensor,
     verdicts: list[tuple[int, int]],
-    num_beams: int,
+    knowable: bool,
 ):
     """
     Notes in `cache` what it holds.
@@ -92,10 +92,11 @@ def remember_prompt(
     Args:
         sequences (`torch.LongTensor` of shape `(batch_size, sequence_length)`): Prompt and answer.
         attention_mask, pictures (`torch.LongTensor` of shape `(batch_size, prompt_length)`)
-        num_beams (`int`): Of several beams a cache holds those that were last in the running, not those returned.
+        knowable (`bool`): `False` for several beams (a cache holds those that were last in the running, not those
+            returned), and for bases that read a prompt in both directions (a longer one changes all of it).
     """
     cache.safevlm_prompt = None
-    if num_beams > 1 or len(sequences) != len(attention_mask):
+    if not knowable or len(sequences) != len(attention_mask):
         return
     answer = attention_mask.new_zeros(len(attention_mask), sequences.shape[1] - attention_mask.shape[1])
     length = int(cache.get_seq_length())

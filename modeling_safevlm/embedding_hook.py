@@ -23,6 +23,7 @@ class Placement:
         token_id (`int`): The placeholder's; no other token is ever replaced.
         slots (`torch.LongTensor` of shape `(batch_size, prompt_length)`): Index into `values`, or -1.
         placed (`torch.LongTensor` of shape `(num_placeholders,)`): How often each value was placed.
+        used (`bool`): Whether the base ran.
         start (`int`): What a cache held before the prompt's first token.
         offset (`int` or scalar `torch.LongTensor`): Prompt position of the first token that the embedding sees next.
             It moves on in chunked prefill. Static caches give a tensor, which is never read back to the host.
@@ -33,6 +34,7 @@ class Placement:
     token_id: int
     slots: torch.Tensor
     placed: torch.Tensor
+    used: bool = False
     start: int = 0
     offset: int | torch.Tensor = 0
 
@@ -71,20 +73,20 @@ def place_embeddings(
         start (`int`): How many tokens a cache holds that come before the prompt.
 
     Raises:
-        `RuntimeError`: A placeholder went through without its embedding.
+        `RuntimeError`: The base ran, and a placeholder went through without its embedding.
     """
     before, placement = _ACTIVE.placement, None
     if values is not None and len(values):
         _install_hooks(base)
         slots = placeholder_slots(input_ids, token_id)
         placed = torch.zeros(len(values), dtype=torch.long, device=slots.device)
-        placement = Placement(base.get_input_embeddings(), values, token_id, slots, placed, start)
+        placement = Placement(base.get_input_embeddings(), values, token_id, slots, placed, start=start)
     _ACTIVE.placement = placement
     try:
         yield
     finally:
         _ACTIVE.placement = before
-    if placement is not None:
+    if placement is not None and placement.used:
         expected = slots[:, num_cached:]
         missing = int((placement.placed[expected[expected >= 0]] == 0).sum())
         if missing:
@@ -108,6 +110,7 @@ def _note_offset(base, args, kwargs):
     placement = _ACTIVE.placement
     if placement is not None and placement.embedding is base.get_input_embeddings():
         cache = kwargs.get("past_key_values")
+        placement.used = True
         placement.offset = 0 if cache is None else cache.get_seq_length() - placement.start
 
 

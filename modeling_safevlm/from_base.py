@@ -45,18 +45,21 @@ def from_base(
     if isinstance(base, PreTrainedModel):
         name = base.config._name_or_path
     elif type(base).__module__.startswith("peft."):
-        check_no_peft(base, type(base).__name__)
+        _refuse_peft(type(base).__name__)
     elif not isinstance(base, (str, Path)):
         raise TypeError(f"`base` must be a Hub id, a folder or a loaded model, got {type(base).__name__}.")
     else:
         name = str(base)
+        if (Path(name) / "adapter_config.json").is_file():
+            _refuse_peft(name)
         get_backbone(AutoConfig.from_pretrained(name))  # a clear error before gigabytes are read
         base_kwargs = dict(base_kwargs or {})
         if base_kwargs.get("quantization_config") is not None:
             base_kwargs["quantization_config"] = keep_output_layer(base_kwargs["quantization_config"])
         base = AutoModelForImageTextToText.from_pretrained(name, **base_kwargs)
     get_backbone(base.config)
-    check_no_peft(base, name)
+    if any(type(module).__module__.startswith("peft.") for module in base.modules()):
+        _refuse_peft(name)
     if safety_adapter is not None:
         safety_adapter = adapter_folder(safety_adapter)
         config = adapter_config(safety_adapter, base.config)
@@ -77,13 +80,11 @@ def from_base(
     return model.train(was_training)
 
 
-def check_no_peft(base: PreTrainedModel, name: str):
-    """Raises if a base carries a PEFT adapter: a model saved over one cannot be loaded."""
-    if any(type(module).__module__.startswith("peft.") for module in base.modules()):
-        raise ValueError(
-            f"The base {name!r} carries a PEFT adapter (LoRA, say), with which a SafeVLM could not be loaded again. "
-            f"Merge it first: `base = PeftModel.from_pretrained(base, adapter).merge_and_unload()`."
-        )
+def _refuse_peft(name: str):
+    raise ValueError(
+        f"The base {name!r} carries a PEFT adapter (LoRA, say), with which a SafeVLM could not be loaded again. "
+        f"Merge it first: `base = PeftModel.from_pretrained(base, adapter).merge_and_unload()`."
+    )
 
 
 def wrap(cls, base: PreTrainedModel, config: SafeVlmConfig):

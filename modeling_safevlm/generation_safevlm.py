@@ -169,8 +169,8 @@ class SafeVlmGenerationMixin(GenerationMixin):
             enforcement.verify(sequences)
         cache = output.get("past_key_values") if is_dict else call.get("past_key_values")
         if cache is not None:
-            num_beams = self._setting("num_beams", call) or 1
-            remember_prompt(cache, sequences, mask, pictures, verdicts, num_beams)
+            knowable = self.backbone.reads_forwards and (self._setting("num_beams", call) or 1) == 1
+            remember_prompt(cache, sequences, mask, pictures, verdicts, knowable)
         # The caller's prompt goes back in front of the new tokens.
         originals = input_ids.to(sequences.device).repeat_interleave(len(sequences) // len(input_ids), dim=0)
         sequences = torch.cat([originals, sequences[:, prompt.shape[1] :]], dim=1)

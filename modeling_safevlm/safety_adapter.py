@@ -90,22 +90,24 @@ def load_adapter_weights(model, folder: Path):
     except ImportError as error:
         raise ImportError(f"The safety adapter {str(folder)!r} holds LoRA: pip install 'safevlm[train]'.") from error
     weights = load_file(folder / LORA_WEIGHTS)
+    _check_complete(folder, weights, {f"base_model.model.safety.{name}" for name in model.safety.state_dict()})
     adapted = PeftModel.from_pretrained(model, (folder / LORA_WEIGHTS).parent)
-    # PEFT only warns of weights that are missing.
-    expected = set(get_peft_model_state_dict(adapted)) | {
-        f"base_model.model.safety.{n}" for n in model.safety.state_dict()
-    }
+    lora = {name for name in get_peft_model_state_dict(adapted) if ".safety." not in name}
+    _check_complete(folder, weights, lora)  # PEFT only warns of those
+    if broken := [name for name, weight in weights.items() if not weight.isfinite().all()]:
+        raise ValueError(f"The safety adapter {str(folder)!r} is damaged: {broken[0]} is not finite.")
+    model = adapted.merge_and_unload()
+    check_safety_weights(model.safety, str(folder))
+    return model
+
+
+def _check_complete(folder: Path, weights: dict, expected: set[str]):
     if missing := sorted(expected - set(weights)):
         safety = sum(".safety." in name for name in missing)
         raise ValueError(
             f"The safety adapter {str(folder)!r} lacks {len(missing)} weights, {safety} of them safety weights "
             f"({', '.join(missing[:3])}, ...): save it again."
         )
-    if broken := [name for name, weight in weights.items() if not weight.isfinite().all()]:
-        raise ValueError(f"The safety adapter {str(folder)!r} is damaged: {broken[0]} is not finite.")
-    model = adapted.merge_and_unload()
-    check_safety_weights(model.safety, str(folder))
-    return model
 
 
 def whole_state_dict(module: nn.Module) -> dict[str, torch.Tensor]:
