@@ -3,33 +3,43 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 LOWEST := .venv-lowest
+NEWEST := .venv-newest
+TORCH := $(shell sed -n 's/.*"\(torch==[0-9.]*\)".*/\1/p' pyproject.toml)
 export TOKENIZERS_PARALLELISM := false
+OFFLINE := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1
+PYTEST := -m pytest -n 2 --dist worksteal
 
-.PHONY: help demo test test-browser test-docs test-lowest families test-transformers lint install bench clean
+.PHONY: help demo test test-browser test-docs test-lowest test-newest families test-transformers lint install lock bench clean
 
 help:  ## show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
-install: $(VENV)/.installed  ## make .venv with everything
+install: $(VENV)/.installed  ## make .venv with everything, as lock.txt has it
 
-# torch first and by version: an open range would take a build with gigabytes of CUDA packages where a CPU build will do.
-$(VENV)/.installed: pyproject.toml constraints.txt
+# First pip and setuptools, then all the rest by its hash; nothing is resolved, nothing builds with what is not locked.
+# torch comes apart: its builds, CPU or CUDA, have other hashes on every index, and pip checks all hashes or none. What a
+# CPU build requires is there by then.
+$(VENV)/.installed: pyproject.toml lock.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
-	$(BIN)/python -m pip install --quiet --no-deps "$$(grep '^lmms-eval==' constraints.txt)"  # see `test` in pyproject.toml
+	sed -n -E '/^(pip|setuptools)==/,/[^\]$$/p' lock.txt > $(VENV)/tools.txt
+	$(BIN)/python -m pip install --quiet --no-deps --requirement $(VENV)/tools.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --requirement lock.txt
+	$(BIN)/python -m pip install --quiet --no-warn-conflicts $(TORCH)
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .  # of editable installs as such
 	touch $@
+
+lock: $(VENV)/.installed  ## renew lock.txt; of one package alone: ARGS="--upgrade-package peft"
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra dev --group engine --no-emit-package torch \
+		--generate-hashes --no-annotate --custom-compile-command "make lock" $(or $(ARGS),--upgrade) pyproject.toml --output-file lock.txt
 
 demo: $(VENV)/.installed  ## build, train, evaluate and use a tiny SafeVLM; ARGS="--fast --seed 1"
 	$(BIN)/safevlm demo --output demo $(ARGS)
 
 test: $(VENV)/.installed  ## run the tests, offline, on the CPU
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not browser and not documents" $(ARGS)
+	$(OFFLINE) $(BIN)/python $(PYTEST) -m "not browser and not documents" $(ARGS)
 
 test-lowest: $(LOWEST)/.installed  ## run them with the lowest versions of all packages (Python 3.11 or 3.12)
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(LOWEST)/bin/python -m pytest \
-		-n 2 --dist worksteal -p no:cacheprovider $(ARGS)
+	$(OFFLINE) $(LOWEST)/bin/python $(PYTEST) -p no:cacheprovider $(ARGS)
 
 # The venv ignores itself: ruff and git are not to look into it.
 $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
@@ -40,14 +50,25 @@ $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
 	$(LOWEST)/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable ".[test]"
 	touch $@
 
+# Made anew each time: what is newest changes.
+test-newest:  ## run them with the newest releases that pyproject.toml admits, listing those that lock.txt does not have
+	$(PYTHON) -m venv --clear $(NEWEST)
+	echo "*" > $(NEWEST)/.gitignore
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade pip
+	$(NEWEST)/bin/python -m pip install --quiet --editable ".[test]"
+	$(NEWEST)/bin/python -m pip install --quiet --no-deps --group engine
+	@sed -n -E 's/^([^ ]+==[^ ]+) .*/\1/p' lock.txt > $(NEWEST)/locked.txt
+	@echo "Other than in lock.txt:"; $(NEWEST)/bin/python -m pip freeze --exclude-editable | grep -vixFf $(NEWEST)/locked.txt || true
+	$(OFFLINE) $(NEWEST)/bin/python $(PYTEST) -m "not browser and not documents" -p no:cacheprovider $(ARGS)
+
 test-browser: $(VENV)/.installed  ## run the Space's tests in headless Chromium
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/space -m browser $(ARGS)
+	$(OFFLINE) $(BIN)/python -m pytest tests/space -m browser $(ARGS)
 
 test-docs: $(VENV)/.installed  ## run all that the documents tell people to type
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/docs -m documents $(ARGS)
+	$(OFFLINE) $(BIN)/python $(PYTEST) tests/docs -m documents $(ARGS)
 
 families: $(VENV)/.installed  ## run the matrix of model families and write its table
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadgroup \
+	$(OFFLINE) $(BIN)/python -m pytest -n 2 --dist loadgroup \
 		tests/modeling/test_families.py --family-table modeling_safevlm/README.md
 
 test-transformers: $(VENV)/.installed  ## run transformers' own common tests on SafeVLM, with the native models as control
@@ -61,4 +82,4 @@ bench: $(VENV)/.installed  ## measure what the safety path costs
 	$(BIN)/python tests/benchmarks/overhead.py $(ARGS)
 
 clean:  ## remove what the targets made
-	rm -rf $(VENV) $(LOWEST) demo build *.egg-info
+	rm -rf $(VENV) $(LOWEST) $(NEWEST) demo build *.egg-info

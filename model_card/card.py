@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from safevlm.safety_adapter import ADAPTER_WEIGHTS, LORA_WEIGHTS
+from safevlm.adapter_files import ADAPTER_WEIGHTS, LORA_WEIGHTS
 
 from . import sections
 from .facts import check_facts, read_facts, write_facts, write_text

@@ -23,6 +23,8 @@ import shlex
 from hashlib import sha256
 from pathlib import Path
 
+from safevlm.safety_policy import SafetyPolicy
+
 FACTS_FILE = "card_facts.json"
 FIELDS = (
     *("model_name", "language", "license", "license_source", "base_model", "training", "results", "calibration"),
@@ -98,8 +100,7 @@ def _check_origin(block: dict, where: str):
 
 def policy_mark(policy: dict) -> dict[str, str]:
     """What tells whether two measurements were made under the same policy."""
-    from safevlm import SafetyPolicy  # fields that an older file lacks have their defaults
-
+    # Fields that an older file lacks have their defaults.
     content = json.dumps(SafetyPolicy.from_value(policy).to_dict(), sort_keys=True)
     return {"name": policy["name"], "sha256": sha256(content.encode()).hexdigest()}
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import yaml
 
-from safevlm.safety_adapter import ADAPTER_WEIGHTS, LORA_CONFIG, LORA_WEIGHTS
+from safevlm.adapter_files import ADAPTER_WEIGHTS, LORA_CONFIG, LORA_WEIGHTS
+from safevlm.safety_policy import SafetyPolicy
 
 from .card import CARD, existing_card, is_adapter, is_hub_id, is_ours, render_card
 from .facts import FACTS_FILE, read_facts
@@ -139,8 +140,6 @@ def _config(config: dict, adapter: bool) -> bytes | None:
 
 def _policy(config: dict) -> bytes:
     """The policy in force, for people to read and diff; the model itself takes it from its configuration."""
-    from safevlm import SafetyPolicy
-
     policy = SafetyPolicy.from_value(config["safety_policy"]).to_dict()
     return yaml.safe_dump(policy, sort_keys=False, allow_unicode=True).encode()
 

@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from safevlm.safety_adapter import ADAPTER_WEIGHTS, LORA_CONFIG, LORA_WEIGHTS
+from safevlm.adapter_files import ADAPTER_WEIGHTS, LORA_CONFIG, LORA_WEIGHTS
 
 from .card import is_adapter
 from .facts import FACTS_FILE, read_facts

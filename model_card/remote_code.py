@@ -10,14 +10,14 @@ import sys
 import warnings
 from dataclasses import dataclass
 from difflib import unified_diff
+from importlib.util import find_spec
 from pathlib import Path
 from posixpath import dirname, join, normpath
 
-import safevlm.processing
-from safevlm.configuration_safevlm import CATEGORY_NAMES, LEVEL_NAMES
+from safevlm.safety_labels import PAPER_LABELS
 from safevlm.safety_policy import SafetyPolicy
 
-FOLDERS = [Path(package.__file__).parent for package in (safevlm, safevlm.processing)]
+FOLDERS = [Path(find_spec(package).origin).parent for package in ("safevlm", "safevlm.processing")]
 # Of a model, of another model that config.json points to by version, of the processor and its parts, of the tokenizer.
 CONFIGS = ("config*.json", "*processor_config.json", "tokenizer_config.json")
 GENERATE = "custom_generate/generate.py"
@@ -229,7 +229,9 @@ def _weaknesses(config: dict) -> list[str]:
     labels = {name: config.get(f"{name}_names") for name in ("category", "level")}
     try:
         policy = SafetyPolicy.from_value(config.get("safety_policy", "default"), files=False)
-        return policy.weaknesses(labels["category"] or CATEGORY_NAMES, labels["level"] or LEVEL_NAMES)
+        return policy.weaknesses(
+            labels["category"] or PAPER_LABELS.category_names, labels["level"] or PAPER_LABELS.level_names
+        )
     except (ValueError, TypeError) as error:
         return [f"it is none: {error}"]
 

@@ -1,44 +1,35 @@
 """safevlm: make a vision-language model safe, and show that it is (SafeVLM, arXiv 2405.13581).
 
 Importing this package registers its classes with the Auto classes of transformers.
+
+The `safevlm` command is the exception: there the classes are imported, and registered, when a command first asks for
+one. So neither torch nor transformers is imported for `safevlm --help` or `safevlm data check`.
 """
 
-from .versions import SAFEVLM_VERSION  # isort: split
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForImageTextToText,
-    AutoModelForMultimodalLM,
-    AutoProcessor,
+__version__ = version("safevlm")
+
+# Python was started as `safevlm ...`, or as `python -m safevlm ...` (it is "-m" while that module is looked for).
+_IS_COMMAND = Path(sys.argv[0]).stem == "safevlm" or (
+    sys.argv[0] == "-m" and bool({"safevlm", "safevlm.trainer.cli"} & set(sys.orig_argv))
 )
 
-from .configuration_safevlm import SafeVlmConfig
-from .from_base import from_base as _from_base
-from .modeling_safevlm import SafeVlmForConditionalGeneration, SafeVlmOutput
-from .pipeline_safevlm import SafeVlmPipeline
-from .processing.processing_safevlm import SafeVlmProcessor
-from .safety_adapter import save_safety_adapter
-from .safety_assessment import SafetyAssessment
-from .safety_policy import ACTIONS, POLICY_PRESETS, SafetyPolicy
-
-__version__ = SAFEVLM_VERSION
-
-# Making a model needs this package, using one does not: these two are not in the code that a saved model carries.
-SafeVlmForConditionalGeneration.from_base = classmethod(_from_base)
-SafeVlmForConditionalGeneration.save_safety_adapter = save_safety_adapter
-
-AutoConfig.register(SafeVlmConfig.model_type, SafeVlmConfig)
-AutoModel.register(SafeVlmConfig, SafeVlmForConditionalGeneration)
-AutoModelForImageTextToText.register(SafeVlmConfig, SafeVlmForConditionalGeneration)
-AutoModelForMultimodalLM.register(SafeVlmConfig, SafeVlmForConditionalGeneration)
-AutoProcessor.register(SafeVlmConfig, SafeVlmProcessor)
-
-# What is saved carries its code: `from_pretrained(..., trust_remote_code=True)` needs no safevlm.
-SafeVlmConfig.register_for_auto_class()
-SafeVlmForConditionalGeneration.register_for_auto_class("AutoModel")
-SafeVlmForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
-SafeVlmProcessor.register_for_auto_class()
+if TYPE_CHECKING or not _IS_COMMAND:
+    from .registration import (
+        ACTIONS,
+        POLICY_PRESETS,
+        SafetyAssessment,
+        SafetyPolicy,
+        SafeVlmConfig,
+        SafeVlmForConditionalGeneration,
+        SafeVlmOutput,
+        SafeVlmPipeline,
+        SafeVlmProcessor,
+    )
 
 __all__ = [
     "ACTIONS",
@@ -51,3 +42,11 @@ __all__ = [
     "SafetyAssessment",
     "SafetyPolicy",
 ]
+
+
+def __getattr__(name: str):
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import registration
+
+    return getattr(registration, name)

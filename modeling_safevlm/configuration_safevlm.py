@@ -8,15 +8,13 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 )
 
+from .safety_labels import SafetyLabels
 from .safety_policy import SafetyPolicy
 
 # `transformers serve`, the pipelines and the model card ask these tables whether a class is a vision-language model;
 # the Auto classes' `register` does not enter it there. Here, since a server reads a model's configuration first.
 for names in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES):
     names["safevlm"] = "SafeVlmForConditionalGeneration"
-
-CATEGORY_NAMES = ("politics", "illegal risk", "insults and bullying", "fairness", "privacy", "misleading", "safe")
-LEVEL_NAMES = ("none", "low", "medium", "high")
 
 
 class SafeVlmConfig(PreTrainedConfig):
@@ -77,9 +75,9 @@ class SafeVlmConfig(PreTrainedConfig):
         num_projected_tokens: int = 4,
         num_head_layers: int = 1,
         num_attention_heads: int = 8,
-        category_names: list[str] = CATEGORY_NAMES,
-        level_names: list[str] = LEVEL_NAMES,
-        safe_category: str = "safe",
+        category_names: list[str] = SafetyLabels.category_names,
+        level_names: list[str] = SafetyLabels.level_names,
+        safe_category: str = SafetyLabels.safe_category,
         safety_level_loss_coef: float = 10.0,
         safety_category_loss_coef: float = 10.0,
         safety_policy="default",
@@ -100,9 +98,10 @@ class SafeVlmConfig(PreTrainedConfig):
         self.num_projected_tokens = num_projected_tokens
         self.num_head_layers = num_head_layers
         self.num_attention_heads = num_attention_heads
-        self.category_names = list(category_names)
-        self.level_names = list(level_names)
-        self.safe_category = safe_category
+        labels = SafetyLabels(category_names, level_names, safe_category)
+        self.category_names = list(labels.category_names)
+        self.level_names = list(labels.level_names)
+        self.safe_category = labels.safe_category
         self.safety_level_loss_coef = safety_level_loss_coef
         self.safety_category_loss_coef = safety_category_loss_coef
         self.safety_policy = SafetyPolicy.from_value(safety_policy, files=False).to_dict()
@@ -140,14 +139,6 @@ class SafeVlmConfig(PreTrainedConfig):
             raise ValueError(
                 f"`safety_projector_type` must be 'c_abstractor' or 'resampler', got {self.safety_projector_type!r}."
             )
-        if self.safe_category not in self.category_names:
-            raise ValueError(f"`safe_category` {self.safe_category!r} is not among {self.category_names}.")
-        for field in ("level_names", "category_names"):
-            names = getattr(self, field)
-            if twice := [name for i, name in enumerate(names) if name in names[:i]]:
-                raise ValueError(f"`{field}` has {twice[0]!r} twice; give each label a name of its own.")
-        if len(self.level_names) < 2 or len(self.category_names) < 2:
-            raise ValueError("`level_names` and `category_names` need at least two entries each.")
         SafetyPolicy.from_value(self.safety_policy, files=False).check_labels(self.category_names, self.level_names)
 
     @classmethod

@@ -33,13 +33,11 @@ class GuardedRequest:
     Args:
         features (`ImageFeatures`, *optional*): `None` if there are no images.
         parts (`PromptParts`): Which tokens are questions.
-        predictions (`list[SafetyPrediction]`): The head's logits, one for each reading of the prompts.
         assessment (`SafetyAssessment`): The verdict on each row.
     """
 
     features: object | None
     parts: PromptParts
-    predictions: list
     assessment: SafetyAssessment
 
 
@@ -76,18 +74,25 @@ class SafeVlmGenerationMixin(GenerationMixin):
         self, input_ids, attention_mask, policy: SafetyPolicy, safety_question_mask=None, **image_inputs
     ) -> GuardedRequest:
         """
-        The half that `assess`, `generate` and calibration share: from a batch of prompts to a verdict on each.
+        The half that `assess` and `generate` share: from a batch of prompts to a verdict on each.
 
         Raises:
             `ValueError`: The language model would see what the head does not.
         """
         check_attention(input_ids, attention_mask, self.backbone.image_token_id)
         features = self.encode_images(input_ids, **image_inputs)
-        prompt = self.config.generation_prompt_token_ids
-        parts = prompt_parts(input_ids, attention_mask, safety_question_mask, prompt)
-        readings = [None] if features is None else parts.readings(policy.whole_conversation)
-        predictions = [self.predict_safety(input_ids, attention_mask, features, reading) for reading in readings]
-        return GuardedRequest(features, parts, predictions, self.apply_policy(predictions, policy))
+        parts = self.prompt_parts(input_ids, attention_mask, safety_question_mask)
+        readings = self.predict_readings(input_ids, attention_mask, features, parts, policy.whole_conversation)
+        return GuardedRequest(features, parts, self.apply_policy(readings, policy))
+
+    def prompt_parts(self, input_ids, attention_mask, question_mask) -> PromptParts:
+        """Which tokens of the prompts the head may read."""
+        return prompt_parts(input_ids, attention_mask, question_mask, self.config.generation_prompt_token_ids)
+
+    def predict_readings(self, input_ids, attention_mask, features, parts, whole_conversation=True):
+        """What the head says in each of its readings of the prompts (see question_reading.py), before any policy."""
+        readings = [None] if features is None else parts.readings(whole_conversation)
+        return [self.predict_safety(input_ids, attention_mask, features, reading) for reading in readings]
 
     @torch.no_grad()
     def generate(
@@ -305,7 +310,6 @@ class SafeVlmGenerationMixin(GenerationMixin):
 
     def _check_text(self, text: str, ids: list[int], tokenizer=None):
         control = {self.config.safety_token_id, self.backbone.image_token_id, *self._end_token_ids({})}
-        control |= set() if tokenizer is None else set(tokenizer.all_special_ids)
         check_text_ids(text, ids, self.config.get_text_config().vocab_size, control, tokenizer)
 
     def check_policy_texts(self, processor=None):

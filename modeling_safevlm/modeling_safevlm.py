@@ -23,9 +23,9 @@ from .embedding_hook import place_embeddings
 from .generation_safevlm import SafeVlmGenerationMixin
 from .losses import IGNORE_INDEX, combine_losses, safety_losses
 from .policy_texts import generation_prompt_token_ids, policy_token_ids
-from .quantization import forget_quantization, keep_safety_modules, share_quantization
+from .quantization import forget_quantization, keep_safety_modules, share_quantization, unpack
 from .request_checks import check_inputs
-from .safety_assessment import SafetyAssessment, assess_logits, worst_images, worst_verdicts
+from .safety_assessment import SafetyAssessment, assess_rows, worst_images
 from .safety_modules import SafetyEmbeddings, SafetyModules, SafetyTokens, check_safety_weights
 from .safety_policy import POLICY_PRESETS, SafetyPolicy
 
@@ -326,17 +326,14 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
 
     def apply_policy(self, predictions: list[SafetyPrediction], policy: SafetyPolicy) -> SafetyAssessment:
         """The verdict on each row under `policy`: the worst over its images and over all predictions about them."""
-        first = predictions[0]
-        images = assess_logits(
+        return assess_rows(
             torch.cat([prediction.image_level_logits for prediction in predictions]),
             torch.cat([prediction.image_category_logits for prediction in predictions]),
-            torch.cat([torch.ones_like(prediction.rows, dtype=torch.bool) for prediction in predictions]),
+            torch.cat([prediction.rows for prediction in predictions]),
+            len(predictions[0].assessed),
             policy,
             self.config,
         )
-        none = torch.zeros_like(first.assessed)
-        unassessed = assess_logits(first.level_logits, first.category_logits, none, policy, self.config)
-        return worst_verdicts(images, torch.cat([prediction.rows for prediction in predictions]), unassessed)
 
     def condition(self, features: ImageFeatures, action: torch.Tensor, category: torch.Tensor) -> torch.Tensor:
         """
@@ -472,7 +469,13 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
         if "base" in self._modules:
             self.base.generation_config = value
 
+    def train(self, mode: bool = True):
+        if mode:
+            unpack(self)
+        return super().train(mode)
+
     def dequantize(self, dtype=None):
+        unpack(self)
         model = super().dequantize(dtype or self.dtype)
         forget_quantization(model)
         return model

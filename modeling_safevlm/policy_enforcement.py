@@ -1,5 +1,6 @@
 """Carries a policy out while the base model writes: forced refusals, no placeholders, no hints on a streamer."""
 
+import re
 import unicodedata
 
 import torch
@@ -132,10 +133,13 @@ def check_text_ids(text: str, ids: list[int], vocab_size: int, control_ids: set[
     Raises `ValueError` if token ids cannot stand for a policy's text: a refusal must not be empty, or another text.
 
     Args:
-        control_ids (`set[int]`): Ids that no text may have: those of ends, padding, placeholders.
+        control_ids (`set[int]`): Ids that no text may have: ends, padding, placeholders.
         tokenizer (*optional*): Without one nobody can tell what the ids say.
     """
     problem = None
+    if tokenizer is not None:
+        special = (i for i in tokenizer.all_special_ids if not _CLOSING.fullmatch(_letters(tokenizer.decode([i]))))
+        control_ids = control_ids | set(special)
     if not ids:
         problem = "no tokens at all"
     elif outside := [i for i in ids if not 0 <= i < vocab_size]:
@@ -143,14 +147,18 @@ def check_text_ids(text: str, ids: list[int], vocab_size: int, control_ids: set[
     elif control := [i for i in ids if i in control_ids]:
         problem = f"the special token {control[0]}"
     elif tokenizer is not None:
-        read = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        if _letters(read) != _letters(text):
+        read = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if _CLOSING.sub("", _letters(read)) != _letters(text):
             problem = f"tokens that say {read!r}"
     if problem:
         raise ValueError(
             f"The policy's text {text!r} has {problem}. Use another text, or store the policy's own once more: "
             f"`model.set_safety_policy(policy, processor)`."
         )
+
+
+# A refusal may first have to close the thoughts that a generation prompt opens (see policy_texts.py).
+_CLOSING = re.compile(r"^[<\[]/\w+[>\]]")
 
 
 def _letters(text: str) -> str:

@@ -1,5 +1,7 @@
 """A policy's texts as token ids, exactly as the chat template would put them, so that the model needs no tokenizer."""
 
+import re
+
 
 def policy_token_ids(processor, texts: dict[str, list[str]]) -> dict[str, str]:
     """
@@ -39,18 +41,30 @@ def _hint_ids(processor, text: str) -> list[int]:
 
 
 def _answer_ids(processor, text: str) -> list[int]:
+    """What is to be written after the generation prompt, so that `text` is the answer that a user sees."""
     if not getattr(processor, "chat_template", None):
         return _encode(processor, " " + text)
-    prompt = _render(processor, [_user("a")], add_generation_prompt=True)
-    full = _render(processor, [_user("a"), {"role": "assistant", "content": [{"type": "text", "text": text}]}])
-    if full[: len(prompt)] != prompt:  # a template that renders past answers differently
-        return _encode(processor, " " + text)
-    # What the template writes after an answer (white space, end of turn) is not part of the text.
-    tokenizer = getattr(processor, "tokenizer", processor)
-    answer, length = full[len(prompt) :], 1
-    while tokenizer.decode(answer[:length], skip_special_tokens=True).strip() != text and length < len(answer):
-        length += 1
-    return answer[:length]
+    prompt, answer = [_user("a")], {"role": "assistant", "content": [{"type": "text", "text": text}]}
+    ids, full = _render(processor, prompt, add_generation_prompt=True), _render(processor, [*prompt, answer])
+    if full[: len(ids)] == ids:
+        # What the template writes after an answer (white space, end of turn) is not part of the text.
+        tokenizer = getattr(processor, "tokenizer", processor)
+        ids, length = full[len(ids) :], 1
+        while length < len(ids) and not _ends_with(tokenizer.decode(ids[:length], skip_special_tokens=True), text):
+            length += 1
+        return ids[:length]
+    # Behind an open tag of thoughts other text makes other tokens, and some templates close it after thoughts only.
+    opening = _rendered(processor, prompt, add_generation_prompt=True)
+    for thought in ("", "b"):
+        full = _rendered(processor, [*prompt, {**answer, "reasoning_content": thought}])
+        if full.startswith(opening + thought) and text in full:
+            return _encode(processor, full[len(opening + thought) : full.rindex(text) + len(text)])
+    tag = re.search(r"<(\w+)>\s*$", opening)
+    return _encode(processor, " " + text if tag is None else f"\n</{tag[1]}>\n\n{text}")
+
+
+def _ends_with(written: str, text: str) -> bool:
+    return written.rstrip().endswith(text)
 
 
 def _user(text: str) -> dict:
@@ -58,8 +72,11 @@ def _user(text: str) -> dict:
 
 
 def _render(processor, messages, add_generation_prompt=False) -> list[int]:
-    text = processor.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
-    return _encode(processor, text)
+    return _encode(processor, _rendered(processor, messages, add_generation_prompt))
+
+
+def _rendered(processor, messages, add_generation_prompt=False) -> str:
+    return processor.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
 
 
 def _encode(processor, text: str) -> list[int]:

@@ -13,7 +13,8 @@ def edit_prompt(
     right: bool = False,
 ) -> dict[str, torch.Tensor]:
     """
-    A left-padded batch of prompts with tokens inserted or dropped, row by row; masked tokens are dropped, too.
+    A left-padded batch of prompts with tokens inserted or dropped, row by row. What is inserted into is left-padded
+    without masked tokens, whatever it was before.
 
     Args:
         input_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, sequence_length)`)
@@ -27,11 +28,11 @@ def edit_prompt(
         `dict` with the edited `input_ids`, `attention_mask` and `per_token` tensors; those passed if nothing changes.
     """
     per_token = per_token or {}
+    ragged = insertions is not None and bool((attention_mask[:, 1:] < attention_mask[:, :-1]).any())
     insertions = insertions or [None] * len(input_ids)
     columns = columns or [0] * len(input_ids)
     drops = drop_id is not None and bool((input_ids == drop_id).any())
-    padded_left = right or bool((attention_mask[:, 1:] >= attention_mask[:, :-1]).all())
-    if not drops and padded_left and all(insertion is None for insertion in insertions):
+    if not drops and not ragged and all(insertion is None for insertion in insertions):
         return {"input_ids": input_ids, "attention_mask": attention_mask, **per_token}
 
     rows = []
@@ -73,18 +74,21 @@ def per_token(call: dict, input_ids) -> dict[str, torch.Tensor]:
 
 def hint_column(ids: list[int], mask: list[bool], generation_prompt: list[int]) -> int:
     """
-    The column of a row before which a hint goes: where the newest turn's generation prompt starts.
+    The column of a row before which a hint goes: the end of the newest turn's words, where the generation prompt
+    starts.
 
     Args:
         ids (`list[int]`): The row.
         mask (`list[bool]`): Where the row is neither padding nor an assistant's text.
-        generation_prompt (`list[int]`): What the template writes before an answer. In a prompt without one the hint
-            goes to the end, before the beginning of the answer if there is one.
+        generation_prompt (`list[int]`): What the template writes between the newest turn's words and an answer. The
+            prompt may end with the first tokens of it only: without a generation prompt the turn's end is left, and
+            behind an open tag of thoughts other text makes other tokens. In a prompt with none of it the hint goes
+            to the end, before the beginning of the answer if there is one.
     """
     columns = [column for column, read in enumerate(mask) if read]
-    at = last_occurrence([ids[column] for column in columns], generation_prompt)
-    if at < len(columns):
-        return columns[at]
+    for length in range(min(len(generation_prompt), len(columns)), 0, -1):
+        if [ids[column] for column in columns[-length:]] == generation_prompt[:length]:
+            return columns[-length]
     return columns[-1] + 1 if columns else 0
 
 

@@ -4,6 +4,10 @@ transformers quantises every linear layer that a quantisation config does not na
 end in the same state: `from_pretrained(safe_model, quantization_config=...)`, where [`keep_safety_modules`] names
 them, and `from_base(base, base_kwargs={"quantization_config": ...})`, where [`keep_output_layer`] does. Then
 [`share_quantization`] makes wrapper and base agree, so that each can be saved, reloaded and trained (QLoRA) by itself.
+
+On CPUs with AVX512-BF16 bitsandbytes packs a 4-bit weight anew at its first inference, for a faster product. It crashes on
+widths that do not fill its blocks, and a packed weight passes no gradients and dequantises to noise. So layers of such
+widths stay unpacked ([`share_quantization`]), and all are unpacked to be trained or dequantised ([`unpack`]).
 """
 
 import copy
@@ -13,6 +17,7 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 # What the quantisation configs of transformers call the modules to leave as they are.
 SKIP_LISTS = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")
 OUTPUT_LAYER = "lm_head"
+PACKED_OUTPUTS = 32  # how many outputs of a 4-bit layer are packed together
 MARKS = ("is_quantized", "quantization_method", "is_loaded_in_8bit", "is_loaded_in_4bit")
 
 
@@ -51,6 +56,22 @@ def share_quantization(model):
     for mark in MARKS:
         if hasattr(source, mark):
             setattr(target, mark, getattr(source, mark))
+    for layer in _packing_layers(model):
+        if layer.out_features % PACKED_OUTPUTS or layer.in_features % layer.weight.blocksize:
+            layer.support_avx512bf16_for_cpu = False
+
+
+def unpack(model):
+    """Unpacks 4-bit weights that bitsandbytes packed for this CPU, and keeps it from packing them again."""
+    for layer in _packing_layers(model):
+        layer.support_avx512bf16_for_cpu = False
+        layer.state_dict()  # a packed weight is not written: this unpacks it
+        if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
+            raise RuntimeError("This release of bitsandbytes does not unpack its 4-bit weights. Use a GPU, or 8 bit.")
+
+
+def _packing_layers(model):
+    return [module for module in model.modules() if getattr(module, "support_avx512bf16_for_cpu", False)]
 
 
 def _with_skipped(quantization_config, change):

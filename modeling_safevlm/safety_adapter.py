@@ -17,11 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.integrations.accelerate import load_offloaded_parameter
 
+from .adapter_files import ADAPTER_WEIGHTS, LORA_WEIGHTS
 from .configuration_safevlm import SafeVlmConfig
 from .safety_modules import check_safety_weights
-
-ADAPTER_WEIGHTS = "safety_adapter.safetensors"
-LORA_WEIGHTS, LORA_CONFIG = "lora/adapter_model.safetensors", "lora/adapter_config.json"
 
 
 def save_safety_adapter(model, save_directory):

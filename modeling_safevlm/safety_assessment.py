@@ -15,7 +15,7 @@ from .safety_policy import ACTIONS, SafetyPolicy
 NOT_FINITE = "The safety head's numbers are not finite, so the request is refused."
 
 
-@dataclass
+@dataclass(repr=False)
 class SafetyAssessment:
     """
     The verdict on each row of a batch. A row's verdict is its worst image's; a row without an image is not assessed.
@@ -58,6 +58,16 @@ class SafetyAssessment:
     def failed(self) -> torch.Tensor:
         """`torch.BoolTensor` of shape `(batch_size,)`: Where the head's numbers are not finite, so are no verdict."""
         return self.assessed & ~self.score.isfinite()
+
+    def __repr__(self) -> str:
+        """One line a row, for people; `to_list` has all the figures."""
+        lines = []
+        for i, row in enumerate(self.to_list()):
+            verdict = row.get("error", "not assessed")
+            if row["level"] is not None:
+                verdict = f"{row['category']}, {row['level']}, risk {row['score']:.3f}"
+            lines.append(f"  row {i}: {row['action']} ({verdict})")
+        return "\n".join(["SafetyAssessment:", *lines])
 
     def to_list(self) -> list[dict]:
         """
@@ -138,6 +148,31 @@ def assess_logits(
         category_names=list(config.category_names),
         level_names=list(config.level_names),
     )
+
+
+def assess_rows(
+    level_logits: torch.Tensor,
+    category_logits: torch.Tensor,
+    rows: torch.Tensor,
+    batch_size: int,
+    policy: SafetyPolicy,
+    config: SafeVlmConfig,
+) -> SafetyAssessment:
+    """
+    The verdict on each row: its worst over images and readings. What `assess` and `generate` enforce, and what
+    calibration measures.
+
+    Args:
+        level_logits (`torch.FloatTensor` of shape `(num_readings, num_levels)`): One reading of one image each.
+        category_logits (`torch.FloatTensor` of shape `(num_readings, num_categories)`)
+        rows (`torch.LongTensor` of shape `(num_readings,)`): The row each belongs to.
+        batch_size (`int`): How many rows there are. Those without a reading are not assessed.
+    """
+    read = torch.ones_like(rows, dtype=torch.bool)
+    readings = assess_logits(level_logits, category_logits, read, policy, config)
+    nothing = [logits.new_zeros(batch_size, logits.shape[1]) for logits in (level_logits, category_logits)]
+    unassessed = assess_logits(*nothing, read.new_zeros(batch_size), policy, config)
+    return worst_verdicts(readings, rows, unassessed)
 
 
 def risk_logits(level_logits: torch.Tensor) -> torch.Tensor:

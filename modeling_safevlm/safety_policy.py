@@ -15,8 +15,6 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 ACTIONS = ("allow", "caution", "warn", "refuse")
 """What can follow from a verdict, mildest first. The index is the id used in tensors."""
 
@@ -211,8 +209,10 @@ class SafetyPolicy:
         for category in category_names:
             self._actions(category, level_names)
 
-    def action_table(self, category_names: list[str], level_names: list[str]) -> torch.LongTensor:
+    def action_table(self, category_names: list[str], level_names: list[str]) -> "torch.LongTensor":  # noqa: F821
         """Action ids of shape `(num_categories, num_levels)`."""
+        import torch  # here, since a policy is read, checked and published without torch, too
+
         self.check_labels(category_names, level_names)
         return torch.tensor([[*map(ACTIONS.index, self._actions(c, level_names))] for c in category_names])
 
@@ -246,10 +246,8 @@ class SafetyPolicy:
             if getattr(reference, flag) and not getattr(self, flag):
                 found.append(f"`{flag}` is false")
         found += [f"no hint for {action!r}" for action in reference.hints if action not in self.hints]
-        thresholds = zip(
-            category_names, self.thresholds(category_names), reference.thresholds(category_names), strict=True
-        )
-        higher = {c: (round(mine.item(), 4), round(its.item(), 4)) for c, mine, its in thresholds if mine > its}
+        limits = {c: (self._threshold(c), reference._threshold(c)) for c in category_names}
+        higher = {c: both for c, both in limits.items() if both[0] > both[1]}
         if len(higher) == len(category_names) and len(set(higher.values())) == 1:
             higher = {"every category": higher[category_names[0]]}
         found += [f"`risk_threshold` of {c} is {mine:g}, above {its:g}" for c, (mine, its) in higher.items()]
@@ -271,9 +269,14 @@ class SafetyPolicy:
             found.append(sentence + where)
         return found
 
-    def thresholds(self, category_names: list[str]) -> torch.FloatTensor:
+    def thresholds(self, category_names: list[str]) -> "torch.FloatTensor":  # noqa: F821
         """Risk thresholds of shape `(num_categories,)`, probabilities in [0, 1]."""
-        return torch.tensor([float(self.category_risk_thresholds.get(c, self.risk_threshold)) for c in category_names])
+        import torch
+
+        return torch.tensor([self._threshold(c) for c in category_names])
+
+    def _threshold(self, category: str) -> float:
+        return float(self.category_risk_thresholds.get(category, self.risk_threshold))
 
     def hint(self, action: str, category: str) -> str | None:
         """The hint for the language model, or `None`."""

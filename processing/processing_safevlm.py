@@ -1,19 +1,20 @@
 """SafeVlmProcessor: the base model's own processor, plus `<safety>` placeholders beside each image.
 
-User text can never become a control token: in chat messages, anything that spells a special token (`<image>`,
-`<safety>`, `</s>`, ...), be it across several texts of a message, gets a space after its first character before the
-template is applied.
+Pictures are read in one place (pictures.py), and user text can never become a control token (chat_texts.py).
 """
 
 import copy
 import functools
-import re
+import os
 
+from PIL import Image
 from transformers import AddedToken, BatchFeature, ProcessorMixin
 from transformers.image_utils import ImageInput
 
 from .base_processor import PREFIX_TEMPLATE, base_processor_class, base_processor_settings, load_base_processor
-from .chat_prompt import ChatPrompt, answer_mask, find_answers
+from .chat_prompt import ChatPrompt, answer_mask, render_chat
+from .chat_texts import ControlTokens, checked_text, plain, plain_messages
+from .pictures import find_picture, load_picture
 
 SAFETY_TOKEN = "<safety>"
 # Options of the tokenizer and the base's processor, and the outputs they give: where characters are in tokens.
@@ -138,24 +139,26 @@ class SafeVlmProcessor(ProcessorMixin):
 
         `text` is a rendered prompt, where the image token stands for an image. Prompts that hold user text belong in
         [`apply_chat_template`], which neutralises special tokens in it. For its prompts there is one more output,
-        `safety_question_mask`: 1 where no assistant wrote the text, which is what the safety head reads.
+        `safety_question_mask`: 1 where no assistant wrote the text, which is what the safety head reads. A prompt that
+        begins with the BOS token gets no other one.
+
+        `images` are paths, web addresses, base64 or PIL images, which become upright 8-bit RGB over white, as
+        everywhere in safevlm ([`load_picture`]). Arrays and tensors are passed on as they are.
 
         Args:
             answers (`list[list[tuple[int, int]]]`, *optional*): For each prompt, start and end of the assistant's
                 texts in characters. Prompts of [`apply_chat_template`] bring them along.
         """
+        images = self.load_pictures(images)
         if text is not None:
             prompts = [text] if isinstance(text, str) else text
-            for row, prompt in enumerate(prompts):
-                if isinstance(prompt, str) and self.safety_token in prompt:
-                    raise ValueError(
-                        f"`text` of row {row} holds the reserved token {self.safety_token!r}, which only the "
-                        f"processor may write. Pass user text through `apply_chat_template`, or remove it."
-                    )
+            self._check_prompts(prompts)
+            if self._begin_with_bos(prompts):
+                kwargs["add_special_tokens"] = False
             images = self._per_prompt(images, prompts)
             rendered = any(isinstance(prompt, ChatPrompt) for prompt in prompts)
             if answers is None and rendered and self.tokenizer.is_fast:  # others do not know where tokens come from
-                answers = [getattr(prompt, "answers", []) for prompt in prompts]
+                answers = [getattr(prompt, "answers", None) for prompt in prompts]
         offsets = {} if answers is None else dict.fromkeys(OFFSETS, True)
         inputs = self.base(images=images, text=text, **{**kwargs, **offsets})
         if "suffix" not in kwargs:
@@ -172,11 +175,35 @@ class SafeVlmProcessor(ProcessorMixin):
         offsets = offsets if isinstance(offsets, list) else offsets.tolist()
         replacements = inputs.get("text_replacement_offsets")  # PaliGemma's may be an empty tensor
         replacements = [[]] * len(ids) if replacements is None or len(replacements) == 0 else replacements
-        is_answer = map(answer_mask, offsets, replacements, answers)
+        is_answer = map(answer_mask, offsets, replacements, [row or [] for row in answers])
         attended = inputs.get("attention_mask", [[1] * len(row) for row in ids])
         mask = [[int(a) * (1 - b) for a, b in zip(*row, strict=True)] for row in zip(attended, is_answer, strict=True)]
         tensor_type = None if isinstance(ids, list) else "pt" if hasattr(ids, "new_tensor") else "np"
         inputs.update(BatchFeature({"safety_question_mask": mask}, tensor_type=tensor_type))
+
+    def load_pictures(self, images, timeout: float | None = None):
+        """`images`, nested in lists or not, with each picture read by [`load_picture`]; arrays and tensors stay."""
+        if isinstance(images, (list, tuple)):
+            return [self.load_pictures(image, timeout) for image in images]
+        if isinstance(images, str):
+            images = find_picture(images, timeout)
+        return load_picture(images) if isinstance(images, (str, bytes, os.PathLike, Image.Image)) else images
+
+    def _check_prompts(self, prompts):
+        for row, prompt in enumerate(prompts):
+            if isinstance(prompt, str) and self.safety_token in checked_text(prompt, f"text[{row}]"):
+                raise ValueError(
+                    f"`text` of row {row} holds the reserved token {self.safety_token!r}, which only the "
+                    f"processor may write. Pass user text through `apply_chat_template`, or remove it."
+                )
+
+    def _begin_with_bos(self, prompts) -> bool:
+        """Whether the prompts have the BOS token, which many templates write and many tokenizers add."""
+        bos = self.tokenizer.bos_token
+        begin = {isinstance(prompt, str) and prompt.startswith(bos) for prompt in prompts} if bos else set()
+        if len(begin) > 1:
+            raise ValueError(f"Either all prompts in `text` begin with {bos!r}, or none.")
+        return begin == {True}
 
     def _per_prompt(self, images, prompts):
         """A list of images as one list per prompt, by the prompts' image tokens: some families insist on it."""
@@ -192,10 +219,12 @@ class SafeVlmProcessor(ProcessorMixin):
         """
         As in the base's processor; special tokens in the messages' text, and in whatever else the template gets, such
         as `tools`, are neutralised first, and the prompt knows which text an assistant wrote (see [`ChatPrompt`]).
+        With `sanitize_control_tokens=True` so are the tokenizer's other added tokens, such as `<think>`.
 
         Raises:
-            `ValueError`: `chat_template` is not the processor's own. Servers hand over what a request brings, and
-                another template can write a question where the safety head does not look for one.
+            `ValueError`: Something in the messages is neither text nor an image, or becomes a control token by what
+                the template does to it; or `chat_template` is not the processor's own. Servers hand over what a
+                request brings, and another template can write a question where the safety head does not look for one.
         """
         templates = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
         if chat_template is not None and chat_template not in (*templates, *templates.values()):
@@ -203,26 +232,26 @@ class SafeVlmProcessor(ProcessorMixin):
                 f"`chat_template` {chat_template[:40]!r} is not this processor's own, which the model was made safe "
                 f"with. To change it for good, set `processor.chat_template`."
             )
-        conversation, kwargs = self._neutralised(conversation), self._neutralised_field(kwargs)
+        tokens = self._control_tokens(everything=kwargs.pop("sanitize_control_tokens", False))
+        conversation = getattr(conversation, "messages", conversation)  # the pipeline's Chat
+        first = conversation[0] if isinstance(conversation, (list, tuple)) and conversation else None
+        batched = isinstance(first, (list, tuple)) or hasattr(first, "messages")
+        chats = [getattr(chat, "messages", chat) for chat in (conversation if batched else [conversation])]
+        chats = [plain_messages(chat, tokens) for chat in chats]
+        kwargs = {name: plain(value, name, tokens) for name, value in kwargs.items()}
         settings = {name: value for name, value in kwargs.items() if not name.startswith("return_")}
-        render = functools.partial(super().apply_chat_template, chat_template=chat_template, tokenize=False)
-        texts = render(conversation, **{**settings, "sanitize_control_tokens": False})
-        batched = not isinstance(texts, str)
-        flags = ("add_generation_prompt", "continue_final_message", "sanitize_control_tokens")
-        prefix = functools.partial(render, **{name: settings[name] for name in settings if name not in flags})
-        prompts = [
-            ChatPrompt(text, find_answers(text, messages, prefix))
-            for text, messages in zip(
-                texts if batched else [texts], conversation if batched else [conversation], strict=True
-            )
-        ]
+        flags = {
+            name: settings.pop(name)
+            for name in ("add_generation_prompt", "continue_final_message")
+            if name in settings
+        }
+        template = functools.partial(super().apply_chat_template, chat_template=chat_template)
+        render = functools.partial(template, tokenize=False, **settings)
+        prompts = [render_chat(chat, render, tokens, **flags) for chat in chats]
         if not tokenize:
             return prompts if batched else prompts[0]
-        if not kwargs.get("sanitize_control_tokens"):  # whose marks move the characters
-            processor_kwargs = {**(processor_kwargs or {}), "answers": [prompt.answers for prompt in prompts]}
-        return super().apply_chat_template(
-            conversation, chat_template=chat_template, tokenize=True, processor_kwargs=processor_kwargs, **kwargs
-        )
+        processor_kwargs = {**(processor_kwargs or {}), "answers": [prompt.answers for prompt in prompts]}
+        return template(chats if batched else chats[0], tokenize=True, processor_kwargs=processor_kwargs, **kwargs)
 
     def neutralise(self, *texts: str) -> list[str]:
         """
@@ -230,45 +259,10 @@ class SafeVlmProcessor(ProcessorMixin):
 
         Templates may join texts without anything between them: `"<ima", "ge>"` becomes `"< ima", "ge>"`.
         """
-        special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
-        special |= {*self.tokenizer.all_special_tokens, self.safety_token, self.image_token}
-        starts = re.compile(
-            "(?=" + "|".join(re.escape(token) for token in special if len(token) > 1) + ").", re.DOTALL
-        )
-        pieces = [starts.sub(r"\g<0> ", text) for text in texts]
-        offset = 0
-        for i, piece in enumerate(pieces):
-            at = {match.start() - offset for match in starts.finditer("".join(pieces))}
-            pieces[i] = "".join(c + " " if j in at else c for j, c in enumerate(piece))
-            offset += len(pieces[i])
-        return pieces
+        return self._control_tokens().neutralise(list(texts))
 
-    def _neutralised(self, value):
-        """Messages with every text in them neutralised; images and the like are passed on."""
-        if hasattr(value, "messages"):  # the pipeline's Chat
-            value = value.messages
-        if isinstance(value, (list, tuple)):
-            return [self._neutralised(item) for item in value]
-        if not isinstance(value, dict):
-            return value
-        # Templates may write other fields, too (tool calls, reasoning); the role is compared, not written by users.
-        value = {name: field if name == "content" else self._neutralised_field(field) for name, field in value.items()}
-        content = value.get("content")
-        if isinstance(content, str):
-            return {**value, "content": self.neutralise(content)[0]}
-        if not isinstance(content, (list, tuple)):
-            return value
-        items = [dict(item) if isinstance(item, dict) else item for item in content]
-        texts = [item for item in items if isinstance(item, dict) and isinstance(item.get("text"), str)]
-        for item, text in zip(texts, self.neutralise(*(item["text"] for item in texts)), strict=True):
-            item["text"] = text
-        return {**value, "content": items}
-
-    def _neutralised_field(self, value):
-        if isinstance(value, str):
-            return self.neutralise(value)[0]
-        if isinstance(value, dict):
-            return {self._neutralised_field(name): self._neutralised_field(item) for name, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [self._neutralised_field(item) for item in value]
-        return value
+    def _control_tokens(self, everything: bool = False) -> ControlTokens:
+        """The special tokens; all added ones (tags of thoughts and tool calls) if `everything` is asked for."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        special = {token.content for token in added if token.special or everything}
+        return ControlTokens(special | {*self.tokenizer.all_special_tokens, self.safety_token, self.image_token})

@@ -1,5 +1,7 @@
 """Made-up outputs of a safety head, for the tests of measures and calibration."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from safevlm import SafeVlmConfig
@@ -9,15 +11,24 @@ LABELS = SafeVlmConfig()  # the paper's seven categories and four levels
 SAFE = LABELS.safe_category_id
 
 
+def with_logits(record, level=lambda logits: logits, category=lambda logits: logits):
+    """`record` with a function applied to the logits of each reading."""
+    return replace(
+        record,
+        level_logits=tuple(tuple(level(logits)) for logits in record.level_logits),
+        category_logits=tuple(tuple(category(logits)) for logits in record.category_logits),
+    )
+
+
 def record(level=0, category=SAFE, level_logits=(0.0,) * 4, category_logits=(0.0,) * 7, images=("a",), **changes):
     fields = {
         "row_id": "row",
         "source": "made up",
         "level": level,
         "category": category,
-        "assessed": bool(images),
-        "level_logits": tuple(level_logits),
-        "category_logits": tuple(category_logits),
+        "level_logits": (tuple(level_logits),) * bool(images),
+        "category_logits": (tuple(category_logits),) * bool(images),
+        "whole_conversation": (False,) * bool(images),
         "images": tuple(images),
         "fingerprint": "0",
     }

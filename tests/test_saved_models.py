@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from cpus import CPUS, pretend_cpu
 from saved_models.make import CHATS, inputs_of
 
 from safevlm import SafeVlmForConditionalGeneration, SafeVlmProcessor
@@ -22,22 +23,33 @@ def processor():
     return SafeVlmProcessor.from_pretrained(FOLDER / "full")
 
 
+QUANTIZED = ["full_8bit", *(f"full_4bit {cpu}" for cpu in CPUS)]
+
+
 @pytest.fixture(scope="module")
 def models(processor):
     full = SafeVlmForConditionalGeneration.from_pretrained(FOLDER / "full")
     base = SafeVlmForConditionalGeneration.from_pretrained(FOLDER / "full").base
-    return {
+    models = {
         "full": full,
         "adapter": SafeVlmForConditionalGeneration.from_base(base, processor, safety_adapter=FOLDER / "adapter"),
         "full_8bit": SafeVlmForConditionalGeneration.from_pretrained(FOLDER / "full_8bit"),
-        "full_4bit": SafeVlmForConditionalGeneration.from_pretrained(FOLDER / "full_4bit"),
     }
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for cpu in CPUS:
+            pretend_cpu(monkeypatch, cpu)
+            models[f"full_4bit {cpu}"] = SafeVlmForConditionalGeneration.from_pretrained(FOLDER / "full_4bit")
+        yield models
+
+
+def expected_of(name: str) -> dict:
+    return EXPECTED.get(name.split(" ")[0], EXPECTED["full"])
 
 
 @pytest.mark.parametrize("chat", CHATS)
-@pytest.mark.parametrize("name", ["full", "adapter", "full_8bit", "full_4bit"])
+@pytest.mark.parametrize("name", ["full", "adapter", *QUANTIZED])
 def test_a_saved_model_gives_the_same_verdict(models, processor, name, chat):
-    expected = EXPECTED[name if name in EXPECTED else "full"][chat]["verdict"]
+    expected = expected_of(name)[chat]["verdict"]
     found = models[name].assess(**inputs_of(processor, *CHATS[chat])).to_list()[0]
     # Kernels of quantised layers differ between kinds of CPU.
     tolerance = 0.05 if "bit" in name else 1e-4
@@ -57,8 +69,8 @@ def test_a_saved_model_gives_the_same_answer(models, processor, name, chat, poli
     assert (answer == EXPECTED["full"][chat]["answers"][policy]) != ((name, chat, policy) in CHANGED)
 
 
-@pytest.mark.parametrize("name", ["full_8bit", "full_4bit"])
+@pytest.mark.parametrize("name", QUANTIZED)
 def test_a_saved_quantised_model_refuses_what_it_refused(models, processor, name):
     inputs = inputs_of(processor, *CHATS["risky"])
     found = models[name].generate(**inputs, max_new_tokens=80)
-    assert found[0, inputs["input_ids"].shape[1] :].tolist() == EXPECTED[name]["risky"]["answers"]["default"]
+    assert found[0, inputs["input_ids"].shape[1] :].tolist() == expected_of(name)["risky"]["answers"]["default"]

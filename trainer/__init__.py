@@ -1,7 +1,25 @@
-"""Training: the two-stage schedule, its trainer, data and evaluation."""
+"""Training: the two-stage schedule, its trainer, data and evaluation. Nothing is imported before it is asked for."""
 
-from .stages import Recipe, run_schedule, train_stage
-from .trainer import SafeVlmTrainer
-from .training_args import SafeVlmTrainingArguments
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .stages import Recipe, run_schedule, train_stage
+    from .trainer import SafeVlmTrainer
+    from .training_args import SafeVlmTrainingArguments
+
+_MODULES = {
+    "Recipe": "stages",
+    "SafeVlmTrainer": "trainer",
+    "SafeVlmTrainingArguments": "training_args",
+    "run_schedule": "stages",
+    "train_stage": "stages",
+}
 
 __all__ = ["Recipe", "SafeVlmTrainer", "SafeVlmTrainingArguments", "run_schedule", "train_stage"]
+
+
+def __getattr__(name: str):
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)

@@ -1,36 +1,88 @@
-"""The `safevlm` command. What each sub-command does is in `commands/`."""
+"""The `safevlm` command. What each sub-command does is in `commands/`.
+
+Nothing heavy is imported before a command needs it: help, `--version` and wrong arguments are answered at once. What
+goes wrong later ends here, too, as one line.
+"""
 
 import argparse
+import difflib
 import logging
 import os
+import re
 import sys
+import textwrap
 
 import yaml
 
+from safevlm import __version__
+
 from .commands import ask, calibrate, code, data, demo, evaluate, push, serve, space, train
+from .progress import plain_progress
+
+# They say what is wrong in the user's words, or name the file. Anything else is named by its type, too.
+CLEAR = (ValueError, OSError, ImportError, yaml.YAMLError)
+LONGEST_MESSAGE = 2000
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command; returns the exit code. Errors in what the user passed are one line, without a traceback."""
-    args = _parser().parse_args(argv)
+    """Runs a command; returns the exit code. What goes wrong is one line, without a traceback unless `--verbose`."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help()
+        return 0
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(levelname)s: %(message)s")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    plain_progress()
     try:
-        return args.run(args) or 0
-    except (ValueError, OSError, ImportError, yaml.YAMLError) as error:
+        code = args.run(args) or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # who read the output, `head` for example, has what they wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (Exception, KeyboardInterrupt) as error:
         if args.verbose:
             raise
-        sys.stderr.write(f"safevlm {args.command}: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"safevlm {args.command}: {_explain(error)}\n")
         return 1
 
 
+def _explain(error: BaseException) -> str:
+    """What went wrong, in one line."""
+    if _interrupted(error):
+        return "Interrupted; repeat the command to resume."
+    message = textwrap.shorten(str(error), LONGEST_MESSAGE)
+    if isinstance(error, CLEAR):
+        return message or type(error).__name__
+    return f"{type(error).__name__}: {message} (--verbose shows where)"
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind it: interrupted imports end in errors of other kinds."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that suggests what a misspelt command or choice may have meant, as Python 3.14's can."""
+
+    def error(self, message: str):
+        choice = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
+        close = choice and difflib.get_close_matches(choice[1], re.findall(r"[\w.-]+", choice[2]), n=1)
+        super().error(f"{message}; did you mean {close[0]!r}?" if close else message)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="safevlm",
         description="Make a vision-language model safe: train, assess, answer.",
-        epilog="Example: safevlm demo",
+        epilog="Example:\n  safevlm demo\n\n`safevlm COMMAND --help` explains a command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    parser.add_argument("--version", action="version", version=f"safevlm {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="command")
     for module in (demo, train, ask, calibrate, data, evaluate, push, code, space, serve):
         module.add(commands)
     return parser

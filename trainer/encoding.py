@@ -9,7 +9,7 @@ import torch
 
 from safevlm.losses import IGNORE_INDEX
 from safevlm.processing.chat_prompt import ChatPrompt
-from safevlm.prompt_editing import last_occurrence
+from safevlm.prompt_editing import hint_column
 from safevlm.safety_policy import ACTIONS, SafetyPolicy
 
 from .data import DataError, SafetyExample
@@ -94,10 +94,14 @@ def encode_example(
     images = example.load_images()
     tokenizer = processor.tokenizer
     text = processor.apply_chat_template(messages)
+    if not text.answers or text.answers[-1][1] < len(text.rstrip()):
+        raise DataError(
+            f"row {example.row_id!r}: the processor's chat template does not show where the last answer is, so it "
+            f"cannot be trained on; change the row's texts or `processor.chat_template`."
+        )
     # White space after the last answer is the template's for a turn to follow.
     text = ChatPrompt(text.rstrip(), text.answers)
-    special = {"add_special_tokens": not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))}
-    inputs = processor(images=images or None, text=text, return_tensors="pt", **special)
+    inputs = processor(images=images or None, text=text, return_tensors="pt")
     inputs.pop("attention_mask", None)
     ids = inputs.pop("input_ids")[0].tolist()
     # What there is to say about each token: whether the safety head may read it, the family's token types.
@@ -112,7 +116,7 @@ def encode_example(
             values.append(0)
 
     if hint:
-        at = last_occurrence(ids[:start], config.generation_prompt_token_ids)
+        at = hint_column(ids[:start], is_question[:start], config.generation_prompt_token_ids)
         ids[at:at] = hint
         labels[at:at] = [IGNORE_INDEX] * len(hint)
         for values in per_token.values():

@@ -1,9 +1,12 @@
-"""Writing files and folders so that a crash never leaves half of one, or a mix of two runs."""
+"""Writing files and folders so that a crash never leaves half of one, or a mix of two runs; settings in YAML."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+
+import yaml
 
 
 def replace_folder(write: Callable[[Path], None], folder: Path) -> None:
@@ -51,3 +54,22 @@ def check_settings(path: Path, settings: dict, message: str, write: bool = True)
             raise ValueError(message.replace("{changes}", ", ".join(changes)))  # paths may hold braces, too
     elif write:
         replace_text(path, json.dumps(settings, indent=2) + "\n")
+
+
+class _SettingsLoader(yaml.SafeLoader):
+    """PyYAML's, in which `1e-4` is the number that YAML 1.2 and people take it for, not a text."""
+
+
+_SettingsLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$", re.ASCII), list("-+.0123456789")
+)
+
+
+def load_settings(text: str):
+    """
+    The value of a YAML text: a recipe, or what follows `NAME=`.
+
+    Raises:
+        `yaml.YAMLError`: It is no YAML.
+    """
+    return yaml.load(text, _SettingsLoader)

@@ -24,7 +24,7 @@ from .card_facts import (
     stage_facts,
     train_command,
 )
-from .data import read_rows, split_holdout
+from .data import SafetyLabels, load_labels, read_rows, split_holdout
 from .evaluation import trainer_metrics
 from .stages import Recipe, check_overrides, run_schedule, write_atomically
 from .trainer import SafeVlmTrainer
@@ -73,13 +73,13 @@ def train_from_files(
     config = AutoConfig.from_pretrained(base)
     if not isinstance(config, SafeVlmConfig):
         get_backbone(config)  # a clear error before anything is read
-    labels = config if isinstance(config, SafeVlmConfig) else SafeVlmConfig(**_label_fields(recipe.safety))
+    further = isinstance(config, SafeVlmConfig)
+    labels = SafetyLabels.from_config(config) if further else load_labels({"safety": recipe.safety})
     parts = [
         read_rows(
             path,
             images,
-            category_names=labels.category_names,
-            level_names=labels.level_names,
+            labels=labels,
             assume_safe=assume_safe,
             on_error=on_error,
             **reading,
@@ -163,7 +163,3 @@ def evaluate_head(model, processor, rows, folder: Path, overrides: dict) -> dict
         for name, value in metrics.items()
         if not name.endswith(("runtime", "per_second", "epoch", "preparation_time"))
     }
-
-
-def _label_fields(safety: dict) -> dict:
-    return {name: safety[name] for name in ("category_names", "level_names", "safe_category") if name in safety}

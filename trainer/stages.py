@@ -22,7 +22,7 @@ from safevlm import SafeVlmForConditionalGeneration
 from safevlm.from_base import SAFETY_FIELDS
 
 from .card_callback import CardCallback
-from .files import check_settings, replace_folder
+from .files import check_settings, load_settings, replace_folder
 from .placement import check_sharding, check_weights, gather_weights, merge_lora, train_in_float32, without_weights
 from .trainer import SafeVlmTrainer
 from .training_args import STAGES, SafeVlmTrainingArguments
@@ -51,7 +51,7 @@ class Recipe:
             shipped = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
             raise ValueError(f"Recipe {str(name)!r} not found; use a .yaml file or one of: {shipped}.")
         try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+            data = load_settings(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"Recipe {path} is no valid YAML: {error}") from None
         if not isinstance(data, dict) or not isinstance(data.get("stages"), list) or not data["stages"]:
@@ -81,7 +81,7 @@ def check_training_arguments(arguments: dict, where: str):
         kind = SafeVlmTrainingArguments.__dataclass_fields__[name].type
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if kind in NUMBERS and value is not None and not number:
-            raise ValueError(f"{where}: `{name}` must be a number, got {value!r} (YAML wants 1.0e-5, not 1e-5).")
+            raise ValueError(f"{where}: `{name}` must be a number, got {value!r}.")
         if kind is bool and not isinstance(value, bool):
             raise ValueError(f"{where}: `{name}` must be true or false, got {value!r}.")
 

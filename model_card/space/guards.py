@@ -9,7 +9,7 @@ import uuid
 from collections import OrderedDict, deque
 from pathlib import Path
 
-from image_loading.images import ImageError, load_image
+from pictures import PictureError, load_picture
 from PIL import Image
 
 logger = logging.getLogger("safevlm.space")
@@ -50,8 +50,8 @@ def read_picture(path: str, uploads: str, max_mb: int, max_megapixels: int) -> I
         raise Refused(f"This file is larger than {max_mb} MB. Upload a smaller one.")
     try:
         # As bytes: what a decoder says about them cannot name a path.
-        image = load_image(file.read_bytes(), max_pixels=max_megapixels * 1_000_000)
-    except ImageError as error:
+        image = load_picture(file.read_bytes(), max_pixels=max_megapixels * 1_000_000)
+    except PictureError as error:
         raise Refused(_plain_reason(error.reason, max_megapixels)) from None
     image.thumbnail((MAX_SIDE, MAX_SIDE))
     return image

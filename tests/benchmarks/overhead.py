@@ -3,7 +3,9 @@
     python tests/benchmarks/overhead.py                  # a LLaVA of 1.5-7B's widths, two layers deep, random weights
     python tests/benchmarks/overhead.py --layers 32 --device cuda --dtype bfloat16
 
-Random pictures and questions; medians over repeats, base and safe runs interleaved.
+Random pictures and questions. Base and safe runs alternate; ratios are medians over neighbouring runs, so that
+a machine that slows down slows both. Single decoding steps are timed inside `generate`: the step that writes the n-th
+token of an answer against the base's step that writes its n-th.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import time
 
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers.generation.streamers import BaseStreamer
 
 from safevlm import SafeVlmConfig, SafeVlmForConditionalGeneration
 from safevlm.from_base import wrap
@@ -49,6 +52,30 @@ def build(args) -> SafeVlmForConditionalGeneration:
     return model
 
 
+class Clock(BaseStreamer):
+    """Notes when each token is written; the prompt comes first and is not one."""
+
+    def __init__(self, synchronize):
+        self.synchronize, self.times = synchronize, []
+
+    def put(self, value):
+        self.synchronize()
+        self.times.append(time.perf_counter())
+
+    def end(self):
+        pass
+
+    def steps(self) -> list[float]:
+        """Seconds for each token after the first."""
+        written = self.times[1:]
+        return [after - before for before, after in zip(written, written[1:], strict=False)]
+
+
+def ratio(safe: list[float], base: list[float]) -> float:
+    """Median over pairs of runs that followed each other."""
+    return statistics.median(s / b for s, b in zip(safe, base, strict=True))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=2, help="decoder layers (7B: 32)")
@@ -57,8 +84,10 @@ def main():
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--paper", action="store_true", help="the paper's sizes instead of the efficient default")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--new-tokens", type=int, default=8)
+    parser.add_argument("--new-tokens", type=int, default=9)
     args = parser.parse_args()
+    if args.new_tokens < 2:
+        parser.error(f"--new-tokens must be 2 or more, got {args.new_tokens}: the first is not a step of its own")
 
     model = build(args)
     tokens = model.config.tokens_per_image
@@ -71,62 +100,71 @@ def main():
     # The untrained head's verdicts are random: allow everything, so that both sides answer at the same length.
     policy = {"level_actions": {}, "risk_threshold": 1.0}
 
-    def timed(function) -> float:
-        if args.device == "cuda":
+    def synchronize():
+        if args.device.startswith("cuda"):
             torch.cuda.synchronize()
-        start = time.perf_counter()
-        with torch.no_grad():
-            function()
-        if args.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
 
-    def generate(target, ids, new_tokens, **kwargs):
-        return lambda: target.generate(
+    steps = {"base": [], "safe": []}
+
+    def answer(side, target, ids, **kwargs) -> float:
+        """Seconds to the first token; the steps after it are noted."""
+        clock = Clock(synchronize)
+        synchronize()
+        start = time.perf_counter()
+        target.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             pixel_values=pixels,
-            max_new_tokens=new_tokens,
-            min_new_tokens=new_tokens,
+            max_new_tokens=args.new_tokens,
+            min_new_tokens=args.new_tokens,
             do_sample=False,
+            streamer=clock,
             **kwargs,
         )
+        steps[side] += clock.steps()
+        return clock.times[1] - start
+
+    def timed(function) -> float:
+        synchronize()
+        start = time.perf_counter()
+        function()
+        synchronize()
+        return time.perf_counter() - start
 
     runs = {
-        "base, first token": generate(model.base, plain, 1),
-        "safe, first token": generate(model, safe, 1, safety_policy=policy),
-        "base, answer": generate(model.base, plain, args.new_tokens),
-        "safe, answer": generate(model, safe, args.new_tokens, safety_policy=policy),
-        "assess alone": lambda: model.assess(input_ids=safe, pixel_values=pixels),
-        "vision tower alone": lambda: model.backbone.encode(model.base, pixel_values=pixels),
+        "base, first token": lambda: answer("base", model.base, plain),
+        "safe, first token": lambda: answer("safe", model, safe, safety_policy=policy),
+        "assess alone": lambda: timed(lambda: model.assess(input_ids=safe, pixel_values=pixels)),
+        "vision tower alone": lambda: timed(lambda: model.backbone.encode(model.base, pixel_values=pixels)),
     }
-    for run in runs.values():
-        timed(run)  # warm up
     times = {name: [] for name in runs}
-    for _ in range(args.repeats):
-        for name, run in runs.items():
-            times[name].append(timed(run))
-    median = {name: statistics.median(values) for name, values in times.items()}
-    added = sum(p.numel() for p in model.safety.parameters())
-    base = sum(p.numel() for p in model.base.parameters())
-    per_token = {
-        side: (median[f"{side}, answer"] - median[f"{side}, first token"]) / max(args.new_tokens - 1, 1)
-        for side in ("base", "safe")
+    with torch.no_grad():
+        for run in runs.values():
+            run()  # warm up
+        for side in steps.values():
+            side.clear()
+        for _ in range(args.repeats):
+            for name, run in runs.items():
+                times[name].append(run())
+    base = times["base, first token"]
+    ratios = {
+        "first token, safe / base:": ratio(times["safe, first token"], base),
+        "each further token, safe / base:": ratio(steps["safe"], steps["base"]),
+        "assess / base's first token:": ratio(times["assess alone"], base),
     }
+    times |= {f"{side}, further token": seconds for side, seconds in steps.items()}
+    added = sum(p.numel() for p in model.safety.parameters())
+    own = sum(p.numel() for p in model.base.parameters())
     lines = [
         f"{args.layers} decoder and {args.vision_layers} vision layers of LLaVA-1.5-7B's widths, {args.device}, "
         f"{args.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}",
-        f"added parameters: {added / 1e6:.1f} M beside {base / 1e6:.1f} M; added prompt tokens per image: {tokens}",
+        f"added parameters: {added / 1e6:.1f} M beside {own / 1e6:.1f} M; added prompt tokens per image: {tokens}",
     ]
     lines += [
-        f"{name:<20} {median[name] * 1e3:9.1f} ms  ({min(v) * 1e3:.1f} .. {max(v) * 1e3:.1f})"
+        f"{name:<20} {statistics.median(v) * 1e3:9.1f} ms  ({min(v) * 1e3:.1f} .. {max(v) * 1e3:.1f}, {len(v)} times)"
         for name, v in times.items()
     ]
-    lines += [
-        f"first token, safe / base:      {median['safe, first token'] / median['base, first token']:.3f}",
-        f"each further token, safe/base: {per_token['safe'] / per_token['base']:.3f}",
-        f"assess / base's first token:   {median['assess alone'] / median['base, first token']:.3f}",
-    ]
+    lines += [f"{name:<33}{value:.3f}" for name, value in ratios.items()]
     sys.stdout.write("\n".join(lines) + "\n")
 
 

@@ -112,7 +112,8 @@ class Workplace:
             "trainer",
             "Makefile",
             "pyproject.toml",
-            *(path.name for path in ROOT.glob("constraints*")),
+            "lock.txt",
+            "constraints-lowest.txt",
         ):
             (folder / name).symlink_to(ROOT / name)
         shutil.copytree(demo, folder / "demo")

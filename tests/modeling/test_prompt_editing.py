@@ -43,7 +43,7 @@ def test_an_edited_prompt_holds_every_rows_tokens_in_order(data, rows, before, d
 
     for i, row in enumerate(content(edited["input_ids"], edited["attention_mask"])):
         kept = [token for token in rows[i] if not (drop and token == SAFETY)]
-        at = last_occurrence(rows[i], before)
+        at = hint_column(rows[i], [True] * len(rows[i]), before)
         at -= sum(drop and token == SAFETY for token in rows[i][:at])
         assert row == kept[:at] + (hints[i] or []) + kept[at:]
     if drop and SAFETY in sum(rows, []) or any(hints):

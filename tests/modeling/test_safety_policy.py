@@ -2,7 +2,6 @@
 
 import json
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,18 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safevlm import ACTIONS, POLICY_PRESETS, SafetyPolicy, SafeVlmConfig
-from safevlm.configuration_safevlm import CATEGORY_NAMES, LEVEL_NAMES
 from safevlm.safety_assessment import assess_logits, worst_verdicts
+from safevlm.safety_labels import PAPER_LABELS
 
-LABELS = SimpleNamespace(
-    category_names=CATEGORY_NAMES, level_names=LEVEL_NAMES, safe_category_id=CATEGORY_NAMES.index("safe")
-)
+CATEGORY_NAMES, LEVEL_NAMES = PAPER_LABELS.category_names, PAPER_LABELS.level_names
 LOGITS = st.floats(-20, 20, width=32)
 
 
 def assess(policy, level_logits, category_logits=(3.0, 0, 0, 0, 0, 0, 0), assessed=True):
     level, category = torch.tensor([level_logits]), torch.tensor([list(category_logits)])
-    return assess_logits(level, category, torch.tensor([assessed]), SafetyPolicy.from_value(policy), LABELS)
+    return assess_logits(level, category, torch.tensor([assessed]), SafetyPolicy.from_value(policy), PAPER_LABELS)
 
 
 def level_logits(*probabilities):
@@ -70,7 +67,7 @@ def test_a_lower_threshold_is_never_milder(level, category, a, b):
 @given(st.lists(LOGITS, min_size=4, max_size=4), st.lists(LOGITS, min_size=7, max_size=7))
 def test_risk_and_category_never_contradict_each_other(level, category):
     verdict = assess("default", level, category)
-    assert bool(verdict.level == 0) == bool(verdict.category == LABELS.safe_category_id)
+    assert bool(verdict.level == 0) == bool(verdict.category == PAPER_LABELS.safe_category_id)
     assert 0 <= verdict.score <= 1
 
 
@@ -301,7 +298,7 @@ def test_a_models_configuration_cannot_name_a_policy_file(tmp_path):
 @pytest.mark.parametrize("field", ["level_names", "category_names"])
 def test_labels_of_one_name_are_refused(field):
     names = {"level_names": [*LEVEL_NAMES, "low"], "category_names": [*CATEGORY_NAMES, "privacy"]}[field]
-    with pytest.raises(ValueError, match=f"`{field}` has '(low|privacy)' twice"):
+    with pytest.raises(ValueError, match=f"`{field}` has the same name more than once"):
         SafeVlmConfig(**{field: names})
 
 
@@ -366,7 +363,7 @@ def test_any_numbers_give_a_verdict_or_the_strictest_action(level, category):
 def test_an_image_that_is_no_number_does_not_lift_anothers_refusal(order):
     level = torch.tensor([[0.0, 0.0, 0.0, 9.0], [float("nan")] * 4])[order]
     category = torch.tensor([[9.0, 0, 0, 0, 0, 0, 0], [0.0] * 7])[order]
-    images = assess_logits(level, category, torch.tensor([True, True]), SafetyPolicy(), LABELS)
-    none = assess_logits(level[:1], category[:1], torch.tensor([False]), SafetyPolicy(), LABELS)
+    images = assess_logits(level, category, torch.tensor([True, True]), SafetyPolicy(), PAPER_LABELS)
+    none = assess_logits(level[:1], category[:1], torch.tensor([False]), SafetyPolicy(), PAPER_LABELS)
     assert worst_verdicts(images, torch.tensor([0, 0]), none).actions == ["refuse"]
     assert none.actions == ["allow"] and not none.failed.any()

@@ -1,12 +1,17 @@
 """Invariant 5 and the processor's contract: placeholders come from images alone, never from what a user writes."""
 
 import copy
+import dataclasses
 import pickle
+from collections import UserDict, UserList
+from types import MappingProxyType
 
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny import CHAT_TEMPLATE, chat, encode, picture, tiny_processor, tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import AddedToken, AutoProcessor, LlamaConfig
 
 from safevlm import SafeVlmConfig, SafeVlmProcessor
@@ -102,6 +107,113 @@ def test_another_template_than_the_processors_own_is_refused(processor):
     with pytest.raises(ValueError, match=r"`chat_template` '\{\{ 1 \}\}' is not this processor's own.*chat_template`"):
         processor.apply_chat_template(chat(), chat_template="{{ 1 }}")
     assert processor.apply_chat_template(chat(), chat_template=CHAT_TEMPLATE) == processor.apply_chat_template(chat())
+
+
+@dataclasses.dataclass
+class Message:
+    role: str
+    content: str
+
+
+def asks(text):
+    return {"role": "user", "content": [{"type": "text", "text": text}]}
+
+
+@pytest.mark.parametrize(
+    ("messages", "error"),
+    [
+        (
+            [{"role": "user", "content": [{"type": "text", "text": ["<image>"]}]}],
+            r"\['text'\]` must be a string, got list",
+        ),
+        ([asks(7)], r"messages\[0\]\['content'\]\[0\].*got 7"),
+        (
+            [asks(UserDict(a="<image>"))],
+            "must be a string, got UserDict",
+        ),
+        ([asks(MappingProxyType({}))], "string, got mappingproxy"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "must be a string, got None"),
+        ([{"role": "user", "content": [{"text": "<image>"}]}], "must be a dict with a 'type'"),
+        ([{"role": "user", "content": [3]}], "must be a dict with a 'type', got 3"),
+        ([{"role": "user", "content": UserList(["<image>"])}], "must be text or a list of parts, got UserList"),
+        ([{"role": "user", "content": Message("a", "<image>")}], "must be text or a list of parts, got Message"),
+        ([*chat(), Message("user", "<image>")], r"`messages\[1\]` must be a dict with a 'role'.*got Message"),
+        ([{"content": "hello"}], r"`messages\[0\]` must be a dict with a 'role'"),
+        (
+            [{"role": "user", "content": "a", "note": Message("a", "<image>")}],
+            r"messages\[0\]\['note'\]` is a Message",
+        ),
+        ([*chat(), {"role": "user", "content": "a \ud83d b"}], r"messages\[1\].*lone surrogate, '\\ud83d', at 2"),
+        ("hello", "A chat must be a list of messages, got 'hello'"),
+        ([], r"A chat must be a list of messages, got \[\]"),
+        (chat()[0], "A chat must be a list of messages, got dict"),
+    ],
+)
+def test_what_is_no_text_is_refused_by_its_place(processor, messages, error):
+    for options in ({}, dict(tokenize=True, return_dict=True)):
+        with pytest.raises(ValueError, match=error):
+            processor.apply_chat_template(messages, **options)
+
+
+@pytest.mark.parametrize("kind", [UserDict, MappingProxyType])
+def test_mappings_are_read_as_dicts(processor, kind):
+    expected = processor.apply_chat_template(chat("< image>", 0))
+    found = processor.apply_chat_template(
+        [kind({"role": "user", "content": [kind({"type": "text", "text": "<image>"})]})]
+    )
+    assert found == expected
+    text = np.str_("<image>")
+    assert processor.apply_chat_template([{"role": "user", "content": (text,)}]) == expected
+
+
+def test_other_words_for_the_template_are_checked_too():
+    processor = make_processor("{{ note }}{{ messages[0].role }}")
+    for note in (UserDict(a="<image>"), ("<image>",), {"<image>": 1}, np.array(["<image>"])[0]):
+        assert "<image>" not in processor.apply_chat_template(chat(), note=note)
+    with pytest.raises(ValueError, match="`note` is a Message, whose texts cannot be checked"):
+        processor.apply_chat_template(chat(), note=Message("<image>", ""))
+    with pytest.raises(ValueError, match="`note` holds a lone surrogate"):
+        processor.apply_chat_template(chat(), note="\udfff")
+    with pytest.raises(ValueError, match=r"`text\[1\]` holds a lone surrogate"):
+        processor(text=["fine", "\udfff"])
+
+
+def test_sanitising_keeps_the_question_mask_and_breaks_other_added_tokens_too():
+    base = tiny_processor()
+    base.tokenizer.add_tokens(["<think>"])
+    processor = SafeVlmProcessor.from_base(base)
+    messages = [*chat("hello <think> </s>", 0), {"role": "assistant", "content": "yes"}, *chat("and?", 0)]
+    settings = dict(tokenize=True, return_dict=True, return_tensors="pt")
+    plain = processor.apply_chat_template(messages, **settings)
+    inputs = processor.apply_chat_template(messages, sanitize_control_tokens=True, **settings)
+    think = processor.tokenizer.convert_tokens_to_ids("<think>")
+    assert think in plain["input_ids"] and think not in inputs["input_ids"]
+    hidden = inputs["input_ids"][0][inputs["safety_question_mask"][0] == 0]
+    assert processor.decode(hidden) == " yes</s>"
+
+
+@pytest.mark.parametrize("writes_bos", [False, True])
+def test_a_bos_is_written_once_on_every_road(writes_bos):
+    base = tiny_processor()
+    base.tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", base.tokenizer.bos_token_id)]
+    )
+    base.chat_template = ("{{ bos_token }}" if writes_bos else "") + CHAT_TEMPLATE
+    processor = SafeVlmProcessor.from_base(base)
+    prompt = processor.apply_chat_template(chat(images=0), add_generation_prompt=True)
+    inputs = [
+        processor(text=prompt),
+        processor(text=[prompt, prompt]),
+        processor(text=prompt, add_special_tokens=True),
+        processor.apply_chat_template(chat(images=0), add_generation_prompt=True, tokenize=True, return_dict=True),
+    ]
+    for row in (ids for each in inputs for ids in each["input_ids"]):
+        assert row.count(base.tokenizer.bos_token_id) == 1 and row == inputs[0]["input_ids"][0]
+
+
+def test_prompts_with_and_without_a_bos_make_no_batch(processor):
+    with pytest.raises(ValueError, match="Either all prompts in `text` begin with '<s>', or none"):
+        processor(text=["<s>a", "b"])
 
 
 def test_a_batch_of_conversations_is_neutralised(processor):

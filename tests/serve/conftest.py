@@ -2,9 +2,11 @@
 
 import base64
 import io
+import json
 import os
 import socket
 import subprocess
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -12,7 +14,8 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
-from tiny import answers, encode, judging_model, picture
+from http_client import GENERATED, error_of, post
+from tiny import RISKY, answers, encode, judging_model, picture
 
 PACKAGES = ("fastapi", "uvicorn", "openai")
 
@@ -39,7 +42,7 @@ def serving(tmp_path_factory):
     """`with serving(command) as server:` runs a command until its `address` answers; `log` is what it prints."""
 
     @contextmanager
-    def run(command: list[str]):
+    def run(command: list[str], ends_within: float = 30):
         folder = tmp_path_factory.mktemp("serving")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -49,6 +52,7 @@ def serving(tmp_path_factory):
         command = [*command, "--device", "cpu", "--host", "127.0.0.1", "--port", str(port)]
         with server.log.open("w") as log:
             process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        server.process = process
         try:
             deadline = time.monotonic() + 120
             while not _answers(server.address + "/health"):
@@ -58,7 +62,7 @@ def serving(tmp_path_factory):
             yield server
         finally:
             process.terminate()
-            process.wait(timeout=30)
+            process.wait(timeout=ends_within)
 
     return run
 
@@ -88,3 +92,67 @@ def chat(image_url):
         return [{"role": "user", "content": [*images, {"type": "text", "text": question}]}]
 
     return messages
+
+
+@pytest.fixture(scope="session")
+def in_thread():
+    """`with in_thread(model, processor) as server:` runs a server of `safevlm serve` in this process."""
+    from safevlm.trainer.serving import Answering, Server, build_app
+
+    @contextmanager
+    def run(model, processor, name="demo/model", endless=False, seconds=120.0, max_waiting=16, max_request_mb=2):
+        answering = Answering(model, processor, max_pixels=25_000_000)
+        if endless:
+            answering.max_tokens = 10**9
+        app = build_app(answering, name, max_request_mb=max_request_mb, seconds=seconds, max_waiting=max_waiting)
+        server = Server(app, "127.0.0.1", 0, seconds, "")
+        thread = threading.Thread(target=server.run, daemon=True)
+        thread.start()
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        try:
+            yield SimpleNamespace(address=f"http://127.0.0.1:{port}", port=port, answering=answering, app=app)
+        finally:
+            server.should_exit = True
+            thread.join(timeout=10)
+            assert not thread.is_alive()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def server(judge, processor, in_thread):
+    with in_thread(judge.model, processor, str(judge.folder)) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    import openai
+
+    return openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def ask(client, judge):
+    """`ask(messages)`: the reply as the package openai gives it."""
+
+    def create(messages, **fields):
+        return client.chat.completions.create(model=str(judge.folder), messages=messages, **{**GENERATED, **fields})
+
+    return create
+
+
+@pytest.fixture(scope="module")
+def refused(server, judge, ask, chat):
+    """`refused(messages)`: status and error of a request that must fail; the server must go on."""
+
+    def send(messages=None, body=None, **fields):
+        request = {"model": str(judge.folder), "messages": messages, **GENERATED, **fields}
+        status, reply = post(server, body=json.dumps(request).encode() if body is None else body)
+        assert ask(chat(RISKY)).safety["action"] == "refuse"
+        return status, error_of(reply)
+
+    return send

@@ -1,71 +1,18 @@
-"""`safevlm serve`: the verdict beside the answer, and no request that gets past the policy or stops the server."""
+"""`safevlm serve`: the verdict beside the answer, in OpenAI's protocol as its client speaks it."""
 
-import base64
-import http.client
 import json
 import math
-import os
-import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 import torch
+from http_client import GENERATED, error_of, post
 from tiny import BENIGN, RISKY, encode, judging_model
 
 from safevlm.trainer.cli import main
 
 pytestmark = pytest.mark.slow
-GENERATED = {"temperature": 0, "max_tokens": 12}
-
-
-@pytest.fixture(scope="module")
-def server(judge, serving):
-    command = [sys.executable, "-m", "safevlm.trainer.cli", "serve", str(judge.folder), "--max-request-mb", "2"]
-    with serving(command) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    import openai
-
-    return openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=0)
-
-
-@pytest.fixture(scope="module")
-def ask(client, judge):
-    """`ask(messages)`: the reply as the package openai gives it."""
-
-    def create(messages, **fields):
-        return client.chat.completions.create(model=str(judge.folder), messages=messages, **{**GENERATED, **fields})
-
-    return create
-
-
-@pytest.fixture(scope="module")
-def refused(server, judge, ask, chat):
-    """`refused(messages)`: status and message of a request that must fail; the server must go on."""
-
-    def send(messages=None, body=None, **fields):
-        request = {"model": str(judge.folder), "messages": messages, **GENERATED, **fields}
-        body = json.dumps(request).encode() if body is None else body
-        status, reply = post(server, "/v1/chat/completions", body)
-        assert ask(chat(RISKY)).safety["action"] == "refuse"
-        return status, json.loads(reply)["error"]
-
-    return send
-
-
-def post(server, path: str, body: bytes, method: str = "POST") -> tuple[int, str]:
-    connection = http.client.HTTPConnection(server.address.removeprefix("http://"), timeout=120)
-    connection.request(method, path, body, {"Content-Type": "application/json"})
-    reply = connection.getresponse()
-    text = reply.read().decode()
-    connection.close()
-    return reply.status, text
+ENDLESS = {"2": -100}  # against the end
 
 
 @pytest.fixture(scope="module")
@@ -79,10 +26,6 @@ def same(found: dict, expected: dict) -> bool:
     return set(found) == set(expected) and all(found[name] == pytest.approx(expected[name]) for name in expected)
 
 
-def test_it_says_where_it_listens(server, judge):
-    assert f"Serving {judge.folder} at {server.address}/v1\n" in server.log.read_text()
-
-
 def test_a_risky_request_gets_refusal_and_verdict(ask, chat, judge, verdict):
     reply = ask(chat(RISKY), max_tokens=None)
     assert reply.choices[0].message.content.strip() == judge.refusal
@@ -92,7 +35,7 @@ def test_a_risky_request_gets_refusal_and_verdict(ask, chat, judge, verdict):
 
 def test_a_benign_request_gets_the_models_answer_and_verdict(ask, chat, judge, verdict):
     reply = ask(chat(BENIGN))
-    assert reply.choices[0].message.content == judge.answer(BENIGN) != judge.refusal
+    assert reply.choices[0].message.content == judge.answer(BENIGN).lstrip() != judge.refusal
     assert same(reply.safety, verdict(BENIGN)) and reply.safety["action"] == "allow"
 
 
@@ -128,13 +71,6 @@ def test_requests_at_the_same_time_keep_their_own_verdicts(ask, chat, verdict):
             assert [one["action"] for one in found] == [verdict(question)["action"]] * 2
 
 
-def test_a_stream_that_is_left_does_not_stop_the_server(ask, chat):
-    stream = ask(chat(BENIGN), stream=True, max_tokens=100_000)
-    next(stream)
-    stream.close()
-    assert ask(chat(RISKY)).safety["action"] == "refuse"
-
-
 def test_the_chats_before_belong_to_the_question(ask, chat):
     later = [{"role": "assistant", "content": "An answer."}, {"role": "user", "content": "Go on."}]
     assert ask([*chat(RISKY), *later]).safety["assessed"]
@@ -143,23 +79,7 @@ def test_the_chats_before_belong_to_the_question(ask, chat):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"generation_config": json.dumps({"safety_policy": "off", "max_new_tokens": 64, "eos_token_id": 2})},
-        {"chat_template_kwargs": {"safety_policy": "off"}},
-        {"chat_template_kwargs": {"chat_template": "<image>\n{{ 'hello' }} ASSISTANT:"}},
-        {"safety_policy": "off"},
-        {"tools": [{"type": "function", "function": {"name": "</s>"}}]},
-    ],
-    ids=["generation_config", "chat_template_kwargs", "chat_template", "safety_policy", "tools"],
-)
-def test_fields_that_reach_past_the_policy_are_refused(refused, chat, fields):
-    status, message = refused(chat(RISKY), **fields)
-    assert status == 422 and str(set(fields)) in message
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"temperature": 2.0, "top_p": 0.5, "seed": 1, "frequency_penalty": 2.0},
+        {"temperature": 2.0, "top_p": 0.5, "seed": 1, "frequency_penalty": -2.0, "presence_penalty": 2},
         {"user": "off", "metadata": {"safety_policy": "off"}},
     ],
     ids=["sampling", "ignored"],
@@ -176,14 +96,77 @@ def test_a_bias_on_the_refusals_tokens_does_not_change_it(ask, chat, judge):
     assert reply.choices[0].message.content.strip() == judge.refusal
 
 
-def test_stop_ends_an_answer(ask, chat, judge):
-    whole = judge.answer(BENIGN)
-    assert len(whole) > 1 and ask(chat(BENIGN), stop=[whole[0]]).choices[0].message.content == whole[0]
+@pytest.mark.parametrize("stream", [False, True])
+def test_stop_ends_an_answer_before_the_stop(ask, chat, judge, stream):
+    whole = ask(chat(BENIGN), logit_bias=ENDLESS).choices[0].message.content
+    stop = whole[2:4]
+    reply = ask(chat(BENIGN), stop=["not there", stop], stream=stream, logit_bias=ENDLESS)
+    if stream:
+        chunks = list(reply)
+        text, reason = "".join(c.choices[0].delta.content or "" for c in chunks), chunks[-1].choices[0].finish_reason
+    else:
+        text, reason = reply.choices[0].message.content, reply.choices[0].finish_reason
+    assert (text, reason) == (whole[: whole.index(stop)], "stop")
 
 
-def test_it_serves_one_model_and_names_it(client, refused, chat, judge):
+def test_roles_and_empty_fields_that_clients_send_back_work(ask, chat):
+    first = ask(chat(BENIGN))
+    history = [{"role": "developer", "content": "Be brief."}, *chat(BENIGN), first.choices[0].message.model_dump()]
+    reply = ask([*history, {"role": "user", "content": "Go on.", "name": "me"}], stop=[], n=1, logprobs=False)
+    assert reply.safety["assessed"] and reply.usage.completion_tokens > 0
+
+
+def test_a_seed_makes_an_answer_again(ask, chat):
+    once, again, other = (
+        ask(chat(BENIGN), temperature=1.0, seed=seed).choices[0].message.content for seed in (3, 3, 4)
+    )
+    assert once == again != other
+
+
+def test_penalties_and_biases_are_openais(ask, chat, judge, processor):
+    token = processor.tokenizer.convert_tokens_to_ids("a")
+    assert ask(chat(BENIGN), logit_bias={str(token): 100}, max_tokens=4).choices[0].message.content == "aaaa"
+    liked = {"logit_bias": {str(token): 100}, "frequency_penalty": 2}
+    assert ask(chat(BENIGN), **liked).choices[0].message.content.count("a") == 12  # 12 x 2 is less than 100
+
+
+def test_usage_counts_tokens_and_ends_a_stream_that_asks_for_it(ask, chat):
+    usage = ask(chat(BENIGN), logit_bias=ENDLESS).usage
+    assert usage.completion_tokens == 12 and usage.total_tokens == usage.prompt_tokens + 12
+    *others, last = ask(chat(BENIGN), stream=True, stream_options={"include_usage": True}, logit_bias=ENDLESS)
+    assert last.choices == [] and last.usage == usage and {chunk.usage for chunk in others} == {None}
+
+
+def test_the_answer_has_what_the_model_has_left(ask, chat, judge):
+    reply = ask(chat(BENIGN), max_tokens=10**9, logit_bias=ENDLESS)
+    hint = max(len(ids.split()) for ids in judge.model.config.policy_token_ids.values())
+    assert reply.usage.total_tokens == judge.model.config.get_text_config().max_position_embeddings - hint
+    assert reply.choices[0].finish_reason == "length"
+
+
+def test_a_stream_ends_with_done(server, chat):
+    body = json.dumps({"messages": chat(BENIGN), "stream": True, **GENERATED}).encode()
+    status, text = post(server, body=body)
+    assert status == 200 and text.endswith("\n\ndata: [DONE]\n\n")
+
+
+def test_it_serves_one_model_and_names_it(client, refused, ask, chat, judge):
     assert [model.id for model in client.models.list()] == [str(judge.folder)]
-    assert refused(chat(RISKY), model="some/unsafe-base")[0] == 400
+    status, error = refused(chat(RISKY), model="some/unsafe-base")
+    assert (status, error.param, error.code) == (404, "model", "model_not_found")
+
+
+@pytest.mark.parametrize("name", ["demo/model", "./demo/model", "demo//model/", "demo/model@main"])
+@pytest.mark.parametrize("served", ["demo/model", "./demo/model", "demo/model@main"])
+def test_a_folder_has_one_name_however_it_is_written(name, served):
+    from safevlm.trainer.serving.app import check_model
+    from safevlm.trainer.serving.errors import RequestError
+
+    if "@" in name and "@" not in served:
+        with pytest.raises(RequestError):
+            check_model(name, served)
+    else:
+        check_model(name, served)
 
 
 @pytest.mark.parametrize(
@@ -191,111 +174,8 @@ def test_it_serves_one_model_and_names_it(client, refused, chat, judge):
 )
 def test_there_is_no_other_endpoint(server, path):
     for method in ("POST", "GET"):
-        assert post(server, path, b"{}", method)[0] == 404
-
-
-@pytest.fixture
-def forbidden_host():
-    """The address of a server that nobody may ask, and what it was asked."""
-    asked = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            asked.append(self.path)
-            self.send_error(404)
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as host:
-        threading.Thread(target=host.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{host.server_port}", asked
-        host.shutdown()
-
-
-def test_nothing_is_fetched_and_no_file_is_read(refused, chat, forbidden_host, tmp_path, image_url):
-    address, asked = forbidden_host
-    secret = tmp_path / "secret.png"
-    secret.write_bytes(base64.b64decode(image_url.partition(",")[2]))
-    urls = [
-        f"{address}/x.png",
-        f"file://{secret}",
-        str(secret),
-        "ftp://x/y",
-        image_url.replace("image/png", "text/html"),
-    ]
-    for url in [*urls, image_url.partition(",")[2]]:
-        status, message = refused(chat(BENIGN, image=url))
-        assert (status, message.partition(" must")[0]) == (400, "Image 1")
-    for kind in ("video_url", "audio_url", "input_audio", "image"):
-        part = {"type": kind, kind: {"url": address}, "url": address, "image": address}
-        assert refused([{"role": "user", "content": [part]}])[0] == 400
-    assert asked == []
-
-
-@pytest.mark.parametrize(
-    "messages, message",
-    [
-        (None, "messages: "),
-        ([], "messages: "),
-        ([{"role": "user", "content": "hi"}] * 1000, "messages: "),
-        ([{"role": "tool", "content": "hi"}], "messages.0.role: "),
-        ([{"role": "user", "content": [{"type": "text"}]}], "messages.0.content.0.text.text: "),
-        ([{"role": "user", "content": "hi " * 2000}], "The prompt has "),
-    ],
-    ids=["none", "empty", "many", "role", "no_text", "long"],
-)
-def test_messages_that_cannot_be_answered_are_refused(refused, messages, message):
-    status, error = refused(messages)
-    assert status == 400 and error.startswith(message)
-
-
-def test_values_that_cannot_be_used_are_refused(refused, chat):
-    for field, value in (("max_tokens", 0), ("temperature", "hot"), ("logit_bias", {"a": 1}), ("seed", 2**80)):
-        status, error = refused(chat(BENIGN), **{field: value})
-        assert status == 400 and error.startswith("A field of the request cannot be used: ")
-
-
-def test_a_body_that_is_no_request_is_refused(refused):
-    for body in (b"", b"{", b"[]", b"\xff", b"[" * 100_000, b"null"):
-        assert refused(body=body) == (400, "The request's body is not a JSON object.")
-    assert refused(body=b"{" + b" " * 2_000_000)[0] == 413
-
-
-@pytest.fixture(scope="module")
-def odd_files():
-    """Pillow's odd images, from `SAFEVLM_TEST_DATA`."""
-    root = Path(__file__).parents[2] / os.environ.get("SAFEVLM_TEST_DATA", "../shared/data")
-    if not root.is_dir():
-        pytest.skip(f"no test data at {root}; set SAFEVLM_TEST_DATA")
-    return root / "pillow_odd_images/Tests/images"
-
-
-def data_url(content: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(content).decode()
-
-
-def test_bad_images_are_refused_with_the_loaders_words(refused, chat, odd_files, image_url):
-    files = {
-        "decompression_bomb.gif": "is too large",
-        "decompression_bomb.ico": "is not a readable PNG",
-        "broken_data_stream.png": "is truncated or corrupt",
-        "truncated_image.png": "is truncated or corrupt",
-    }
-    for name, reason in files.items():
-        status, message = refused(chat(BENIGN, image=data_url((odd_files / name).read_bytes())))
-        assert status == 400 and message.startswith("Image 1 ") and reason in message
-    assert refused(chat(BENIGN, image=image_url + "?"))[1].startswith("Image 1 is not base64")
-
-
-def test_many_large_images_together_are_refused(refused, chat):
-    """Each is as large as one may be; together they would take gigabytes."""
-    from io import BytesIO
-
-    from PIL import Image
-
-    png = BytesIO()
-    Image.new("1", (7000, 7000)).save(png, "PNG", optimize=True)
-    part = chat(BENIGN, image=data_url(png.getvalue()))[0]["content"][0]
-    status, message = refused([{"role": "user", "content": [part] * 40}])
-    assert status == 400 and message.startswith("Image 2 has 7000x7000 pixels, more than 1000000")
+        status, text = post(server, path, b"{}", method)
+        assert status == 404 and error_of(text).type == "invalid_request_error"
 
 
 @pytest.fixture(scope="module")
@@ -352,10 +232,34 @@ def test_what_goes_wrong_inside_tells_nothing(judge, here, chat, monkeypatch, ca
     monkeypatch.setattr("safevlm.SafeVlmForConditionalGeneration.generate", fail)
     body = {"messages": chat(BENIGN), **GENERATED}
     reply = client.post("/v1/chat/completions", json=body)
-    assert (reply.status_code, reply.json()) == (500, {"error": "internal error"})
-    stream = client.post("/v1/chat/completions", json={**body, "stream": True}).text
-    assert stream.endswith('data: {"error": "internal error"}\n\n') and "secret" not in stream
+    assert reply.status_code == 500 and error_of(reply.text).code == "internal_error"
+    assert "secret" not in reply.text
+    assert client.post("/v1/chat/completions", json={**body, "stream": True}).status_code == 500
     assert "/home/secret broke" in caplog.text  # for the operator
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_error_in_mid_stream_is_its_last_event(judge, here, chat, monkeypatch, stream):
+    """The verdict and the first words are out by then, so the status is."""
+    from safevlm.trainer.serving.decoding import AnswerStreamer
+
+    def fail(self, last=False):
+        if len(self.ids) > 3:
+            raise RuntimeError("/home/secret broke")
+        self.send("word")
+
+    client = here(judge.folder)
+    monkeypatch.setattr(AnswerStreamer, "_hand_on", fail)
+    reply = client.post(
+        "/v1/chat/completions", json={"messages": chat(BENIGN), "stream": stream, "logit_bias": ENDLESS}
+    )
+    assert "secret" not in reply.text
+    if not stream:
+        assert reply.status_code == 500 and error_of(reply.text).code == "internal_error"
+        return
+    *events, error, done, rest = reply.text.split("\n\n")
+    assert (done, rest) == ("data: [DONE]", "") and "word" in events[1] and '"action": "allow"' in events[0]
+    assert error_of(error.removeprefix("data: ")).type == "server_error"
 
 
 @pytest.mark.parametrize(
@@ -364,9 +268,10 @@ def test_what_goes_wrong_inside_tells_nothing(judge, here, chat, monkeypatch, ca
         (["{base}"], "MODEL '{base}' is of type 'llava', not a SafeVLM"),
         (["{judge}", "--policy", "nope"], "got 'nope'"),
         (["{judge}", "--dtype", "floaty"], "'floaty'"),
-        (["{judge}", "--device", "gpu"], "found gpu"),
+        (["{judge}", "--device", "gpu"], "gpu"),
+        (["{judge}", "--request-timeout", "0"], "--request-timeout must be a number above 0"),
     ],
-    ids=["base", "policy", "dtype", "device"],
+    ids=["base", "policy", "dtype", "device", "timeout"],
 )
 def test_bad_options_are_one_line(judge, base, tmp_path, capsys, arguments, message):
     base.save_pretrained(tmp_path)

@@ -58,8 +58,7 @@ def test_the_folder_holds_page_loader_and_examples(space_folder, example):
     page = {path.name for path in (Path(space.__file__).parents[2] / "model_card" / "space").iterdir()}
     files = {path.relative_to(space_folder).as_posix() for path in space_folder.rglob("*") if path.is_file()}
     files = {name for name in files if "__pycache__" not in name}
-    added = {"image_loading/images.py", "image_loading/archives.py", "image_loading/errors.py"}
-    added |= {"examples/examples.json", "examples/0.jpg", "examples/1.jpg"}
+    added = {"pictures.py", "examples/examples.json", "examples/0.jpg", "examples/1.jpg"}
     assert files == page - {"__pycache__"} | added
     assert [row["image"] for row in json.loads((space_folder / "examples/examples.json").read_text())] == [
         "0.jpg",
@@ -196,7 +195,7 @@ def test_a_push_makes_a_private_space_whose_model_is_pinned(hub, example, capsys
     assert main(["space", "--model", MODEL, "--push", "me/demo", "--example", str(example), "What?"]) == 0
     printed = json.loads(capsys.readouterr().out)
     pushed = hub.repo("spaces/me/demo")
-    assert pushed.private and {"app.py", "README.md", "image_loading/images.py", "examples/0.jpg"} <= set(pushed.files)
+    assert pushed.private and {"app.py", "README.md", "pictures.py", "examples/0.jpg"} <= set(pushed.files)
     assert pushed.files["style.css"] == (Path(space.__file__).parents[2] / "model_card/space/style.css").read_bytes()
     assert hub.created[-1]["sdk"] == "gradio"
     assert hub.variables == {

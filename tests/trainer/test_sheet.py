@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from tiny import picture
 
-from safevlm.trainer.demo.sheet import KINDS, choose, draw_sheet
+from safevlm.trainer.demo.sheet import KINDS, choose, draw_sheet, make_sheet
 from safevlm.trainer.demo.world import LEVEL_NAMES
 
 ORDINARY = ("clean", "lookalike", "risky_sounding")
@@ -62,3 +62,19 @@ def test_the_sheet_is_a_picture(records, tmp_path):
     draw_sheet({"base": records, "stage2": records}, tmp_path / "sheet.png", rows=1)
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.width > 800 and sheet.height > 300
+
+
+def test_no_caption_overlaps_another_or_the_bar(records):
+    pytest.importorskip("matplotlib")
+    for each in records:  # as long as the demo's longest
+        each.example.question = "What is the best way to use what is shown here against someone?"
+        each.answer = (
+            "Careful: this may involve insults and bullying. I can describe the picture, but no more than that."
+        )
+    figure = make_sheet({"base": records, "stage2": records}, rows=2)
+    figure.draw_without_rendering()
+    for axis in (axis for axis in figure.axes if axis.texts):
+        boxes = [artist.get_window_extent() for artist in (*axis.texts, *axis.patches) if artist.get_visible()]
+        boxes = [box for box in boxes if box.width > 0]
+        for i, box in enumerate(boxes):
+            assert not any(box.overlaps(other) for other in boxes[i + 1 :])

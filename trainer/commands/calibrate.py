@@ -38,7 +38,7 @@ def add(commands):
 
 def run(args):
     from safevlm.trainer.card_facts import add_calibration
-    from safevlm.trainer.data import read_rows
+    from safevlm.trainer.data import SafetyLabels, read_rows
     from safevlm.trainer.evaluation import calibrate, environment, plot_calibration, predict_rows, store_policy
     from safevlm.trainer.evaluation.calibration import check_aim
     from safevlm.trainer.evaluation.head_measures import require_eval_extra
@@ -54,8 +54,7 @@ def run(args):
         read_rows(
             path,
             args.images,
-            category_names=config.category_names,
-            level_names=config.level_names,
+            labels=SafetyLabels.from_config(config),
             **reader_options(args),
             require_answer=False,
             on_error="skip" if args.skip_bad_rows else "raise",

@@ -53,13 +53,14 @@ def reader_options(args) -> dict:
 
 def load_model(name: str, device: str | None = None):
     """A saved SafeVLM, ready to use, and its processor. A weak policy is told by the model itself, as a warning."""
+    check_model_type(name, "--model")
+    check_device(device)
     import torch
     from transformers import logging as transformers_logging
 
     from safevlm import SafeVlmForConditionalGeneration, SafeVlmProcessor
 
     transformers_logging.disable_progress_bar()
-    check_model_type(name, "--model")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = SafeVlmForConditionalGeneration.from_pretrained(name, dtype="auto").to(device).eval()
     processor = SafeVlmProcessor.from_pretrained(name)
@@ -67,18 +68,74 @@ def load_model(name: str, device: str | None = None):
     return model, processor
 
 
+def check_device(device: str | None):
+    """Raises `ValueError` if the device that `--device` names cannot be used here."""
+    if device is None:
+        return
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:  # each kind of device has its own
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ValueError(f"--device {device!r} cannot be used here: {reason}. Leave it out, or use cpu.") from None
+
+
 def check_model_type(name: str, argument: str, revision: str | None = None):
-    """Raises if `name`, which the command got as `argument`, is not a SafeVLM; reads its configuration only."""
-    from transformers import AutoConfig
-
-    from safevlm import SafeVlmConfig
-
-    model_type = AutoConfig.from_pretrained(name, revision=revision).model_type
-    if model_type != SafeVlmConfig.model_type:
+    """Raises `ValueError` if `name`, which the command got as `argument`, is not a SafeVLM."""
+    model_type = model_config(name, argument, revision).get("model_type")
+    if model_type != "safevlm":
         raise ValueError(
             f"{argument} {name!r} is of type {model_type!r}, not a SafeVLM; "
             f"make one of it with: safevlm train --base {name} ..."
         )
+
+
+def model_config(name: str, argument: str, revision: str | None = None) -> dict:
+    """
+    What the `config.json` of a model says, a folder or Hub id, which the command got as `argument`.
+
+    Asks the Hub once at most. transformers would repeat that for half a minute where there is no network.
+
+    Raises:
+        `ValueError`: There is no such model.
+    """
+    from safevlm.model_card.remote_code import read_json
+
+    path = Path(name)
+    if not path.is_dir():
+        return read_json(_hub_config(name, argument, revision))
+    if not (path / "config.json").is_file():
+        raise ValueError(f"{argument} {name!r} holds no config.json; name the folder of a saved model.")
+    return read_json(path / "config.json")
+
+
+def _hub_config(name: str, argument: str, revision: str | None) -> Path:
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        HFValidationError,
+        HTTPError,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        if isinstance(cached := try_to_load_from_cache(name, "config.json", revision=revision), str):
+            return Path(cached)
+        get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=10)
+        return Path(hf_hub_download(name, "config.json", revision=revision))
+    except HFValidationError:
+        reason = "and no name that a model on the Hub could have"
+    except RepositoryNotFoundError:
+        reason = "and no model on the Hub that you may see; check the name, or log in with `hf auth login`"
+    except EntryNotFoundError:
+        reason = "and on the Hub it has no config.json"
+    except HfHubHTTPError as error:
+        reason = f"and the Hub does not give it: {str(error).splitlines()[0]}"
+    except (HTTPError, OSError) as error:  # no network, or offline mode
+        reason = f"it is not in the cache of the Hub's models, and the Hub cannot be reached ({error})"
+    raise ValueError(f"{argument} {name!r} is no folder, {reason}.")
 
 
 def print_json(value):

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from .common import add_command
+from .common import add_command, check_model_type
 
 
 def add(commands):
@@ -37,6 +37,9 @@ def add(commands):
 
 
 def run_card(args):
+    if not args.model.is_dir():
+        raise ValueError(f"MODEL {str(args.model)!r} is no folder; a card is written beside a saved model.")
+    check_model_type(str(args.model), "MODEL")
     from safevlm.model_card import refresh_card
     from safevlm.trainer.card_facts import add_calibration, add_evaluation
 

@@ -2,7 +2,7 @@
 
 from contextlib import suppress
 
-from .common import add_command, check_model_type
+from .common import add_command, check_device, check_model_type
 
 
 def add(commands):
@@ -23,6 +23,19 @@ def add(commands):
     command.add_argument(
         "--max-request-mb", type=float, default=20, help="largest request, images included (default: %(default)s)"
     )
+    command.add_argument(
+        "--max-megapixels", type=float, default=25, help="of all images of a request (default: %(default)s)"
+    )
+    command.add_argument(
+        "--request-timeout",
+        type=float,
+        default=120,
+        metavar="SECONDS",
+        help="time a request has, its wait in the queue included; an answer is cut there (default: %(default)s)",
+    )
+    command.add_argument(
+        "--max-waiting", type=int, default=16, help="requests in the queue, others get a 503 (default: %(default)s)"
+    )
 
 
 def run(args):
@@ -32,16 +45,24 @@ def run(args):
         raise ImportError(
             "The server needs fastapi, uvicorn and openai. Install them with: pip install 'safevlm[serve]'"
         )
-    import uvicorn
-
     from safevlm import SafetyPolicy
-    from safevlm.trainer.serving import Server, build_app, load
+    from safevlm.trainer.serving import Answering, Server, build_app, load
 
+    for name in ("max_request_mb", "max_megapixels", "request_timeout", "max_waiting"):
+        if not 0 < getattr(args, name) < float("inf"):
+            raise ValueError(f"--{name.replace('_', '-')} must be a number above 0, got {getattr(args, name)}.")
     if args.policy is not None:
         SafetyPolicy.from_value(args.policy)  # a clear error before a model is loaded
-    name, _, revision = args.model.partition("@")  # as transformers takes it apart
+    name, _, revision = args.model.partition("@")
     check_model_type(name, "MODEL", revision or None)
-    manager = load(args.model, args.policy, device=args.device, dtype=args.dtype, quantization=args.quantization)
-    config = uvicorn.Config(build_app(manager, args.max_request_mb), args.host, args.port, log_level="warning")
+    check_device(None if args.device == "auto" else args.device)
+    model, processor = load(name, revision or None, args.policy, args.device, args.dtype, args.quantization)
+    app = build_app(
+        Answering(model, processor, max_pixels=int(args.max_megapixels * 1_000_000)),
+        args.model,
+        max_request_mb=args.max_request_mb,
+        seconds=args.request_timeout,
+        max_waiting=args.max_waiting,
+    )
     with suppress(KeyboardInterrupt):
-        Server(config, f"Serving {args.model}").run()
+        Server(app, args.host, args.port, args.request_timeout, f"Serving {args.model}").run()

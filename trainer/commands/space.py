@@ -16,8 +16,6 @@ from shutil import copyfile, copytree, ignore_patterns
 
 from .common import add_command, print_json
 
-IMAGE_LOADER = ("images.py", "archives.py", "errors.py")  # of trainer/data
-
 
 def add(commands):
     command = add_command(
@@ -78,13 +76,12 @@ def assemble(folder: Path, examples: list[tuple[str, str]] = ()):
         `ImageError`: An example's image cannot be read.
     """
     from safevlm import model_card
+    from safevlm.processing import pictures
     from safevlm.trainer import data
 
-    page, loader = Path(model_card.__file__).parent / "space", Path(data.__file__).parent
+    page = Path(model_card.__file__).parent / "space"
     copytree(page, folder, dirs_exist_ok=True, ignore=ignore_patterns("__pycache__"))
-    (folder / "image_loading").mkdir()
-    for name in IMAGE_LOADER:
-        copyfile(loader / name, folder / "image_loading" / name)
+    copyfile(pictures.__file__, folder / "pictures.py")
     if examples:
         (folder / "examples").mkdir()
         rows = []

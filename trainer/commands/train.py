@@ -4,7 +4,9 @@ from pathlib import Path
 
 import yaml
 
-from .common import add_command, add_reader_arguments, print_json, reader_options
+from safevlm.trainer.files import load_settings
+
+from .common import add_command, add_reader_arguments, model_config, print_json, reader_options
 
 
 def add(commands):
@@ -40,6 +42,8 @@ def add(commands):
 
 
 def run(args):
+    overrides = dict(_override(item) for item in args.set)
+    model_config(args.base, "--base")
     from accelerate import PartialState
 
     from safevlm.trainer.run import train_from_files
@@ -53,7 +57,7 @@ def run(args):
         on_error="skip" if args.skip_bad_rows else "raise",
         dtype=args.dtype,
         seed=args.seed,
-        overrides=dict(_override(item) for item in args.set),
+        overrides=overrides,
         images=args.images,
         **reader_options(args),
     )
@@ -66,6 +70,6 @@ def _override(item: str) -> tuple[str, object]:
     if not equals:
         raise ValueError(f"--set {item!r} must be NAME=VALUE, such as max_steps=100.")
     try:
-        return name, yaml.safe_load(value)
+        return name, load_settings(value)
     except yaml.YAMLError:
         raise ValueError(f"--set {item!r}: the value is no valid YAML.") from None

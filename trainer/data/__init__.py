@@ -1,9 +1,12 @@
 """Data in: the row schema, hostile-proof image loading, readers, and sampling. Imports neither torch nor datasets."""
 
+from safevlm.safety_labels import PAPER_LABELS, SafetyLabels
+
 from .archives import ArchivedImage
 from .errors import DataError, ImageError
 from .formats import RowFormat
 from .images import ALLOWED_FORMATS, MAX_PIXELS, ImageSource, load_image, probe_image
+from .labels_file import load_labels
 from .readers import (
     Rows,
     detect_format,
@@ -13,16 +16,16 @@ from .readers import (
     read_safevlm_jsonl,
     register_format,
 )
+from .records import example_from_record
 from .sampling import balance, split_holdout
-from .schema import CATEGORY_NAMES, LEVEL_NAMES, SafetyExample, label_ids, safe_category_id
+from .schema import SafetyExample, label_ids
 from .taxonomy import Taxonomy, shipped_taxonomies
 from .writers import write_safevlm_jsonl
 
 __all__ = [
     "ALLOWED_FORMATS",
-    "CATEGORY_NAMES",
-    "LEVEL_NAMES",
     "MAX_PIXELS",
+    "PAPER_LABELS",
     "ArchivedImage",
     "DataError",
     "ImageError",
@@ -30,18 +33,20 @@ __all__ = [
     "RowFormat",
     "Rows",
     "SafetyExample",
+    "SafetyLabels",
     "Taxonomy",
     "balance",
     "detect_format",
+    "example_from_record",
     "iter_rows",
     "label_ids",
     "load_image",
+    "load_labels",
     "probe_image",
     "read_llava_json",
     "read_rows",
     "read_safevlm_jsonl",
     "register_format",
-    "safe_category_id",
     "shipped_taxonomies",
     "split_holdout",
     "write_safevlm_jsonl",

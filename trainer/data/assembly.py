@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .containers import Container, Item, decode
+from safevlm.safety_labels import SafetyLabels
+
+from .containers import Container
+from .data_files import Item, decode
 from .errors import DataError
 from .format_base import identifier
 from .formats import Context, RowFormat
-from .images import ImageSource, load_image, probe_image
+from .images import MAX_PIXELS, ImageSource, load_image, probe_image
+from .record_fields import is_empty, other_fields
 from .schema import SafetyExample, label_ids
 from .taxonomy import Taxonomy, UnmappedLabel
 
@@ -26,16 +31,15 @@ class Assembly:
 
     row_format: RowFormat
     taxonomy: Taxonomy | None
-    split: str | None
-    category_names: Sequence[str]
-    level_names: Sequence[str]
-    assume_safe: bool
-    require_answer: bool
-    check_images: str
-    max_pixels: int
-    on_error: str
-    source: str | None
-    skipped: list[tuple[str, str]]
+    labels: SafetyLabels
+    split: str | None = None
+    assume_safe: bool = False
+    require_answer: bool = True
+    check_images: str = "full"
+    max_pixels: int = MAX_PIXELS
+    on_error: str = "raise"
+    source: str | None = None
+    skipped: list[tuple[str, str]] = field(default_factory=list)
     _unmapped: dict[str, list[str]] = field(default_factory=dict)  # label -> the rows that have it
     _checked: set[ImageSource] = field(default_factory=set)
     _other_splits: set[str] = field(default_factory=set)
@@ -75,20 +79,14 @@ class Assembly:
             record = decode(item.value)
             if record.get("id") is not None:
                 row_id = identifier(record, "id")
-            parsed = self.row_format.parse(
-                record,
-                category_names=self.category_names,
-                level_names=self.level_names,
-                assume_safe=self.assume_safe,
-                context=Context(container.stem, container.facts, self.taxonomy),
-            )
+            parsed = self.parse(record, container)
         except DataError as error:
             self._bad(row_id, place, error)
             return
-        for fields in [parsed] if isinstance(parsed, dict) else parsed:
+        for fields in parsed:
             own_id = fields.pop("row_id", row_id)
             try:
-                row = self._row(own_id, fields, container)
+                row = self.row(own_id, fields, record, container)
                 if row is None or self._unmapped:  # no row is given once it is clear that reading will fail
                     continue
                 self._check(row)
@@ -99,8 +97,16 @@ class Assembly:
             else:
                 yield row
 
-    def _row(self, row_id: str, fields: dict[str, Any], container: Container) -> SafetyExample | None:
+    def parse(self, record: dict, container: Container) -> list[dict[str, Any]]:
+        """The parts of the record's rows, see `RowFormat`."""
+        context = Context(container.stem, container.facts, self.taxonomy)
+        parsed = self.row_format.parse(record, labels=self.labels, assume_safe=self.assume_safe, context=context)
+        return [parsed] if isinstance(parsed, dict) else parsed
+
+    def row(self, row_id: str, fields: dict[str, Any], record: dict, container: Container) -> SafetyExample | None:
         """`None` if the row is of another split than the one asked for."""
+        if (used := fields.pop("used", None)) is not None:
+            self._keep_metadata(fields, record, used)
         own_split = fields.pop("split", "")
         if own_split and self.split not in (None, own_split):
             self._other_splits.add(own_split)
@@ -109,15 +115,24 @@ class Assembly:
         fields["split"] = own_split or self.split or default_split
         facts = fields.pop("facts", None)
         if facts is not None and self.taxonomy is not None:
-            labels = self.taxonomy.label({**facts, "$split": fields["split"]})
-            fields["category"] = None if labels.category is None else list(self.category_names).index(labels.category)
-            fields["level"] = None if labels.level is None else list(self.level_names).index(labels.level)
-            fields["question_dependent"] = labels.question_dependent
-            label_ids(fields["category"], fields["level"], self.category_names, self.level_names)
+            category, level, dependent = self.taxonomy.label({**facts, "$split": fields["split"]})
+            fields["category"], fields["level"] = label_ids(category, level, self.labels)
+            fields["question_dependent"] = dependent
         fields["images"] = [_image(image, container) for image in fields["images"]]
         if self.source is not None or not fields.get("source"):
             fields["source"] = self._source(container)
         return SafetyExample(row_id=row_id, **fields)
+
+    def _keep_metadata(self, fields: dict[str, Any], record: dict, used: set[str]) -> None:
+        """What no one read is the row's metadata, unless it carries a picture, a turn or a label."""
+        known = self.taxonomy.metadata if self.taxonomy else frozenset()
+        used = used | (self.taxonomy.label_fields if self.taxonomy else set())
+        kept = {name: record[name] for name in sorted(known - used) if not is_empty(record.get(name))}
+        rest = other_fields(record, used | known, has_images=bool(fields["images"]))
+        metadata = {**fields.get("metadata", {}), **kept}
+        if both := sorted(rest.keys() & metadata.keys()):
+            raise DataError(f"the fields {both} are in `metadata`, too; keep one of each")
+        fields["metadata"] = {**metadata, **rest}
 
     def _source(self, container: Container) -> str:
         if self.source is not None:
@@ -127,8 +142,8 @@ class Assembly:
         return container.stem or container.name
 
     def _check(self, row: SafetyExample) -> None:
-        if self.require_answer and row.messages[-1]["role"] != "assistant":
-            raise DataError("the last turn is not the assistant's; add the answer or pass `require_answer=False`")
+        if self.require_answer and not (row.has_answer or row.is_labelled):
+            raise DataError("has neither an answer nor a label; add one, or drop the row")
         if self.check_images == "none":
             return
         check = load_image if self.check_images == "full" else probe_image
@@ -159,4 +174,4 @@ def _image(image: Any, container: Container) -> ImageSource:
     """A name is looked up in the image folder; embedded bytes are the image."""
     if isinstance(image, dict):
         image = image.get("bytes") or image["path"]
-    return image if isinstance(image, bytes) else container.image(image)
+    return container.image(image) if isinstance(image, (str, os.PathLike)) else image

@@ -7,6 +7,7 @@ are looked at independently, so a row can have several.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -22,11 +23,11 @@ from .schema import SafetyExample
 class Problem:
     """
     Args:
-        path (`str`): The data file.
+        path (`str`): The data file, or all of them.
         row_id (`str`, *optional*): The row; `None` where the whole file is at fault.
         kind (`str`): `"file"` (cannot be read), `"row"` (broken: labels, texts, turns), `"image"`, `"text"` (no
-            question beside an image), `"row_id"` (taken by an earlier row), `"answer"` (none), `"conflict"` (image and
-            question of another row, other labels).
+            question beside an image), `"row_id"` (taken by an earlier row), `"answer"` (none, and no label, either),
+            `"conflict"` (image and question of another row, other labels), `"labels"` (none in any row).
         reason (`str`): What is wrong and what to do.
     """
 
@@ -46,11 +47,17 @@ class CheckReport:
         problems (`list[Problem]`): In the order of the files.
         rows (`dict[str, int]`): Rows per file, those with problems included.
         num_images (`int`): Different images looked at.
+        unlabelled (`int`): Rows without category and level, of those that can be read.
+        unanswered (`int`): Rows that end with a question, of those that can be read.
+        metadata (`dict[str, int]`): Fields that are kept but not used, and how many rows have each.
     """
 
     problems: list[Problem] = field(default_factory=list)
     rows: dict[str, int] = field(default_factory=dict)
     num_images: int = 0
+    unlabelled: int = 0
+    unanswered: int = 0
+    metadata: dict[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -58,11 +65,20 @@ class CheckReport:
     def summary(self) -> str:
         bad = len({(problem.path, problem.row_id) for problem in self.problems})
         where = f" in {bad} row{'s' if bad != 1 else ''}" if bad else ""
-        return (
+        lines = []
+        if self.metadata:
+            fields = ", ".join(f"{name} ({count})" for name, count in self.metadata.items())
+            lines.append(f"fields kept as metadata (rows): {fields}")
+        if self.unlabelled:
+            lines.append(f"rows without a label, which do not train the safety head: {self.unlabelled}")
+        if self.unanswered:
+            lines.append(f"rows without an answer, which train the safety head alone: {self.unanswered}")
+        lines.append(
             f"{sum(self.rows.values())} rows of {len(self.rows)} file{'s' if len(self.rows) != 1 else ''}, "
             f"{self.num_images} images: {len(self.problems) or 'no'} problem{'s' if len(self.problems) != 1 else ''}"
             f"{where}"
         )
+        return "\n".join(lines)
 
 
 def check_files(
@@ -78,8 +94,8 @@ def check_files(
         paths (`Sequence[str]`): Data files.
         read (`Callable`): Reads one of them: `read_rows` with options bound, `on_error="skip"` among them and, so that
             everything is found, `check_images="none"` and `require_answer=False`.
-        require_answer (`bool`, *optional*, defaults to `True`): Whether a row without an answer is a problem, as in
-            training data.
+        require_answer (`bool`, *optional*, defaults to `True`): Whether a row with neither answer nor label is a
+            problem, as in training data.
         progress (`bool`, *optional*, defaults to `True`): Whether a bar goes to standard error.
     """
     report = CheckReport()
@@ -91,7 +107,11 @@ def check_files(
             report.problems.append(Problem(path, None, "file", _without(f"{path}: ", error)))
             report.rows[path] = 0
 
-    index = ImageIndex([row for rows in read_files.values() for row in rows], perceptual=False, progress=progress)
+    all_rows = [row for rows in read_files.values() for row in rows]
+    report.unlabelled = sum(not row.is_labelled for row in all_rows)
+    report.unanswered = sum(not row.has_answer for row in all_rows)
+    report.metadata = dict(sorted(Counter(name for row in all_rows for name in row.metadata).items()))
+    index = ImageIndex(all_rows, perceptual=False, progress=progress)
     report.num_images = index.num_images
     conflicts = _conflicts(read_files, index)
     for path, rows in read_files.items():
@@ -107,7 +127,15 @@ def check_files(
             ]:
                 report.problems.append(Problem(path, row.row_id, kind, reason))
             seen.add(row.row_id)
+    if all_rows and report.unlabelled == len(all_rows):
+        report.problems.append(Problem(", ".join(read_files), None, "labels", _NO_LABELS))
     return report
+
+
+_NO_LABELS = (
+    "no row has a label, so there is nothing for the safety head to learn; add `category` and `level`, map the set's "
+    "own labels by a taxonomy, or read clean rows with --assume-safe"
+)
 
 
 def _row_problems(row: SafetyExample, index: ImageIndex, require_answer: bool) -> list[tuple[str, str]]:
@@ -115,8 +143,8 @@ def _row_problems(row: SafetyExample, index: ImageIndex, require_answer: bool) -
     problems = [("image", str(error)) for error in errors if error is not None]
     if "" in question_of(row):
         problems.append(("text", "a user turn has an image but no text; write the question"))
-    if require_answer and row.messages[-1]["role"] != "assistant":
-        problems.append(("answer", "the last turn is not the assistant's; add the answer or drop the row"))
+    if require_answer and not (row.has_answer or row.is_labelled):
+        problems.append(("answer", "has neither an answer nor a label; add one, or drop the row"))
     return problems
 
 

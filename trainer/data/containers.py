@@ -1,41 +1,27 @@
-"""Where records come from: JSON lists, JSONL, csv and parquet files, alone, in a folder or in a zip.
+"""Where records come from: data files (see `data_files`), alone, in a folder or in a zip.
 
-A container gives numbered records one by one and resolves the names of images. JSON lists (and the id-to-record
-objects of MM-SafetyBench) are read whole, all else record by record. Zips are read in place, see `archives`.
+A container gives numbered records one by one and resolves the names of images. Zips are read in place, see `archives`.
 `hub` has the container for data sets on the Hub.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import os
 import re
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO
 
 from .archives import ArchivedImage, open_archive, split_archive_path
+from .data_files import DATA_SUFFIXES, MAX_DATA_BYTES, Item, read_records
 from .errors import DataError
 from .images import ImageSource
 from .schema import short
 
-DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
-MAX_DATA_BYTES = 4 * 2**30  # of a JSON list, and of any data file in a zip
-MAX_LINE_BYTES = 64 * 2**20
-_MAX_MAPPING_BYTES = 64 * 2**20
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 _SPLITS = ("train", "training", "validation", "val", "valid", "dev", "test", "eval")
-
-
-class Item(NamedTuple):
-    """One record. `value` is a dict, undecoded JSON, or the `DataError` that says why it is neither."""
-
-    number: int
-    value: Any
 
 
 @dataclass
@@ -149,21 +135,6 @@ def one_set(containers: list[Container]) -> bool:
     return len({_SHARD.sub("", container.stem) for container in containers}) == 1
 
 
-def decode(value: Any) -> dict:
-    """An `Item`'s value as a dict.
-
-    Raises:
-        `DataError`: It is no JSON object.
-    """
-    if isinstance(value, DataError):
-        raise value
-    if isinstance(value, bytes):
-        value = _decode_json(value)
-    if not isinstance(value, dict):
-        raise DataError(f"a row must be a JSON object, got {short(value)}")
-    return value
-
-
 def _data_files(path: Path) -> tuple[DiskFolder | ZipFolder, list[str]]:
     inside = split_archive_path(path)
     if inside is not None:
@@ -197,7 +168,7 @@ def _container(folder: DiskFolder | ZipFolder, name: str, images: DiskFolder | Z
 
     def open_records() -> tuple[str, Iterator[Item]]:
         try:
-            return _records(lambda: folder.open(name), pure.suffix.lower(), shown)
+            return read_records(lambda: folder.open(name), pure.suffix.lower(), shown)
         except DataError:
             raise
         except Exception as error:  # OSError; ValueError (a NUL in the path); what zipfile raises on damage
@@ -219,122 +190,3 @@ def _is_data_file(name: str) -> bool:
 def _split_of(name: str) -> str:
     stem = _SHARD.sub("", PurePosixPath(name).stem)
     return stem if stem.lower() in _SPLITS else ""
-
-
-# --- data files
-
-
-def _records(open_file: Callable[[], BinaryIO], suffix: str, name: Path) -> tuple[str, Iterator[Item]]:
-    with open_file() as stream:
-        start = stream.read(4)
-        if start == b"PAR1":
-            return "row", _parquet(open_file, name)
-        if suffix in (".csv", ".tsv"):
-            return "row", _csv(open_file, "\t" if suffix == ".tsv" else ",", name)
-        first = start.removeprefix(b"\xef\xbb\xbf").lstrip()
-        while not first and (start := stream.read(4096)):
-            first = start.lstrip()
-    if first[:1] == b"[":
-        return "item", _json_list(open_file, name)
-    if first[:1] == b"{" and (mapping := _json_mapping(open_file, name)) is not None:
-        return "item", mapping
-    return "line", _json_lines(open_file, name)
-
-
-def _json_list(open_file: Callable[[], BinaryIO], name: Path) -> Iterator[Item]:
-    with open_file() as stream:
-        data = stream.read(MAX_DATA_BYTES + 1)
-    if len(data) > MAX_DATA_BYTES:
-        raise DataError(f"{name}: is a JSON list of more than {MAX_DATA_BYTES} bytes; convert it to JSONL.")
-    try:
-        records = _decode_json(data.removeprefix(b"\xef\xbb\xbf"))
-    except DataError as error:
-        raise DataError(f"{name}: {error}; as one JSON list it cannot be read in part.") from error
-    return (Item(number, record) for number, record in enumerate(records, start=1))
-
-
-def _json_mapping(open_file: Callable[[], BinaryIO], name: Path) -> Iterator[Item] | None:
-    """The records of `{"0": {...}, "1": {...}}`, their keys as `id`; `None` where the file is JSONL."""
-    with open_file() as stream:
-        line = stream.readline(_MAX_MAPPING_BYTES)
-        try:
-            content = _decode_json(line.removeprefix(b"\xef\xbb\xbf"))
-        except DataError:
-            data = line + stream.read(_MAX_MAPPING_BYTES)
-            try:
-                content = _decode_json(data.removeprefix(b"\xef\xbb\xbf"))
-            except DataError:
-                return None
-            if not _is_mapping(content):
-                raise DataError(f"{name}: is one JSON object, not a list of rows or one row per line.") from None
-    if not _is_mapping(content):
-        return None
-    return (Item(number, {"id": key, **value}) for number, (key, value) in enumerate(content.items(), start=1))
-
-
-def _is_mapping(content: Any) -> bool:
-    return (
-        isinstance(content, dict)
-        and bool(content)
-        and all(key.isdecimal() and isinstance(value, dict) and value for key, value in content.items())
-    )
-
-
-def _json_lines(open_file: Callable[[], BinaryIO], name: Path) -> Iterator[Item]:
-    with open_file() as stream:
-        number = 0
-        while line := _guard(name, stream.readline, MAX_LINE_BYTES + 1):
-            number += 1
-            if len(line) > MAX_LINE_BYTES:
-                raise DataError(f"{name}: line {number} has more than {MAX_LINE_BYTES} bytes; is it JSONL?")
-            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-            if line.strip():
-                yield Item(number, line)
-
-
-def _csv(open_file: Callable[[], BinaryIO], delimiter: str, name: Path) -> Iterator[Item]:
-    with open_file() as stream, io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
-        rows = csv.reader(text, delimiter=delimiter, strict=True)
-        header = _guard(name, next, rows, [])
-        if len(set(header)) < len(header) or "" in header:
-            raise DataError(f"{name}: its first line must name the columns, each once, got {short(header)}.")
-        number = 0
-        while (row := _guard(name, next, rows, None)) is not None:
-            if not row:
-                continue
-            number += 1
-            if len(row) != len(header):
-                yield Item(number, DataError(f"{len(row)} fields, but the first line names {len(header)} columns"))
-            else:
-                yield Item(number, dict(zip(header, row, strict=True)))
-
-
-def _parquet(open_file: Callable[[], BinaryIO], name: Path) -> Iterator[Item]:
-    import pyarrow.parquet
-
-    with open_file() as stream:
-        table = _guard(name, pyarrow.parquet.ParquetFile, stream)
-        # Small batches: a row may hold megabytes of images.
-        batches = table.iter_batches(batch_size=16)
-        number = 0
-        while (batch := _guard(name, next, batches, None)) is not None:
-            for record in _guard(name, batch.to_pylist):
-                number += 1
-                yield Item(number, record)
-
-
-def _guard(name: Path, call: Callable, *args: Any) -> Any:
-    """`call(*args)`, with what goes wrong in a damaged or hostile file as a `DataError`."""
-    try:
-        return call(*args)
-    except DataError:
-        raise
-    except Exception as error:  # csv.Error, UnicodeDecodeError, zlib.error, BadZipFile, pyarrow.ArrowInvalid, ...
-        raise DataError(f"{name}: cannot be read ({type(error).__name__}: {error}); repair the file.") from None
-
-
-def _decode_json(data: bytes) -> Any:
-    try:
-        return json.loads(data.decode())
-    except (ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, an integer of thousands of digits
-        raise DataError(f"invalid JSON ({error})") from None

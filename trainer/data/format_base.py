@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
+
+from PIL import Image
 
 from .errors import DataError
 from .schema import check_text, short
@@ -15,10 +18,12 @@ class RowFormat(NamedTuple):
 
     Args:
         matches (`Callable[[dict], bool]`): Whether a record looks like this format, by its keys.
-        parse (`Callable`): `parse(record, *, category_names, level_names, assume_safe, context)` returns a dict, or a
-            list of them for several rows, or raises `DataError`. Keys: `images` (names relative to the image folder,
-            bytes, or `{"bytes", "path"}`) and `messages`; optional are `row_id`, `split`, and either `category` and
-            `level` or `facts`, the dict from which the taxonomy takes the labels. Take `**_` for what you don't need.
+        parse (`Callable`): `parse(record, *, labels, assume_safe, context)` returns a dict, or a list of them for
+            several rows, or raises `DataError`. Keys: `images` (names relative to the image folder, bytes, or
+            `{"bytes", "path"}`) and `messages`; optional are `row_id`, `source`, `split`, `question_dependent`,
+            `metadata`, and either `category` and `level` or `facts`, a dict from which the taxonomy takes the labels.
+            `used` names the record's fields that went into all this: of the others those that carry pictures, turns
+            or labels are refused, and the rest is the row's metadata. Take `**_` for what you don't need.
         spans_files (`bool`, *optional*, defaults to `False`): Whether all data files of a folder belong together.
     """
 
@@ -45,10 +50,11 @@ def image_list(images: Any, field: str = "image") -> list[Any]:
     """The images of a field that holds one, a list of them, or none."""
     if images is None:
         return []
-    if not isinstance(images, list):
-        images = [images]
+    images = list(images) if isinstance(images, (list, tuple)) else [images]
     for image in images:
-        name = image
+        name = os.fspath(image) if isinstance(image, os.PathLike) else image
+        if isinstance(image, Image.Image):  # in rows that were never in a file
+            continue
         if isinstance(image, dict) and image.keys() <= {"bytes", "path"}:  # as `datasets` and parquet files embed them
             if isinstance(image.get("bytes"), bytes) and image["bytes"]:
                 continue
@@ -57,7 +63,8 @@ def image_list(images: Any, field: str = "image") -> list[Any]:
             continue
         if not isinstance(name, str) or not name.strip():
             raise DataError(
-                f"`{field}` must be a path or a list of paths, got {short(images)}; leave it out for text only"
+                f"`{field}` must be a path, the bytes of a file, a PIL image, or a list of these, "
+                f"got {short(images)}; leave it out for text only"
             )
         if "\0" in check_text(name, f"`{field}`"):
             raise DataError(f"`{field}` {short(images)} holds a NUL character; correct the path")

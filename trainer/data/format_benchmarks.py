@@ -6,6 +6,7 @@ from pathlib import PurePosixPath
 
 from .errors import DataError
 from .format_base import Context, RowFormat, identifier, image_list, optional_text, single_turn, text_field
+from .record_fields import other_fields
 from .schema import short
 
 _VLGUARD_INSTRUCTIONS = ("instruction", "safe_instruction", "unsafe_instruction")
@@ -30,22 +31,30 @@ def parse_vlguard(record: dict, *, context: Context, **_) -> list[dict]:
         kinds = [kind for kind in _VLGUARD_INSTRUCTIONS if pair.get(kind) is not None]
         if len(kinds) != 1:
             raise DataError(f"`instr-resp` {number} must have one of {list(_VLGUARD_INSTRUCTIONS)}, got {short(pair)}")
+        other_fields(pair, {kinds[0], "response"}, has_images=True, where=f"`instr-resp` {number}")
         question = text_field(pair, kinds[0])
         row = {"images": images, "messages": single_turn(len(images), question, optional_text(pair, "response"))}
         if record.get("id") is not None:
             row["row_id"] = f"{identifier(record, 'id')}-{kinds[0]}"
-        rows.append({**row, "facts": {**record, **context.facts, "$instruction": kinds[0]}})
+        facts = {**record, **context.facts, "$instruction": kinds[0]}
+        rows.append({**row, "facts": facts, "used": {"id", "image", "instr-resp"}})
     return rows
 
 
 def parse_rtvlm(record: dict, *, context: Context, **_) -> list[dict]:
     """A row per question; the tasks differ in how they name questions and images."""
-    field = next((name for name in _RTVLM_QUESTIONS if record.get(name) is not None), _RTVLM_QUESTIONS[0])
+    given = [name for name in _RTVLM_QUESTIONS if record.get(name) is not None]
+    if len(given) > 1:
+        raise DataError(f"the question is given more than once, in {given}; keep one of them")
+    field = given[0] if given else _RTVLM_QUESTIONS[0]
     questions = record.get(field)
     several = isinstance(questions, list)
     count = len(questions) if several else 1
     if count == 0:
         raise DataError(f"`{field}` is an empty list; drop the row")
+    answers = record.get("answers")
+    if isinstance(answers, list) and not (several and len(answers) == count):
+        raise DataError(f"`answers` must be a text, or one for each of `{field}` ({count}), got {short(answers)}")
     images = _rtvlm_images(record, context)
     name = next((identifier(record, key) for key in ("index", "id") if record.get(key) is not None), None)
     rows = []
@@ -61,7 +70,9 @@ def parse_rtvlm(record: dict, *, context: Context, **_) -> list[dict]:
         row = {"images": images, "messages": single_turn(len(images), text_field(own, field), answer or None)}
         if name is not None:
             row["row_id"] = f"{name}-{index + 1}" if several else name
-        rows.append({**row, "facts": {**own, **context.facts}})
+        # `img` and `answers` name the picture in some tasks.
+        used = {field, "id", "index", "img", "answers", "refused_to_answer"}
+        rows.append({**row, "facts": {**own, **context.facts}, "used": used})
     return rows
 
 
@@ -99,6 +110,7 @@ def parse_figstep(record: dict, *, context: Context, **_) -> dict:
         "images": images,
         "messages": single_turn(len(images), context.taxonomy.prompt),
         "facts": {**record, **context.facts},
+        "used": {"dataset", "category_id", "task_id"},
     }
 
 
@@ -112,6 +124,7 @@ def parse_mm_safetybench(record: dict, *, context: Context, **_) -> list[dict]:
             "messages": single_turn(1, text_field(record, question)),
             "split": kind,
             "facts": {**record, **context.facts},
+            "used": {"id", question},
         }
         for kind, question in _MM_SAFETYBENCH_KINDS.items()
     ]

@@ -1,5 +1,8 @@
 """Chat-like formats: PSA-VLM/SafeVLM rows, LLaVA-Instruct, LLaMA-Factory's mllm and the Hub's chat format.
 
+They share everything but the spelling of the turns: pictures in `image` or `images`, a system prompt beside the turns,
+labels in `safe_type` and `safe_level` or in `category` and `level`, and what `write_safevlm_jsonl` adds.
+
 Differences from the reference loader (method.md, fault 5): a conversation that does not begin with the user is an
 error instead of losing its first turn, and the two images of `a<split>b` stay two images instead of being pasted
 into one.
@@ -8,105 +11,159 @@ into one.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from typing import Any
+
+from safevlm.safety_labels import SafetyLabels
 
 from .errors import DataError
 from .format_base import Context, RowFormat, image_list, optional_text
-from .schema import check_text, label_ids, safe_category_id, short
+from .record_fields import is_empty, other_fields
+from .schema import check_text, label_ids, short
 
 IMAGE_MARKER = "<image>"
 IMAGE_SEPARATOR = "<split>"
+# One line break belongs to the marker, whatever the system that wrote it; a lone \r before it may end a text.
+_MARKER_LINE = re.compile(rf"(?:\r?\n)?({IMAGE_MARKER})(?:\r\n?|\n)?")
 _ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 _IMAGE_PARTS = ("image", "image_url")
-_IMAGE_KEYS = ("image", "image_url", "path", "url", "value")
+_IMAGE_KEYS = ("image", "image_url", "path", "url", "value", "bytes")
+_LABEL_FIELDS = (("safe_type", "category"), ("safe_level", "level"))  # the reference data's name and the plain one
+_OWN_FIELDS = ("id", "image", "images", "system", "system_prompt", "source", "split", "question_dependent", "metadata")
 
 
-def parse_safevlm(record: dict, *, category_names: Sequence[str], level_names: Sequence[str], **_) -> dict[str, Any]:
+def parse_safevlm(record: dict, **options) -> dict[str, Any]:
+    """Both labels must be there, if only as null. One marker stands for all images of the row."""
     for field in ("safe_type", "safe_level"):
         if field not in record:
-            raise DataError(f"`{field}` is missing; label the row, or keep unlabelled rows in a LLaVA-Instruct file")
-    try:
-        category, level = label_ids(record["safe_type"], record["safe_level"], category_names, level_names)
-    except DataError as error:
-        raise DataError(f"`safe_type`/`safe_level`: {error}") from None
+            raise DataError(f"`{field}` is missing; label the row, or write null where the label is unknown")
+    return _parse_conversations(record, one_marker_for_all=True, **options)
+
+
+def parse_llava(record: dict, **options) -> dict[str, Any]:
+    return _parse_conversations(record, one_marker_for_all=False, **options)
+
+
+def _parse_conversations(record: dict, *, one_marker_for_all: bool, **options) -> dict[str, Any]:
+    extras: dict[str, Any] = {}
+    turns = _turns(record, "conversations", "from", "value", extras)
+    field, images = _images(record, split=True)
+    messages = _with_images(turns, len(images), field, one_marker_for_all)
+    return _row(record, "conversations", images, messages, extras, **options)
+
+
+def parse_messages(record: dict, **options) -> dict[str, Any]:
+    """LLaMA-Factory's mllm, where `content` is a text with `<image>` in it, or the Hub's chat format, where it is a
+    list of parts in one turn at least. Then images may be in the parts themselves, and a text is a text."""
+    extras: dict[str, Any] = {}
+    field, images = _images(record)
+    if list not in _content_types(record):
+        turns = _turns(record, "messages", "role", "content", extras)
+        messages = _with_images(turns, len(images), field)
+    else:
+        inline: list[Any] = []
+        turns = _turn_list(record, "messages")
+        messages = [_chat_turn(turn, number, inline, extras) for number, turn in enumerate(turns, start=1)]
+        if images and inline:
+            raise DataError(f"images are both in `{field}` and in the messages' parts; keep one of the two")
+        images = images or inline
+        parts = sum(part["type"] == "image" for turn in messages for part in turn["content"])
+        if parts != len(images):
+            counts = f"{len(images)} image(s) in `{field}` but {parts} image part(s) in `messages`"
+            raise DataError(f"{counts}; they must agree")
+    return _row(record, "messages", images, messages, extras, **options)
+
+
+def _row(
+    record: dict,
+    turns_field: str,
+    images: list[Any],
+    messages: list[dict[str, Any]],
+    metadata: dict[str, Any],
+    *,
+    labels: SafetyLabels,
+    assume_safe: bool,
+    context: Context,
+    **_,
+) -> dict[str, Any]:
+    used = {*_OWN_FIELDS, turns_field}
     dependent = record.get("question_dependent")
     if dependent is not None and type(dependent) is not bool:
         raise DataError(f"`question_dependent` must be true, false or null, got {short(dependent)}")
-    # What `write_safevlm_jsonl` adds to the format.
-    own = {field: optional_text(record, field) for field in ("source", "split")}
-    own = {field: value for field, value in {**own, "question_dependent": dependent}.items() if value is not None}
-    image = record.get("image")
-    images = image_list(image.split(IMAGE_SEPARATOR) if isinstance(image, str) else image)
-    turns = _turns(record, "conversations", "from", "value")
-    # In this format one marker stands for all images of the row.
-    messages = _with_images(turns, len(images), "image", one_marker_for_all=True)
-    labels = {"category": category, "level": level}
-    return {"images": images, "messages": _with_system(record, messages), **labels, **own}
-
-
-def parse_llava(
-    record: dict, *, category_names: Sequence[str], assume_safe: bool, context: Context, **_
-) -> dict[str, Any]:
-    if "safe_type" in record or "safe_level" in record:
-        raise DataError("the row has `safe_type` or `safe_level`, which this format ignores; read it as 'safevlm'")
-    images = image_list(record.get("image"))
-    messages = _with_images(_turns(record, "conversations", "from", "value"), len(images), "image")
-    labels = _labels(record, category_names, assume_safe, context)
-    return {"images": images, "messages": _with_system(record, messages), **labels}
-
-
-def parse_mllm(
-    record: dict, *, category_names: Sequence[str], assume_safe: bool, context: Context, **_
-) -> dict[str, Any]:
-    """LLaMA-Factory's mllm: `messages` with a text as `content` and `<image>` in it, `images` in order."""
-    images = image_list(record.get("images"), "images")
-    messages = _with_images(_turns(record, "messages", "role", "content"), len(images), "images")
-    return {"images": images, "messages": messages, **_labels(record, category_names, assume_safe, context)}
-
-
-def parse_chat(
-    record: dict, *, category_names: Sequence[str], assume_safe: bool, context: Context, **_
-) -> dict[str, Any]:
-    """The Hub's chat format: `content` is a list of parts. Images are in `images`, or in the parts themselves."""
-    turns = record.get("messages")
-    if not isinstance(turns, list) or not turns:
-        raise DataError(f"`messages` must be a non-empty list of turns, got {short(turns)}")
-    inline: list[Any] = []
-    messages = [_chat_turn(turn, number, inline) for number, turn in enumerate(turns, start=1)]
-    images = image_list(record.get("images"), "images")
-    if images and inline:
-        raise DataError("images are both in `images` and in the messages' parts; keep one of the two")
-    labels = _labels(record, category_names, assume_safe, context)
-    return {"images": images or inline, "messages": messages, **labels}
-
-
-def _labels(record: dict, category_names: Sequence[str], assume_safe: bool, context: Context) -> dict[str, Any]:
-    """These formats have no label fields; a taxonomy may name some of the set's own."""
+    own = {name: optional_text(record, name) or "" for name in ("source", "split")}
+    row = {"images": images, "messages": _with_system(record, messages), "question_dependent": dependent, **own}
     if context.taxonomy is not None:
-        return {"facts": {**record, **context.facts}}
-    category, level = (safe_category_id(category_names), 0) if assume_safe else (None, None)
-    return {"category": category, "level": level}
+        row["facts"] = {**record, **context.facts}
+    else:
+        used.update(name for names in _LABEL_FIELDS for name in names)
+        category, level = _labels(record, labels)
+        if assume_safe and category is None and level is None:
+            category, level = labels.safe_category_id, 0
+        row.update(category=category, level=level)
+    given = record.get("metadata")
+    if given is not None:
+        metadata = {**(given if isinstance(given, dict) else {"metadata": given}), **metadata}
+    return {**row, "metadata": metadata, "used": used}
 
 
-def _turns(record: dict, field: str, role_key: str, text_key: str) -> list[tuple[str, str]]:
+def _labels(record: dict, labels: SafetyLabels) -> tuple[int | None, int | None]:
+    found: list[Any] = []
+    for names in _LABEL_FIELDS:
+        given = [name for name in names if record.get(name) is not None]
+        fields = "/".join(f"`{name}`" for name in given)
+        try:
+            pairs = [(record[name], None) if names == _LABEL_FIELDS[0] else (None, record[name]) for name in given]
+            ids = {label_ids(*pair, labels)[len(found)] for pair in pairs}
+        except DataError as error:
+            raise DataError(f"{fields}: {error}") from None
+        if len(ids) > 1:
+            raise DataError(f"{fields} differ: {short([record[name] for name in given])}; keep one of them")
+        found.append(ids.pop() if ids else None)
+    return label_ids(*found, labels)
+
+
+def _images(record: dict, split: bool = False) -> tuple[str, list[Any]]:
+    """The field that has the images, and the images."""
+    field = "image" if is_empty(record.get("images")) else "images"
+    value = record.get(field)
+    if split and isinstance(value, str):
+        value = value.split(IMAGE_SEPARATOR)
+    images = image_list(value, field)
+    if field == "images" and not is_empty(record.get("image")) and image_list(record["image"]) != images:
+        raise DataError("images are both in `image` and in `images`, and not the same; keep one of the two")
+    return field, images
+
+
+def _turn_list(record: dict, field: str) -> list:
     turns = record.get(field)
-    if not isinstance(turns, list) or not turns:
+    if not isinstance(turns, (list, tuple)) or not turns:
         raise DataError(f"`{field}` must be a non-empty list of turns, got {short(turns)}")
-    return [_turn(turn, f"`{field}` turn {number}", role_key, text_key) for number, turn in enumerate(turns, start=1)]
+    return list(turns)
 
 
-def _turn(turn: Any, where: str, role_key: str, text_key: str) -> tuple[str, str]:
+def _turns(record: dict, field: str, role_key: str, text_key: str, extras: dict[str, Any]) -> list[tuple[str, str]]:
+    turns = []
+    for number, turn in enumerate(_turn_list(record, field), start=1):
+        where = f"`{field}` turn {number}"
+        role = _role(turn, where, role_key, text_key)
+        turns.append((role, check_text(turn[text_key], f"{where}, `{text_key}`")))
+        _keep_extras(turn, {role_key, text_key}, where, number, extras)
+    return turns
+
+
+def _role(turn: Any, where: str, role_key: str, text_key: str) -> str:
     if not isinstance(turn, dict) or role_key not in turn or text_key not in turn:
         raise DataError(f"{where} must be an object with {role_key!r} and {text_key!r}, got {short(turn)}")
-    return _role(turn[role_key], where, role_key), check_text(turn[text_key], f"{where}, `{text_key}`")
-
-
-def _role(speaker: Any, where: str, role_key: str) -> str:
+    speaker = turn[role_key]
     role = _ROLES.get(speaker.lower()) if isinstance(speaker, str) else None
     if role is None:
         raise DataError(f"{where}: `{role_key}` must be one of {sorted(_ROLES)} in any case, got {short(speaker)}")
     return role
+
+
+def _keep_extras(part: dict, used: set[str], where: str, number: int, extras: dict[str, Any]) -> None:
+    """What else a turn has, such as a speaker's name, is metadata of the row."""
+    if rest := other_fields(part, used, has_images=True, where=where):
+        extras.setdefault(f"turn {number}", {}).update(rest)
 
 
 def _with_images(
@@ -122,7 +179,7 @@ def _with_images(
 
     messages = []
     for role, text in turns:
-        pieces = re.split(f"\n?({IMAGE_MARKER})\n?", text) if role == "user" else [text]
+        pieces = _MARKER_LINE.split(text) if role == "user" else [text]
         content = []
         if role == "user" and missing:
             content, missing = [{"type": "image"} for _ in range(copies)], False
@@ -136,39 +193,46 @@ def _with_images(
 
 
 def _with_system(record: dict, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    system = record.get("system_prompt")
-    if system in (None, ""):
+    given = [name for name in ("system", "system_prompt") if not is_empty(record.get(name))]
+    if not given:
         return messages
-    text = check_text(system, "`system_prompt`")
+    if len(given) > 1 or messages[0]["role"] == "system":
+        places = [*(f"`{name}`" for name in given), *(["the first turn"] if messages[0]["role"] == "system" else [])]
+        raise DataError(f"the system prompt is given twice, in {' and '.join(places)}; keep one of them")
+    text = check_text(record[given[0]], f"`{given[0]}`")
     return [{"role": "system", "content": [{"type": "text", "text": text}]}, *messages]
 
 
-def _chat_turn(turn: Any, number: int, inline: list[Any]) -> dict[str, Any]:
+def _chat_turn(turn: Any, number: int, inline: list[Any], extras: dict[str, Any]) -> dict[str, Any]:
     where = f"`messages` turn {number}"
-    if not isinstance(turn, dict) or "role" not in turn or "content" not in turn:
-        raise DataError(f"{where} must be an object with 'role' and 'content', got {short(turn)}")
+    role = _role(turn, where, "role", "content")
+    _keep_extras(turn, {"role", "content"}, where, number, extras)
     content = turn["content"]
     if isinstance(content, str):  # usual for the assistant's turns, here it is one text part, marker or not
         content = [{"type": "text", "text": content}]
     if not isinstance(content, list):
         raise DataError(f"{where}: `content` must be a text or a list of parts, got {short(content)}")
-    return {
-        "role": _role(turn["role"], where, "role"),
-        "content": [_chat_part(part, where, inline) for part in content],
-    }
+    return {"role": role, "content": [_chat_part(part, where, number, inline, extras) for part in content]}
 
 
-def _chat_part(part: Any, where: str, inline: list[Any]) -> dict[str, Any]:
+def _chat_part(part: Any, where: str, number: int, inline: list[Any], extras: dict[str, Any]) -> dict[str, Any]:
     """One part without the image it may carry, which goes to `inline`. Tables fill keys it lacks with null."""
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text":
-        text = part["text"] if part.get("text") is not None else part.get("value")
-        return {"type": "text", "text": check_text(text, where)}
+        field = "text" if part.get("text") is not None else "value"
+        _keep_extras(part, {"type", field}, f"{where}: text part", number, extras)
+        return {"type": "text", "text": check_text(part.get(field), where)}
     if kind in _IMAGE_PARTS:
-        carried = [part[key] for key in _IMAGE_KEYS if part.get(key) is not None]
-        for image in carried[:1]:
-            nested = image.get("url") if isinstance(image, dict) and "url" in image else image  # OpenAI's form
-            inline += image_list([nested], f"{where}: image part")
+        carried = [key for key in _IMAGE_KEYS if part.get(key) is not None]
+        if len(carried) > 1:
+            raise DataError(f"{where}: an image part has the image more than once, in {carried}; keep one of them")
+        _keep_extras(part, {"type", *carried}, f"{where}: image part", number, extras)
+        for key in carried:
+            image = part[key]
+            if isinstance(image, dict) and "url" in image:  # OpenAI's form
+                _keep_extras(image, {"url"}, f"{where}: image part", number, extras)
+                image = image["url"]
+            inline += image_list([image], f"{where}: image part")
         return {"type": "image"}
     raise DataError(f"{where} has the part {short(part)}; only text and image parts can be read")
 
@@ -176,15 +240,19 @@ def _chat_part(part: Any, where: str, inline: list[Any]) -> dict[str, Any]:
 def _content_types(record: dict) -> set[type]:
     turns = record.get("messages")
     return (
-        {type(turn.get("content")) for turn in turns if isinstance(turn, dict)} if isinstance(turns, list) else set()
+        {type(turn.get("content")) for turn in turns if isinstance(turn, dict)}
+        if isinstance(turns, (list, tuple))
+        else set()
     )
 
 
+def _labelled(record: dict) -> bool:
+    return "safe_type" in record or "safe_level" in record
+
+
 CONVERSATION_FORMATS: dict[str, RowFormat] = {
-    "safevlm": RowFormat(lambda record: "safe_type" in record or "safe_level" in record, parse_safevlm),
-    "llava": RowFormat(
-        lambda record: "conversations" in record and not {"safe_type", "safe_level"} & record.keys(), parse_llava
-    ),
-    "mllm": RowFormat(lambda record: _content_types(record) == {str}, parse_mllm),
-    "chat": RowFormat(lambda record: list in _content_types(record), parse_chat),
+    "safevlm": RowFormat(lambda record: _labelled(record) and "messages" not in record, parse_safevlm),
+    "llava": RowFormat(lambda record: "conversations" in record and not _labelled(record), parse_llava),
+    "mllm": RowFormat(lambda record: "messages" in record and list not in _content_types(record), parse_messages),
+    "chat": RowFormat(lambda record: list in _content_types(record), parse_messages),
 }

@@ -23,7 +23,7 @@ def parse_flat(record: dict, *, context: Context, **_) -> dict:
     row = {"images": images, "messages": single_turn(len(images), question, answer, system)}
     if "id" in fields and record.get(fields["id"]) is not None:
         row["row_id"] = identifier(record, fields["id"])
-    return {**row, "facts": {**record, **context.facts}}
+    return {**row, "facts": {**record, **context.facts}, "used": set(fields.values())}
 
 
 def _images(record: dict, fields: dict[str, str]) -> list:

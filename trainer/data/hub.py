@@ -11,7 +11,8 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from .containers import Container, Item
+from .containers import Container
+from .data_files import Item
 from .errors import DataError
 from .images import ImageSource
 

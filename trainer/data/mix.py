@@ -21,11 +21,12 @@ from safevlm.trainer.files import replace_folder
 from .duplicates import find_conflicts, find_duplicates, find_leaks, question_of
 from .errors import DataError
 from .fingerprints import ImageIndex
+from .labels_file import labels_dict, load_labels
 from .mix_output import MANIFEST, MANIFEST_FORMAT, ImagePlacer, check_output, count_labels, file_sha256, input_hashes
 from .mix_recipe import MixFile, MixRecipe, MixSource
 from .readers import Rows, read_rows
 from .sampling import balance, split_holdout
-from .schema import CATEGORY_NAMES, SafetyExample, safe_category_id
+from .schema import SafetyExample
 from .writers import IMAGE_MARKER, write_safevlm_jsonl
 
 _LIBRARIES = ("safevlm", "imagehash", "numpy", "pillow", "scipy")
@@ -86,6 +87,7 @@ class _Build:
 
     def __init__(self, recipe: MixRecipe, root: Path, progress: bool) -> None:
         self.recipe, self.root, self.progress = recipe, root, progress
+        self.labels = load_labels(recipe.labels, root)
         self.dropped: list[Dropped] = []
         self.counts: dict[str, Counter[str]] = defaultdict(Counter)  # source -> reason -> rows left out
         self.read_counts: dict[str, int] = {}
@@ -116,7 +118,7 @@ class _Build:
     def _read(self, file: MixFile, **options) -> Rows:
         self.inputs.update(input_hashes(file.path, self.root))
         arguments = file.reader_arguments(self.root)
-        return read_rows(**arguments, check_images="none", on_error="skip", **options)
+        return read_rows(**arguments, labels=self.labels, check_images="none", on_error="skip", **options)
 
     def _read_source(self, source: MixSource) -> list[SafetyExample]:
         read = self._read(source, assume_safe=source.assume_safe)
@@ -187,12 +189,12 @@ class _Build:
     # --- drawing
 
     def _choose(self, rows: list[SafetyExample]) -> list[SafetyExample]:
-        recipe, safe = self.recipe, safe_category_id()
+        recipe, safe = self.recipe, self.labels.safe_category_id
 
         def category(row: SafetyExample) -> int:
             return row.category
 
-        risky = {number for number in range(len(CATEGORY_NAMES)) if number != safe}
+        risky = set(range(len(self.labels.category_names))) - {safe}
         rows = self._cap(rows, "max_per_category", category, dict.fromkeys(risky, recipe.max_per_category))
         sizes = Counter(map(category, rows))
         num_clean = sizes.pop(safe, 0)
@@ -205,7 +207,7 @@ class _Build:
             )
         rows = self._cap(rows, "clean_ratio", category, {safe: wanted})
         if recipe.balance:
-            chosen = balance(rows, clean=wanted, seed=recipe.seed)
+            chosen = balance(rows, clean=wanted, seed=recipe.seed, labels=self.labels)
             self._count_missing(rows, chosen, "balance")
             rows = chosen
         if not rows:
@@ -249,13 +251,19 @@ class _Build:
             rows, images = placer.place(rows)
             path = folder / f"{name}.jsonl"
             write_safevlm_jsonl(rows, path, placer.base)
-            splits[name] = {"file": path.name, "sha256": file_sha256(path), **count_labels(rows), "images": images}
+            splits[name] = {
+                "file": path.name,
+                "sha256": file_sha256(path),
+                **count_labels(rows, self.labels),
+                "images": images,
+            }
         path = folder / "dropped.jsonl"
         lines = (json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in self.dropped)
         path.write_text("".join(lines), encoding="utf-8", newline="\n")
         manifest = {
             "format": MANIFEST_FORMAT,
             "recipe": self.recipe.to_dict(),
+            "labels": labels_dict(self.labels),
             "inputs": self.inputs,
             "image_paths": "relative to this folder" if self.recipe.images == "copy" else "relative to the data root",
             "sources": {

@@ -15,13 +15,15 @@ from typing import Any, Literal
 from PIL import Image
 from tqdm import tqdm
 
+from safevlm.safety_labels import SafetyLabels
+
 from .archives import ArchivedImage, split_archive_path
 from .containers import DiskFolder
 from .errors import DataError
 from .fingerprints import ImageIndex, image_file
 from .images import ImageSource, load_image
 from .mix_recipe import MixRecipe
-from .schema import CATEGORY_NAMES, LEVEL_NAMES, SafetyExample
+from .schema import SafetyExample
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = "safevlm-mix/1"
@@ -114,13 +116,13 @@ def check_output(output: Path, recipe: MixRecipe) -> None:
         )
 
 
-def count_labels(rows: Sequence[SafetyExample]) -> dict[str, Any]:
+def count_labels(rows: Sequence[SafetyExample], labels: SafetyLabels) -> dict[str, Any]:
     """Counts by label, in the order of the labels, and by source."""
     categories, levels = Counter(row.category for row in rows), Counter(row.level for row in rows)
     return {
         "rows": len(rows),
-        "categories": {name: categories[i] for i, name in enumerate(CATEGORY_NAMES) if categories[i]},
-        "levels": {name: levels[i] for i, name in enumerate(LEVEL_NAMES) if levels[i]},
+        "categories": {name: categories[i] for i, name in enumerate(labels.category_names) if categories[i]},
+        "levels": {name: levels[i] for i, name in enumerate(labels.level_names) if levels[i]},
         "sources": dict(Counter(row.source for row in rows)),
     }
 

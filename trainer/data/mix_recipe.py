@@ -100,6 +100,8 @@ class MixRecipe:
         seed (`int`, *optional*, defaults to 0): Which rows are drawn.
         images (`"reference"` or `"copy"`, *optional*, defaults to `"reference"`): Whether rows name the images where
             they lie under the data root, or copies beside them, named by their SHA-256.
+        labels (`dict` or `str`, *optional*): `category_names`, `level_names` and `safe_category`, or where they stand,
+            relative to the data root: see `load_labels`. Defaults to the paper's.
     """
 
     sources: tuple[MixSource, ...]
@@ -112,6 +114,7 @@ class MixRecipe:
     holdout: float = 0.0
     seed: int = 0
     images: Literal["reference", "copy"] = "reference"
+    labels: dict | str | None = None
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -178,6 +181,7 @@ _TYPES = {
     "int": (int, "an integer"),
     "float": ((int, float), "a number"),
     "str": (str, "a text"),
+    "dict": ((dict, str), "a mapping or a text"),
     "tuple": (list, "a list"),
     "Literal": (str, "a text"),
 }

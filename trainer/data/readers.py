@@ -14,13 +14,16 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
+from safevlm.safety_labels import PAPER_LABELS, SafetyLabels
+
 from .assembly import Assembly
-from .containers import DATA_SUFFIXES, Container, Item, decode, image_finder, one_set, open_files
+from .containers import Container, image_finder, one_set, open_files
+from .data_files import DATA_SUFFIXES, Item, decode
 from .errors import DataError
 from .formats import CODED_FORMATS, RowFormat, flat_formats, parse_flat
 from .hub import is_hub_id, open_hub
 from .images import MAX_PIXELS
-from .schema import CATEGORY_NAMES, LEVEL_NAMES, SafetyExample, short
+from .schema import SafetyExample, short
 from .taxonomy import Taxonomy, shipped_taxonomies
 
 _FORMATS: dict[str, RowFormat] = dict(CODED_FORMATS)
@@ -44,8 +47,7 @@ def read_rows(
     split: str | None = None,
     subset: str | None = None,
     revision: str | None = None,
-    category_names: Sequence[str] = CATEGORY_NAMES,
-    level_names: Sequence[str] = LEVEL_NAMES,
+    labels: SafetyLabels = PAPER_LABELS,
     assume_safe: bool = False,
     require_answer: bool = True,
     check_images: Literal["full", "header", "none"] = "full",
@@ -67,12 +69,12 @@ def read_rows(
         split (`str`, *optional*): The split: chosen on the Hub, from the data files of a folder or from the rows of
             a set that names it in each; otherwise it is the rows' `split`.
         subset, revision (`str`, *optional*): On the Hub, the configuration, and the branch, tag or commit.
-        category_names, level_names (`Sequence[str]`, *optional*): The label names in order. Integer labels in the
-            file are indices into them. Default to the paper's seven categories and four levels.
-        assume_safe (`bool`, *optional*, defaults to `False`): Whether rows of formats without labels become safe,
+        labels (`SafetyLabels`, *optional*): The names of categories and levels. Integer labels in the file are indices
+            into them. Defaults to the paper's.
+        assume_safe (`bool`, *optional*, defaults to `False`): Whether chat-like rows without labels become safe,
             level 0. Otherwise their `category` and `level` are `None`.
-        require_answer (`bool`, *optional*, defaults to `True`): Whether the last turn must be the assistant's, as
-            training needs. Sets for evaluation only have no answers.
+        require_answer (`bool`, *optional*, defaults to `True`): Whether a row must teach something: an answer, or a
+            label, which trains the head alone. `False` reads what evaluation needs, questions alone, too.
         check_images (`"full"`, `"header"` or `"none"`, *optional*, defaults to `"full"`): `"full"` decodes every image
             once, some milliseconds each, so that training cannot stop at a broken one hours later; `"header"` finds
             missing files, refused formats and sizes; `"none"` looks at no file.
@@ -109,8 +111,7 @@ def iter_rows(
     split: str | None = None,
     subset: str | None = None,
     revision: str | None = None,
-    category_names: Sequence[str] = CATEGORY_NAMES,
-    level_names: Sequence[str] = LEVEL_NAMES,
+    labels: SafetyLabels = PAPER_LABELS,
     assume_safe: bool = False,
     require_answer: bool = True,
     check_images: Literal["full", "header", "none"] = "full",
@@ -134,19 +135,19 @@ def iter_rows(
     ):
         if value not in allowed:
             raise ValueError(f"`{name}` must be one of {allowed}, got {value!r}.")
-    loaded = None if taxonomy is None else Taxonomy.load(taxonomy, category_names, level_names)
+    loaded = None if taxonomy is None else Taxonomy.load(taxonomy, labels)
     if format is None and loaded is not None:
         format = loaded.format
-    if format is not None and format not in _known_formats():
-        raise ValueError(f"`format` must be one of {sorted(_known_formats())}, got {format!r}.")
+    if format is not None and format not in known_formats():
+        raise ValueError(f"`format` must be one of {sorted(known_formats())}, got {format!r}.")
     containers = [_Opened(one) for one in _open(path, image_folder, split, subset, revision, streaming)]
     format = format or _recognise(path, containers)
-    row_format = _known_formats()[format]
+    row_format = known_formats()[format]
     if len(containers) > 1 and not row_format.spans_files and not one_set([opened.container for opened in containers]):
         names = ", ".join(opened.container.name for opened in containers)
         raise DataError(f"{path}: holds {len(containers)} data files; pass one of them, or `split`: {names}.")
     if loaded is None and format in shipped_taxonomies():
-        loaded = Taxonomy.load(format, category_names, level_names)
+        loaded = Taxonomy.load(format, labels)
     if format == "safevlm" and loaded is not None:
         raise ValueError("`taxonomy` is for sets with labels of their own; format 'safevlm' has ours.")
     if format == "flat" and loaded is None:
@@ -155,8 +156,7 @@ def iter_rows(
         row_format=row_format,
         taxonomy=loaded,
         split=split,
-        category_names=category_names,
-        level_names=level_names,
+        labels=labels,
         assume_safe=assume_safe,
         require_answer=require_answer,
         check_images=check_images,
@@ -179,7 +179,7 @@ def read_safevlm_jsonl(path: str | os.PathLike, image_folder: str | os.PathLike 
 def read_llava_json(path: str | os.PathLike, image_folder: str | os.PathLike | None = None, **options) -> Rows:
     """Reads LLaVA-Instruct rows: `id`, `image` (path, list, or missing), `conversations` (roles human and gpt).
 
-    An optional `system_prompt` becomes the system turn. The format has no labels: see `assume_safe`. Options as
+    An optional `system_prompt` becomes the system turn. Rows usually have no labels: see `assume_safe`. Options as
     `read_rows`.
     """
     return read_rows(path, image_folder, format="llava", **options)
@@ -200,12 +200,13 @@ def register_format(name: str, row_format: RowFormat) -> None:
     Raises:
         `ValueError`: The name is taken.
     """
-    if name in _known_formats():
-        raise ValueError(f"`name` must be new, got {name!r}; known are {sorted(_known_formats())}.")
+    if name in known_formats():
+        raise ValueError(f"`name` must be new, got {name!r}; known are {sorted(known_formats())}.")
     _FORMATS[name] = row_format
 
 
-def _known_formats() -> dict[str, RowFormat]:
+def known_formats() -> dict[str, RowFormat]:
+    """The formats of this package and those that were registered, by name."""
     return {**_FORMATS, **flat_formats(), "flat": RowFormat(lambda record: False, parse_flat)}
 
 
@@ -256,25 +257,40 @@ def _recognise(path: Any, containers: list[_Opened]) -> str:
 
 def _recognise_one(opened: _Opened) -> str:
     first, name = None, opened.container.name
-    known, empty = _known_formats(), True
+    empty, reason = True, ""
     for item in opened.peek():
         empty = False
         try:
             record = decode(item.value)
-        except DataError:
+        except DataError as error:
+            reason = reason or f" ({opened.unit} {item.number}: {error})"
             continue
         first = record if first is None else first
-        matching = [format_name for format_name, row_format in known.items() if row_format.matches(record)]
-        if len(matching) > 1:
-            raise DataError(f"{name}: could be of the formats {matching}; choose one with `format`.")
-        if matching:
-            return matching[0]
+        try:
+            if (found := format_of(record)) is not None:
+                return found
+        except DataError as error:
+            raise DataError(f"{name}: {error}.") from None
     if empty:
         raise DataError(f"{name}: has no rows.")
     keys = (
-        "no JSON object, one per line or in a list" if first is None else f"the keys {short(sorted(map(str, first)))}"
+        f"no JSON object, one per line or in a list{reason}"
+        if first is None
+        else f"the keys {short(sorted(map(str, first)))}"
     )
     raise DataError(
-        f"{name}: has no known format, it has {keys}; known formats are {sorted(known)}. "
+        f"{name}: has no known format, it has {keys}; known formats are {sorted(known_formats())}. "
         "Choose one with `format`, or name the fields in a `taxonomy`."
     )
+
+
+def format_of(record: dict) -> str | None:
+    """The name of the one format that a record looks like, `None` if it looks like none.
+
+    Raises:
+        `DataError`: It could be of several.
+    """
+    matching = [name for name, row_format in known_formats().items() if row_format.matches(record)]
+    if len(matching) > 1:
+        raise DataError(f"could be of the formats {matching}; choose one with `format`")
+    return matching[0] if matching else None

@@ -11,9 +11,11 @@ from collections.abc import Callable, Sequence
 
 from PIL import Image
 
+from safevlm.safety_labels import PAPER_LABELS, SafetyLabels
+
 from .errors import DataError
 from .images import ImageSource
-from .schema import CATEGORY_NAMES, SafetyExample, safe_category_id
+from .schema import SafetyExample
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +26,7 @@ def balance(
     per_category: int | None = None,
     clean: int | None = None,
     seed: int = 0,
-    category_names: Sequence[str] = CATEGORY_NAMES,
+    labels: SafetyLabels = PAPER_LABELS,
 ) -> list[SafetyExample]:
     """The same number of rows of each risk category present, plus clean (safe) rows, sampled without repeats.
 
@@ -36,7 +38,7 @@ def balance(
         per_category (`int`, *optional*): Rows per risk category. Defaults to the size of the smallest one.
         clean (`int`, *optional*): Clean rows. Defaults to `per_category`, or all where there are fewer.
         seed (`int`, *optional*, defaults to 0): Which rows are drawn.
-        category_names (`Sequence[str]`, *optional*): The label names in order, one of them `"safe"`.
+        labels (`SafetyLabels`, *optional*): Says which category is the clean one.
 
     Returns:
         `list[SafetyExample]` in the order of `rows`.
@@ -44,7 +46,7 @@ def balance(
     Raises:
         `DataError`: A row without category, no risky row, or fewer rows than asked for.
     """
-    safe = safe_category_id(category_names)
+    safe, category_names = labels.safe_category_id, labels.category_names
     by_category: dict[int, list[int]] = defaultdict(list)
     for index, row in enumerate(rows):
         if row.category is None or row.category >= len(category_names):

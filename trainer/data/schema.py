@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 from PIL import Image
 
+from safevlm.safety_labels import PAPER_LABELS, SafetyLabels
+
 from .errors import DataError
 from .images import MAX_PIXELS, ImageSource, load_image
-
-# Ids of the reference data (method.md, "Architecture"): the index in these tuples is the label.
-CATEGORY_NAMES = ("politics", "illegal risk", "insults and bullying", "fairness", "privacy", "misleading", "safe")
-LEVEL_NAMES = ("none", "low", "medium", "high")
-SAFE_CATEGORY_NAME = "safe"
 
 
 @dataclass(frozen=True)
@@ -39,6 +37,7 @@ class SafetyExample:
         split (`str`, *optional*, defaults to `""`): The split as published (`"train"`, `"test"`, ...).
         question_dependent (`bool`, *optional*): Whether the risk lies in the question asked about this image (the same
             image is harmless with another question) rather than in the image; `None` where unknown.
+        metadata (`dict`, *optional*): The record's other fields, for people and reports; training does not read them.
 
     Raises:
         `DataError`: A field breaks one of these rules.
@@ -52,17 +51,28 @@ class SafetyExample:
     source: str = ""
     split: str = ""
     question_dependent: bool | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "images", tuple(self.images))
         try:
             _check_messages(self.messages, len(self.images))
-            for field in ("category", "level"):
-                value = getattr(self, field)
+            for name in ("category", "level"):
+                value = getattr(self, name)
                 if value is not None and (type(value) is not int or value < 0):
-                    raise DataError(f"`{field}` must be a label index or None, got {short(value)}")
+                    raise DataError(f"`{name}` must be a label index or None, got {short(value)}")
         except DataError as error:
             raise DataError(f"row {self.row_id!r}: {error}.") from None
+
+    @property
+    def is_labelled(self) -> bool:
+        """Whether there is a label, which trains the safety head."""
+        return self.category is not None or self.level is not None
+
+    @property
+    def has_answer(self) -> bool:
+        """Whether there is an answer at the end, which trains the language model."""
+        return self.messages[-1]["role"] == "assistant"
 
     def load_images(self, max_pixels: int = MAX_PIXELS) -> list[Image.Image]:
         """Decodes the images, in order, to RGB.
@@ -73,12 +83,7 @@ class SafetyExample:
         return [load_image(image, max_pixels=max_pixels, row_id=self.row_id) for image in self.images]
 
 
-def label_ids(
-    category: Any,
-    level: Any,
-    category_names: Sequence[str] = CATEGORY_NAMES,
-    level_names: Sequence[str] = LEVEL_NAMES,
-) -> tuple[int | None, int | None]:
+def label_ids(category: Any, level: Any, labels: SafetyLabels = PAPER_LABELS) -> tuple[int | None, int | None]:
     """Turns labels given as indices or names into indices, and checks that the pair makes sense. `None` is unknown.
 
     The safe category with a level above the first is a contradiction. A risky category with the first level is not:
@@ -87,23 +92,14 @@ def label_ids(
     Raises:
         `DataError`: An unknown label, a wrong type or a contradiction.
     """
-    category_id = None if category is None else _label_id("category", category, category_names)
-    level_id = None if level is None else _label_id("level", level, level_names)
-    if category_id is not None and category_names[category_id] == SAFE_CATEGORY_NAME and (level_id or 0) > 0:
+    category_id = None if category is None else _label_id("category", category, labels.category_names)
+    level_id = None if level is None else _label_id("level", level, labels.level_names)
+    if category_id == labels.safe_category_id and (level_id or 0) > 0:
         raise DataError(
-            f"category {SAFE_CATEGORY_NAME!r} contradicts level {level_names[level_id]!r} ({level_id}); "
-            f"a safe row has level {level_names[0]!r} (0)"
+            f"category {labels.safe_category!r} contradicts level {labels.level_names[level_id]!r} ({level_id}); "
+            f"a safe row has level {labels.level_names[0]!r} (0)"
         )
     return category_id, level_id
-
-
-def safe_category_id(category_names: Sequence[str] = CATEGORY_NAMES) -> int:
-    """The index of the category named `"safe"`.
-
-    Raises:
-        `DataError`: No category has that name.
-    """
-    return _label_id("category", SAFE_CATEGORY_NAME, category_names)
 
 
 def short(value: Any) -> str:
@@ -112,8 +108,8 @@ def short(value: Any) -> str:
 
 
 def _label_id(field: str, value: Any, names: Sequence[str]) -> int:
-    if type(value) is int and 0 <= value < len(names):  # `type`, as True is an int
-        return value
+    if isinstance(value, Integral) and not isinstance(value, bool) and 0 <= value < len(names):
+        return int(value)  # NumPy's integers, too
     if isinstance(value, str) and value in names:
         return list(names).index(value)
     known = ", ".join(f"{index} {name}" for index, name in enumerate(names))

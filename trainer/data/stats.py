@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from safevlm.safety_labels import PAPER_LABELS, SafetyLabels
+
 from .duplicates import Leak, find_conflicts, find_duplicates, find_leaks, question_of
 from .fingerprints import ImageIndex
 from .images import ImageSource
-from .schema import CATEGORY_NAMES, LEVEL_NAMES, SafetyExample
+from .schema import SafetyExample
 
 UNKNOWN = "unknown"
 
@@ -22,8 +24,7 @@ def data_stats(
     rows: Sequence[SafetyExample],
     tests: Sequence[SafetyExample],
     index: ImageIndex,
-    category_names: Sequence[str] = CATEGORY_NAMES,
-    level_names: Sequence[str] = LEVEL_NAMES,
+    labels: SafetyLabels = PAPER_LABELS,
 ) -> dict[str, Any]:
     """Everything `safevlm data stats` says about some rows, ready for JSON.
 
@@ -31,15 +32,16 @@ def data_stats(
         rows (`Sequence[SafetyExample]`): The rows described.
         tests (`Sequence[SafetyExample]`): Rows that none of `rows` may share an image with.
         index (`ImageIndex`): Knows the images of both; rows with unusable images are left out of duplicates and leaks.
+        labels (`SafetyLabels`, *optional*): What the rows' labels are called.
 
     Returns:
         `dict`: Counts of rows; `categories_by_level[category][level]`; `characters`, with the quantiles of questions
         and answers; `duplicates`; `leaks`, those into `tests` and those between rows of different `split`.
     """
-    categories = [_name(row.category, category_names) for row in rows]
-    levels = [_name(row.level, level_names) for row in rows]
+    categories = [_name(row.category, labels.category_names) for row in rows]
+    levels = [_name(row.level, labels.level_names) for row in rows]
     table = Counter(zip(categories, levels, strict=True))
-    category_order, level_order = _present(category_names, categories), _present(level_names, levels)
+    category_order, level_order = _present(labels.category_names, categories), _present(labels.level_names, levels)
     sound = [row for row in rows if not any(map(index.error, row.images))]
     return {
         "rows": len(rows),

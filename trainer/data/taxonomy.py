@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from safevlm.safety_labels import PAPER_LABELS, SafetyLabels
+
 from .errors import DataError
-from .schema import CATEGORY_NAMES, LEVEL_NAMES, SAFE_CATEGORY_NAME, label_ids, short
+from .schema import label_ids, short
 
 TAXONOMY_FOLDER = Path(__file__).parent / "taxonomies"
 FIELD_NAMES = ("id", "image", "image_url", "question", "answer", "system")
-_KEYS = ("name", "about", "source", "license", "format", "recognise", "fields", "prompt", "split", "safe_when")
-_LABEL_KEYS = ("labels", "level", "question_dependent")
+_KEYS = ("name", "about", "source", "license", "format", "recognise", "fields", "prompt", "split", "metadata")
+_LABEL_KEYS = ("safe_when", "labels", "level", "question_dependent")
 
 
 class UnmappedLabel(DataError):
@@ -74,7 +75,9 @@ class Taxonomy:
         recognise (`tuple[frozenset[str], ...]`): A record with all fields of one of these is of this set.
         prompt (`str`): The question of sets that have none. Empty for none.
         split (`str`): The split of all rows. Empty where the file or the Hub says it.
-        safe_when (`dict[str, frozenset[str]]`): Rows with one of these values are safe, level none.
+        safe_when (`dict[str, frozenset[str]]`): Rows with one of these values are safe, of the first level.
+        metadata (`frozenset[str]`): Fields that are neither picture, turn nor label, whatever their names say.
+        our_labels (`SafetyLabels`): What the set's labels are mapped to.
         labels, level, question_dependent (`Map`): See README.md.
     """
 
@@ -85,20 +88,18 @@ class Taxonomy:
     prompt: str = ""
     split: str = ""
     safe_when: dict[str, frozenset[str]] = field(default_factory=dict)
+    metadata: frozenset[str] = frozenset()
+    our_labels: SafetyLabels = PAPER_LABELS
     labels: Map | None = None
     level: Map | None = None
     question_dependent: Map | None = None
 
     @staticmethod
-    def load(
-        name_or_path: str | os.PathLike,
-        category_names: Sequence[str] = CATEGORY_NAMES,
-        level_names: Sequence[str] = LEVEL_NAMES,
-    ) -> Taxonomy:
+    def load(name_or_path: str | os.PathLike, labels: SafetyLabels = PAPER_LABELS) -> Taxonomy:
         """Reads a shipped taxonomy by name, or a YAML file.
 
         Args:
-            category_names, level_names (`Sequence[str]`, *optional*): The label names it may map to.
+            labels (`SafetyLabels`, *optional*): What it may map to.
 
         Raises:
             `DataError`: No such name or file, bad YAML, an unknown key or an unknown label of ours.
@@ -109,7 +110,7 @@ class Taxonomy:
                 known = list(shipped_taxonomies())
                 raise DataError(f"`taxonomy` must be a YAML file or one of {known}, got {str(name_or_path)!r}.")
             path = TAXONOMY_FOLDER / f"{name_or_path}.yaml"
-        return _load(path, tuple(category_names), tuple(level_names))
+        return _load(path, labels)
 
     def label(self, facts: dict[str, Any]) -> Labels:
         """The labels of a row.
@@ -123,11 +124,17 @@ class Taxonomy:
         dependent = self.question_dependent(facts) if self.question_dependent else None
         for name, values in self.safe_when.items():
             if facts.get(name) is not None and _key(facts[name]) in values:
-                return Labels(SAFE_CATEGORY_NAME, "none", dependent)
+                return Labels(self.our_labels.safe_category, self.our_labels.level_names[0], dependent)
         category, level = self.labels(facts) if self.labels else (None, None)
         if self.level is not None:
             level = self.level(facts)
         return Labels(category, level, dependent)
+
+    @property
+    def label_fields(self) -> frozenset[str]:
+        """The fields that it reads labels from."""
+        maps = (self.labels, self.level, self.question_dependent)
+        return frozenset(self.safe_when) | {one.field for one in maps if one is not None and one.field is not None}
 
 
 @functools.cache
@@ -142,16 +149,16 @@ def _key(value: Any) -> str:
 
 
 @functools.lru_cache(maxsize=64)
-def _shipped(path: Path, category_names: tuple[str, ...], level_names: tuple[str, ...]) -> Taxonomy:
-    return _parse(path, category_names, level_names)
+def _shipped(path: Path, labels: SafetyLabels) -> Taxonomy:
+    return _parse(path, labels)
 
 
-def _load(path: Path, category_names: tuple[str, ...], level_names: tuple[str, ...]) -> Taxonomy:
+def _load(path: Path, labels: SafetyLabels) -> Taxonomy:
     read = _shipped if path.parent == TAXONOMY_FOLDER else _parse  # a user edits their file between two calls
-    return read(path, category_names, level_names)
+    return read(path, labels)
 
 
-def _parse(path: Path, category_names: tuple[str, ...], level_names: tuple[str, ...]) -> Taxonomy:
+def _parse(path: Path, labels: SafetyLabels) -> Taxonomy:
     import yaml
 
     try:
@@ -159,12 +166,12 @@ def _parse(path: Path, category_names: tuple[str, ...], level_names: tuple[str, 
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise DataError(f"`taxonomy` {str(path)!r} cannot be read ({error}).") from None
     try:
-        return _from_dict(content, category_names, level_names)
+        return _from_dict(content, labels)
     except DataError as error:
         raise DataError(f"`taxonomy` {str(path)!r}: {error}.") from None
 
 
-def _from_dict(content: Any, category_names: Sequence[str], level_names: Sequence[str]) -> Taxonomy:
+def _from_dict(content: Any, labels: SafetyLabels) -> Taxonomy:
     known = (*_KEYS, *_LABEL_KEYS)
     if not isinstance(content, dict) or not isinstance(content.get("name"), str):
         raise DataError("it must be a mapping with at least a `name`")
@@ -185,20 +192,20 @@ def _from_dict(content: Any, category_names: Sequence[str], level_names: Sequenc
 
     def label_pair(value: Any) -> tuple[str | None, str | None]:
         category, level = value if isinstance(value, list) and len(value) == 2 else (value, None)
-        if category == SAFE_CATEGORY_NAME and level is None:
-            level = "none"
+        if category == labels.safe_category and level is None:
+            level = labels.level_names[0]
         check_names(category, level)
         if level is None and category is not None and "level" not in content:
             raise DataError(f"{short(value)} has no level; write [category, level] or add `level`")
         return category, level
 
     def check_names(category: Any, level: Any) -> None:
-        if category is not None and category not in category_names:
-            raise DataError(f"{short(category)} is none of our categories {list(category_names)}")
-        if level is not None and level not in level_names:
-            raise DataError(f"{short(level)} is none of our levels {list(level_names)}")
+        if category is not None and category not in labels.category_names:
+            raise DataError(f"{short(category)} is none of our categories {list(labels.category_names)}")
+        if level is not None and level not in labels.level_names:
+            raise DataError(f"{short(level)} is none of our levels {list(labels.level_names)}")
         if category is not None and level is not None:
-            label_ids(category, level, category_names, level_names)
+            label_ids(category, level, labels)
 
     def level_name(value: Any) -> str | None:
         check_names(None, value)
@@ -209,9 +216,9 @@ def _from_dict(content: Any, category_names: Sequence[str], level_names: Sequenc
             raise DataError(f"`question_dependent` must be true, false or null, got {short(value)}")
         return value
 
-    safe_when = _safe_when(content.get("safe_when") or {})
-    if safe_when:
-        check_names(SAFE_CATEGORY_NAME, "none")
+    metadata = content.get("metadata") or []
+    if not isinstance(metadata, list) or not all(isinstance(name, str) for name in metadata):
+        raise DataError(f"`metadata` must be a list of field names, got {short(metadata)}")
     return Taxonomy(
         name=content["name"],
         format=content.get("format", "flat"),
@@ -219,7 +226,9 @@ def _from_dict(content: Any, category_names: Sequence[str], level_names: Sequenc
         recognise=_recognise(content.get("recognise") or []),
         prompt=content.get("prompt", ""),
         split=content.get("split", ""),
-        safe_when=safe_when,
+        safe_when=_safe_when(content.get("safe_when") or {}),
+        metadata=frozenset(metadata),
+        our_labels=labels,
         labels=_map(content, "labels", label_pair),
         level=_map(content, "level", level_name),
         question_dependent=_map(content, "question_dependent", dependence),

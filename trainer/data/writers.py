@@ -20,8 +20,8 @@ def write_safevlm_jsonl(
 ) -> None:
     """Writes rows with their image paths relative to `image_folder`; replaces `path` only when complete.
 
-    Beside the format's own fields a row keeps `source`, `split` and `question_dependent`, where known, and an unknown
-    label is written as null.
+    Beside the format's own fields a row keeps `source`, `split`, `question_dependent` and `metadata`, where known, and
+    an unknown label is written as null. What JSON has no type for, such as a date in the metadata, becomes a text.
 
     Args:
         rows (`Iterable[SafetyExample]`): Rows with images as paths inside `image_folder`.
@@ -35,15 +35,15 @@ def write_safevlm_jsonl(
     path = Path(path)
     folder = Path(os.path.abspath(path.parent if image_folder is None else image_folder))
     partial = path.with_name(path.name + ".partial")
-    lines = [json.dumps(_record(row, folder), ensure_ascii=False) + "\n" for row in rows]
+    lines = [json.dumps(_record(row, folder), ensure_ascii=False, default=str) + "\n" for row in rows]
     partial.write_text("".join(lines), encoding="utf-8", newline="\n")
     os.replace(partial, path)
 
 
 def _record(row: SafetyExample, folder: Path) -> dict:
     record = {"id": row.row_id, "safe_type": row.category, "safe_level": row.level}
-    for field in ("source", "split", "question_dependent"):
-        if getattr(row, field) not in ("", None):
+    for field in ("source", "split", "question_dependent", "metadata"):
+        if getattr(row, field) not in ("", None, {}):
             record[field] = getattr(row, field)
     if row.images:
         names = [_relative(image, folder, row.row_id) for image in row.images]
@@ -72,7 +72,8 @@ def _value(turn: dict, row_id: str) -> str:
     value = ""
     for part in turn["content"]:
         if part["type"] == "image":
-            value += ("\n" if value and not value.endswith(f"{IMAGE_MARKER}\n") else "") + f"{IMAGE_MARKER}\n"
+            own_line = not value or value.endswith((f"{IMAGE_MARKER}\n", "\r"))  # after \r, \n would be the marker's
+            value += ("" if own_line else "\n") + f"{IMAGE_MARKER}\n"
         elif turn["role"] == "user" and IMAGE_MARKER in part["text"]:
             raise DataError(f"row {row_id!r}: the text of a user turn spells {IMAGE_MARKER}, a marker in this format.")
         else:

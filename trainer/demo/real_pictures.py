@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from safevlm import SafetyPolicy
-from safevlm.configuration_safevlm import CATEGORY_NAMES, LEVEL_NAMES
+from safevlm.safety_labels import PAPER_LABELS
 from safevlm.trainer.data import SafetyExample, write_safevlm_jsonl
 
 # FigStep's prompt (arXiv 2311.05608), which asks for what the picture spells as a list without content.
@@ -21,13 +21,13 @@ ATTACK = (
     "each item on the list."
 )
 DESCRIBE = "What kind of picture is this?"
-ILLEGAL, SAFE = CATEGORY_NAMES.index("illegal risk"), CATEGORY_NAMES.index("safe")
-NONE, HIGH = LEVEL_NAMES.index("none"), LEVEL_NAMES.index("high")
+ILLEGAL, SAFE = PAPER_LABELS.category_names.index("illegal risk"), PAPER_LABELS.safe_category_id
+NONE, HIGH = PAPER_LABELS.level_names.index("none"), PAPER_LABELS.level_names.index("high")
 
 
 def real_rows(figstep: Path, photos: Path) -> list[SafetyExample]:
     """Two rows per picture. `figstep` and `photos` are searched for PNG and JPEG files, subfolders included."""
-    refusal = SafetyPolicy().refusal(CATEGORY_NAMES[ILLEGAL])
+    refusal = SafetyPolicy().refusal(PAPER_LABELS.category_names[ILLEGAL])
     rows = []
     for folder, source, turns in (
         (figstep, "figstep", ((ATTACK, refusal, ILLEGAL, HIGH), (DESCRIBE, "It is a text on white.", SAFE, NONE))),

@@ -50,19 +50,20 @@ def draw_sheet(answers: dict[str, list[Record]], path: str | Path, rows: int = 3
     Args:
         answers (`dict`): Records of `"base"` and `"stage2"`, in the same order.
     """
-    import matplotlib
+    make_sheet(answers, rows).savefig(path, dpi=110, bbox_inches="tight")
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+
+def make_sheet(answers: dict[str, list[Record]], rows: int = 3):
+    """The sheet as a figure."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     base, safe = answers["base"], answers["stage2"]
     chosen = choose(safe, rows)
-    figure, grid = plt.subplots(
-        2 * rows,
-        len(KINDS),
-        figsize=(3.1 * len(KINDS), 5.0 * rows),
-        gridspec_kw={"height_ratios": [3, 2.9] * rows, "hspace": 0.12, "wspace": 0.18},
-    )
+    figure = Figure(figsize=(3.1 * len(KINDS), 5.4 * rows))
+    FigureCanvasAgg(figure)  # without pyplot: no global state, and no display needed
+    ratios = {"height_ratios": [3, 3.3] * rows, "hspace": 0.12, "wspace": 0.18}
+    grid = figure.subplots(2 * rows, len(KINDS), gridspec_kw=ratios)
     for place, index in enumerate(chosen):
         row, column = divmod(place, len(KINDS))
         record = safe[index]
@@ -75,15 +76,14 @@ def draw_sheet(answers: dict[str, list[Record]], path: str | Path, rows: int = 3
         text.axis("off")
         _write(text, record, base[index])
     figure.suptitle("SafeVLM on the picture world: held-out pictures", fontsize=13, y=0.895 + 0.06 / rows)
-    figure.savefig(path, dpi=110, bbox_inches="tight")
-    plt.close(figure)
+    return figure
 
 
 def _write(axis, record: Record, base: Record):
     def wrap(text):
         return "\n".join(textwrap.wrap(text, 40)) or "(no answer)"
 
-    y = 0.98
+    y = 1.0
     for label, value, colour in (
         ("asked", record.example.question, "#222222"),
         ("base", base.answer, "#8a2f2b" if base.answer.startswith("Sure.") else "#555555"),
@@ -91,31 +91,15 @@ def _write(axis, record: Record, base: Record):
     ):
         text = wrap(f"{label}: {value}")
         axis.text(0, y, text, va="top", fontsize=7.6, color=colour, family="DejaVu Sans", transform=axis.transAxes)
-        y -= 0.105 * (text.count("\n") + 1) + 0.02
+        y -= 0.075 * (text.count("\n") + 1) + 0.025
     verdict = record.verdict
-    axis.text(
-        0,
-        0.235,
-        f"{verdict['action']} | {verdict['category']} | {verdict['level']}",
-        va="top",
-        fontsize=7.4,
-        fontweight="bold",
-        transform=axis.transAxes,
-    )
+    words = f"{verdict['action']} | {verdict['category']} | {verdict['level']}"
+    axis.text(0, 0.29, words, va="top", fontsize=7.4, fontweight="bold", transform=axis.transAxes)
     left = 0.0
     for name, colour in zip(LEVEL_NAMES, LEVEL_COLOURS, strict=True):
         share = verdict["level_probabilities"][name]
-        axis.barh(0.08, share, left=left, height=0.07, color=colour)
+        axis.barh(0.16, share, left=left, height=0.06, color=colour)
         left += share
-    axis.set_xlim(0, 1)
-    axis.set_ylim(0, 1)
-    axis.text(
-        1.0,
-        0.0,
-        "risk: none / low / medium / high",
-        ha="right",
-        va="bottom",
-        fontsize=5.8,
-        color="#777777",
-        transform=axis.transAxes,
-    )
+    axis.set(xlim=(0, 1), ylim=(0, 1))
+    legend = "risk: none / low / medium / high"
+    axis.text(1, 0.11, legend, ha="right", va="top", fontsize=5.8, color="#777777", transform=axis.transAxes)

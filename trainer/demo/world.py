@@ -19,6 +19,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
+from safevlm.safety_labels import PAPER_LABELS
+
 from .glyphs import CELL, COLOURS, JITTERS, KINDS, SIGN_NAMES, empty_tile, shape_tile, sign_tile, tiles
 from .questions import ask_ordinary, ask_risky
 
@@ -32,9 +34,8 @@ BACKGROUNDS = {
     "pink": (255, 190, 205),
     "cyan": (150, 220, 230),
 }
-CATEGORY_NAMES = ("politics", "illegal risk", "insults and bullying", "fairness", "privacy", "misleading", "safe")
-SAFE = CATEGORY_NAMES.index("safe")
-LEVEL_NAMES = ("none", "low", "medium", "high")
+CATEGORY_NAMES, LEVEL_NAMES = PAPER_LABELS.category_names, PAPER_LABELS.level_names
+SAFE = PAPER_LABELS.safe_category_id
 MAX_LEVEL = 3
 
 RISKY_SHARE = 0.35  # of the pictures; half of them give a pair of rows

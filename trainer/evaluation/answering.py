@@ -40,7 +40,8 @@ class Answerer:
         model, processor: As [`load_checkpoint`] returns them.
         policy (`SafetyPolicy`, `dict`, file or preset name, *optional*): Of a SafeVLM; by default its own.
         prefix (`str`, *optional*): Text put before the first question, such as a guard prompt.
-        guard (`Guard`, *optional*): Asked first; what it flags is refused without asking the model.
+        guard (`Guard`, *optional*): Asked first; what it flags, or has no verdict on, is refused without asking the
+            model.
     """
 
     def __init__(self, model, processor, policy=None, prefix: str | None = None, guard: Guard | None = None):
@@ -89,7 +90,7 @@ class Answerer:
         if self.guard is not None:
             for i, (messages, images) in enumerate(conversations):
                 verdicts[i] = self.guard.judge(question_text(messages), images)
-                if verdicts[i]["flagged"]:
+                if verdicts[i]["flagged"] is not False:  # no verdict lets nothing through
                     policy = SafetyPolicy()
                     answers[i] = Answer(policy.refusal(verdicts[i]["category"] or "unsafe content"), verdicts[i])
         asked = [i for i, answer in enumerate(answers) if answer is None]

@@ -1,9 +1,9 @@
 """Calibration of a policy on labelled rows: temperatures, then thresholds for a wanted false-positive rate or cost.
 
 Temperatures (Guo et al., arXiv 1706.04599) minimise the negative log-likelihood of the labels. Thresholds follow from
-the scores under these temperatures, with the semantics of `assess_logits`: a row is flagged when its probability of
-any risk reaches the threshold of its most probable risky category. Half of the rows, by image, are fitted on; what is
-reported is of the other half.
+the scores under these temperatures (thresholds.py), and what is measured is what `assess` and `generate` enforce: a
+row's strictest verdict over its images and the readings of its turns. Half of the rows, by image, are fitted on; what
+is reported is of the other half.
 
 A temperature never changes the order of two scores, nor which category or which level above 0 is the most probable.
 """
@@ -24,12 +24,10 @@ from safevlm.safety_assessment import level_log_probabilities, risk_logits
 from safevlm.safety_policy import POLICY_PRESETS, TEMPERATURE_RANGE, SafetyPolicy
 from safevlm.trainer.files import replace_text
 
-from .head_measures import HeadOutcomes, head_outcomes, logits, usable
+from .head_measures import HeadOutcomes, head_outcomes, readings, usable
 from .head_predictions import HeadPrediction
 from .head_report import head_report, operating_point
-
-MIN_ROWS = 20
-"""A category needs this many rows (clean ones; with a cost ratio, risky ones, too) for a threshold of its own."""
+from .thresholds import MIN_ROWS, check_aim, fit_thresholds
 
 
 @dataclass
@@ -139,7 +137,12 @@ def fit_temperatures(
 ) -> SafetyPolicy:
     """`policy` with fitted temperatures; where the rows do not determine one, it stays and `notes` says so."""
     chosen = usable(predictions)
-    level_logits, category_logits = (values.double() for values in logits(chosen, config))
+    level_logits, category_logits, rows = readings(chosen, config, policy.whole_conversation)
+    risk = risk_logits(level_logits.double())
+    # Each row's riskiest reading; which that is no temperature changes.
+    order = np.lexsort((-risk.numpy(), rows.numpy()))
+    riskiest = order[np.unique(rows.numpy()[order], return_index=True)[1]]
+    level_logits, category_logits = level_logits[riskiest].double(), category_logits[riskiest].double()
     levels, categories = torch.tensor([p.level for p in chosen]), torch.tensor([p.category for p in chosen])
     said_risky = risk_logits(level_logits) > 0
     right_level = torch.where(levels > 0, level_logits[:, 1:].argmax(dim=-1) + 1 == levels, True)
@@ -193,83 +196,6 @@ def fit_temperature(log_probabilities: Callable[[float], torch.Tensor], labels: 
     return float(np.exp(found.x))
 
 
-def fit_thresholds(
-    predictions: Sequence[HeadPrediction],
-    policy: SafetyPolicy,
-    config,
-    target_fpr: float | None = None,
-    cost_ratio: float | None = None,
-    notes: list[str] | None = None,
-) -> tuple[SafetyPolicy, dict]:
-    """
-    Fits `risk_threshold` on all rows and a threshold for each category that is the most probable of enough rows.
-
-    With `target_fpr` it is a threshold of the highest recall that flags at most this share of the clean rows, per
-    category and in all: the global threshold is raised where the categories without their own would break the total.
-    Of several it is the nearest to the policy's present one, so that no clean row is flagged for nothing. With
-    `cost_ratio` it is a threshold of least cost; of several, the nearest to the one that is right for calibrated
-    scores, 1 / (1 + cost_ratio).
-
-    Returns:
-        The policy; and the `global` threshold and per category its threshold, whether that is its `own`, and how many
-        `clean` and `risky` rows it is the most probable category of.
-    """
-    notes = [] if notes is None else notes
-    check_aim(target_fpr, cost_ratio)
-    outcomes = head_outcomes(predictions, policy, config)
-    risky, scores, assigned = outcomes.risky, outcomes.scores, outcomes.risk_categories
-    if target_fpr is None:
-        needed = {"clean": MIN_ROWS, "risky": MIN_ROWS}
-    else:
-        # With fewer than 1 / target_fpr clean rows, none of them may be flagged, and the threshold is but a guess.
-        needed = {"clean": max(MIN_ROWS, int(np.ceil(min(1 / target_fpr, 1e9))) if target_fpr else 0)}
-
-    own, about, limits = {}, {}, {}
-    for category, name in enumerate(config.category_names):
-        if category == config.safe_category_id:
-            continue
-        mine = assigned == category
-        counts = {"clean": int((mine & ~risky).sum()), "risky": int((mine & risky).sum())}
-        about[name] = counts
-        if short := [f"{counts[kind]} {kind}" for kind, least in needed.items() if counts[kind] < least]:
-            notes.append(
-                f"{name!r} has too few rows for a threshold of its own ({' and '.join(short)}; "
-                f"{' and '.join(f'{least} {kind}' for kind, least in needed.items())} needed): the global one applies."
-            )
-        elif target_fpr is None:
-            own[name] = _cheapest_threshold(scores[mine], risky[mine], cost_ratio)
-        else:
-            limits[name] = mine, _allowed(counts["clean"], target_fpr)
-
-    if target_fpr is None:
-        threshold = _cheapest_threshold(scores, risky, cost_ratio)
-    else:
-        allowed = _allowed(int((~risky).sum()), target_fpr)
-        # Each within its limit is all within theirs, unless scores of 1, which every threshold flags, break one: then
-        # the others make up for it.
-        for less in range(max((limit for _, limit in limits.values()), default=-1) + 1):
-            for name, (mine, limit) in limits.items():
-                present = policy.category_risk_thresholds.get(name, policy.risk_threshold)
-                own[name] = _threshold_within(max(limit - less, 0), scores[mine], risky[mine], present)
-            if _flagged_clean(outcomes, own, config) <= allowed:
-                break
-        threshold = _threshold_within(allowed, scores, risky, policy.risk_threshold)
-        fallback = np.array([config.category_names[c] not in own for c in assigned])
-        flagged = _flagged_clean(outcomes, own, config)
-        threshold = max(threshold, _lowest_threshold(max(allowed - flagged, 0), scores[fallback], risky[fallback]))
-    fitted = policy.replace(risk_threshold=threshold, category_risk_thresholds=own)
-    if target_fpr is not None:
-        achieved = head_outcomes(predictions, fitted, config).flagged[~risky]
-        if achieved.sum() > _allowed(len(achieved), target_fpr):
-            notes.append(
-                f"The aim of {target_fpr:.2%} is out of reach: {achieved.mean():.2%} of {len(achieved)} clean rows "
-                f"have a score of 1 in float32, which every threshold flags."
-            )
-    for name, counts in about.items():
-        about[name] = {"threshold": own.get(name, threshold), "own": name in own, **counts}
-    return fitted, {"global": threshold, "categories": about}
-
-
 def store_policy(folder: str | os.PathLike, policy: SafetyPolicy, model, processor) -> None:
     """
     Makes `policy` the own policy of the model saved in `folder`: rewrites its `config.json`, whole or not at all.
@@ -287,73 +213,6 @@ def store_policy(folder: str | os.PathLike, policy: SafetyPolicy, model, process
     for name in ("safety_policy", "policy_token_ids", "generation_prompt_token_ids"):
         config[name] = getattr(model.config, name)
     replace_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
-def check_aim(target_fpr: float | None, cost_ratio: float | None):
-    """Raises unless exactly one aim is given and in range."""
-    if (target_fpr is None) == (cost_ratio is None):
-        raise ValueError(f"Give one of `target_fpr` and `cost_ratio`, got {target_fpr!r} and {cost_ratio!r}.")
-    if target_fpr is not None and not 0 <= target_fpr < 1:
-        raise ValueError(f"`target_fpr` must be in [0, 1), got {target_fpr!r}.")
-    if cost_ratio is not None and not 0 < cost_ratio < np.inf:
-        raise ValueError(f"`cost_ratio` must be a number above 0, got {cost_ratio!r}.")
-
-
-def _allowed(count: int, target: float) -> int:
-    """The largest number of `count` rows whose share is at most `target`."""
-    allowed = int(count * target + 1e-9)
-    return allowed if allowed <= target * count or allowed / count <= target else allowed - 1
-
-
-def _flagged_clean(outcomes: HeadOutcomes, thresholds: dict[str, float], config) -> int:
-    """Clean rows flagged by their category's own threshold."""
-    of_row = np.array([thresholds.get(config.category_names[c], np.inf) for c in outcomes.risk_categories], np.float32)
-    return int((~outcomes.risky & (outcomes.scores >= of_row)).sum())
-
-
-def _threshold_within(allowed: int, scores: np.ndarray, risky: np.ndarray, present: float) -> float:
-    """
-    Of the thresholds that flag at most `allowed` clean rows, and under this limit the most risky ones, the nearest to
-    `present`.
-    """
-    lowest = _lowest_threshold(allowed, scores, risky)
-    caught = scores[risky & (scores >= np.float32(lowest))]
-    if not len(caught) or np.float32(present) <= caught.min():
-        return max(lowest, present)
-    values = np.unique(scores)
-    before = np.searchsorted(values, caught.min()) - 1  # half-way to the next lower score, not at the very row
-    return lowest if before < 0 else max(lowest, float(_just_above(values)[before]))
-
-
-def _lowest_threshold(allowed: int, scores: np.ndarray, risky: np.ndarray) -> float:
-    """The lowest threshold (within the gap between two scores) that flags at most `allowed` clean rows, or 1."""
-    clean = np.sort(scores[~risky])[::-1]
-    if allowed >= len(clean):
-        return 0.0
-    values = np.unique(scores)
-    return float(_just_above(values)[np.searchsorted(values, clean[allowed])])
-
-
-def _cheapest_threshold(scores: np.ndarray, risky: np.ndarray, cost_ratio: float) -> float:
-    """The threshold of least cost; of several, the nearest to 1 / (1 + cost_ratio)."""
-    ideal = 1 / (1 + cost_ratio)
-    candidates = np.array([0.0, ideal, *_just_above(np.unique(scores)).tolist()])
-    compared = candidates.astype(np.float32)  # as assess_logits does
-    missed = np.searchsorted(np.sort(scores[risky]), compared)
-    flagged = (~risky).sum() - np.searchsorted(np.sort(scores[~risky]), compared)
-    cost = flagged + cost_ratio * missed
-    cheapest = candidates[cost <= cost.min() * (1 + 1e-12)]
-    return float(cheapest[np.argmin(np.abs(cheapest - ideal))])
-
-
-def _just_above(values: np.ndarray) -> np.ndarray:
-    """
-    For each of the sorted scores a threshold that it does not reach but the next does: half-way between them, so that
-    rounding does not matter. A score of 1 reaches every threshold.
-    """
-    following = np.append(values[1:], np.float32(1))
-    middle = ((values.astype(float) + following) / 2).astype(np.float32)
-    return np.where(middle > values, middle, following)
 
 
 def _counts(outcomes: HeadOutcomes) -> dict[str, int]:

@@ -134,15 +134,30 @@ def write_comparison(report: dict[str, Any], output: Path):
         f"{environment['date']}; seed {report['settings']['seed']}, judge `{report['settings']['judge']}`."
     )
     tables = [table for table in (markdown_table(report), head_table(report)) if table]
+    facts = "\n\n".join([facts, *warnings(report)])
     (output / "comparison.md").write_text("\n".join([*tables, facts + "\n"]), encoding="utf-8")
-    points, labels = plot_points(report)
+    points, means = plot_points(report)
     if points:
-        draw(points, labels, output / "comparison.png")
+        draw(points, means, output / "comparison.png")
+
+
+def warnings(report: dict[str, Any]) -> list[str]:
+    """What a reader of the table has to know about single systems."""
+    lines = []
+    for name, of_system in report["systems"].items():
+        if unread := of_system.get("num_guard_replies_without_verdict"):
+            lines.append(f"`{name}`: {unread} replies of the guard were no verdict; these items were refused.")
+        if unfinished := of_system.get("num_unfinished_reasoning"):
+            lines.append(
+                f"`{name}`: {unfinished} answers were cut off in their reasoning and count as no refusal; raise "
+                f"`--max-new-tokens`."
+            )
+    return lines
 
 
 def plot_points(report: dict[str, Any]) -> tuple[dict[str, tuple[float, float]], tuple[str, str]]:
     """
-    `{system: (usefulness, safety)}` in percent, and what the two axes are the means of. Empty without both.
+    `{system: (usefulness, safety)}` in percent, and what these two are the means of. Empty without both.
 
     Safety is the mean of 100 - attack success rate. Usefulness is the mean of general ability in percent of the full
     score and of 100 - over-refusal rate, as far as measured.
@@ -162,45 +177,64 @@ def plot_points(report: dict[str, Any]) -> tuple[dict[str, tuple[float, float]],
 
     points = {system: (share(system, useful), share(system, safety)) for system in report["systems"]}
     points = {system: point for system, point in points.items() if None not in point}
-    labels = tuple(
-        ", ".join(column.title if column.higher_is_better else f"100 - {column.title}" for column in part)
-        for part in (useful, safety)
-    )
-    return points, labels
+    return points, (_mean_of(useful), _mean_of(safety))
 
 
-def draw(points: dict[str, tuple[float, float]], labels: tuple[str, str], path: Path):
+def _mean_of(part: list[Column]) -> str:
+    """What an axis is the mean of, by metric: "100 - over-refusal (own, mossbench), exact match (own)"."""
+    tasks: dict[str, list[str]] = {}
+    for column in part:
+        task, _, metric = column.title.rpartition(": ")
+        metric = metric if column.higher_is_better else f"100 - {metric}"
+        tasks.setdefault(metric, []).extend([task] if task else [])
+    return ", ".join(f"{metric} ({', '.join(names)})" if names else metric for metric, names in tasks.items())
+
+
+def draw(points: dict[str, tuple[float, float]], means: tuple[str, str], path: Path):
     """Safety against usefulness: the better a system, the further up and to the right."""
     try:
-        from matplotlib.figure import Figure
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
     except ImportError as error:
         raise ImportError("The plot needs matplotlib: pip install 'safevlm[eval]'.") from error
 
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    figure = make_figure(points, means)
+    FigureCanvasAgg(figure)  # without pyplot: no global state, and no display needed
+    figure.savefig(path, dpi=150)
+
+
+def make_figure(points: dict[str, tuple[float, float]], means: tuple[str, str]):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
-    # Systems often lie on one spot: open markers of falling size stay visible, and the legend has names and values.
-    for number, (system, (x, y)) in enumerate(points.items()):
+    # Systems often lie on one spot. Those that show the same values share a marker; open ones of falling size keep
+    # those beside each other apart, and the legend has names and values.
+    shared: dict[str, list[str]] = {}
+    for system, (x, y) in points.items():
+        shared.setdefault(f"{x:.1f}, {y:.1f}", []).append(system)
+    for number, (values, systems) in enumerate(shared.items()):
         axes.plot(
-            x,
-            y,
+            *points[systems[0]],
             linestyle="none",
             marker="osD^vP*Xph"[number % 10],
-            markersize=15 - 8 * number / max(len(points) - 1, 1),
+            markersize=16 - 9 * number / max(len(shared) - 1, 1),
             markerfacecolor="none",
             markeredgewidth=1.8,
             clip_on=False,
             zorder=3,
-            label=f"{system}: {x:.1f}, {y:.1f}",
+            label=_wrapped(f"{', '.join(systems)}: {values}", 28),
         )
-    axes.set(xlim=(-4, 104), ylim=(-4, 104))
-    axes.set_xlabel(f"usefulness, %: mean of\n{_wrapped(labels[0])}")
-    axes.set_ylabel(f"safety, %: mean of\n{_wrapped(labels[1])}")
+    axes.set(xlim=(-4, 104), ylim=(-4, 104), xlabel="usefulness (%)", ylabel="safety (%)")
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", title="system: usefulness, safety", labelspacing=1.0)
-    figure.savefig(path, dpi=150)
+    figure.legend(loc="outside right upper", title="system: usefulness, safety", labelspacing=1.2, fontsize=9)
+    notes = [
+        _wrapped(f"{name}: mean of {mean}", 110) for name, mean in zip(("Usefulness", "Safety"), means, strict=True)
+    ]
+    figure.supxlabel("\n".join(notes), fontsize=8.5, color="#555555", x=0.01, ha="left")
+    return figure
 
 
-def _wrapped(text: str) -> str:
+def _wrapped(text: str, width: int) -> str:
     import textwrap
 
-    return "\n".join(textwrap.wrap(text, 60))
+    return "\n".join(textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False))

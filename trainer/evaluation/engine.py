@@ -251,6 +251,7 @@ _SAMPLE_FIELDS = {
 
 def _item_facts(by_task: dict[str, list[dict]], metrics: dict[str, dict]) -> dict[str, Any]:
     """How many items are behind each metric, and the rates by category and source."""
+    from .reasoning import split_reasoning
     from .scoring import rates_by
 
     facts: dict[str, Any] = {
@@ -265,6 +266,7 @@ def _item_facts(by_task: dict[str, list[dict]], metrics: dict[str, dict]) -> dic
     facts["num_guard_replies_without_verdict"] = sum(
         (record["verdict"] or {}).get("flagged", False) is None for record in everything
     )
+    facts["num_unfinished_reasoning"] = sum(not split_reasoning(record["answer"])[1] for record in everything)
     return facts
 
 

@@ -1,22 +1,25 @@
 """Guard models to compare with: a second model that judges a request before the base answers it.
 
 Two kinds: ShieldGemma 2, which classifies each image against its policies and does not read the question, and models
-that write a verdict (`safe`, or `unsafe` and a line of category codes), such as the Llama Guard vision models.
+that write a verdict, such as the Llama Guard vision models and LlavaGuard (guard_replies.py reads it). What is no
+verdict is never taken for "safe": [`Answerer`] refuses, and the results count it.
 """
 
 from __future__ import annotations
 
-import re
+import math
 from typing import Any, Protocol
 
 import torch
 from PIL import Image
 
+from .guard_replies import parse_verdict
+
 
 class Guard(Protocol):
     def judge(self, question: str, images: list[Image.Image]) -> dict[str, Any]:
         """
-        Returns `guard` (class name), `flagged` (`bool`, or `None` where the guard's reply is no verdict),
+        Returns `guard` (class name), `flagged` (`bool`, or `None` where the guard gave no verdict),
         `category` (`str` or `None`), and what else the guard says.
         """
 
@@ -61,6 +64,8 @@ class ShieldGemmaGuard:
         violated = self.model(**inputs).probabilities[:, 0]  # (images * policies,), of the token "Yes"
         worst = int(violated.argmax())
         score = violated[worst].item()
+        if math.isnan(score):
+            return {**verdict, "flagged": None}
         return {
             **verdict,
             "flagged": score >= self.threshold,
@@ -71,13 +76,14 @@ class ShieldGemmaGuard:
 
 class TextVerdictGuard:
     """
-    A guard that writes its verdict: `safe`, or `unsafe` and, on the next line, category codes such as `S1,S9`.
+    A guard that writes its verdict, in a form that guard_replies.py knows.
 
     Args:
         model: A vision-language model. processor: Its processor; the chat template holds the guard's instructions.
+        max_new_tokens (`int`): Enough for a rationale. A reply that is cut off before the verdict is none.
     """
 
-    def __init__(self, model, processor, max_new_tokens: int = 20):
+    def __init__(self, model, processor, max_new_tokens: int = 512):
         self.model, self.processor, self.max_new_tokens = model, processor, max_new_tokens
 
     @torch.inference_mode()
@@ -95,20 +101,3 @@ class TextVerdictGuard:
         reply = self.processor.decode(sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         flagged, category = parse_verdict(reply)
         return {"guard": type(self).__name__, "flagged": flagged, "category": category, "reply": reply}
-
-
-def parse_verdict(reply: str) -> tuple[bool | None, str | None]:
-    """
-    `(flagged, categories)` of a written verdict; `(None, None)` for anything else, which is no verdict.
-
-    `"unsafe\\nS1,S9"` gives `(True, "S1,S9")`.
-    """
-    lines = [line.strip() for line in reply.strip().splitlines() if line.strip()]
-    if not lines or lines[0].lower() not in ("safe", "unsafe") or len(lines) > 2:
-        return None, None
-    if lines[0].lower() == "safe":
-        return (False, None) if len(lines) == 1 else (None, None)
-    if len(lines) == 1:
-        return True, None
-    codes = re.sub(r"\s", "", lines[1])
-    return (True, codes) if re.fullmatch(r"S\d+(,S\d+)*", codes) else (None, None)

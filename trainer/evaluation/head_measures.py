@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from safevlm.safety_assessment import assess_logits
+from safevlm.safety_assessment import assess_logits, assess_rows
 from safevlm.safety_policy import SafetyPolicy
 
 from .bootstrap import image_groups
@@ -28,13 +28,14 @@ SENSITIVITY = 0.95  # FPR is taken at this true-positive rate
 @dataclass
 class HeadOutcomes:
     """
-    Labels, and verdicts under a policy, of the labelled rows with an image. All arrays have the shape `(n,)`.
+    Labels, and verdicts under a policy, of the labelled rows with an image. All arrays have the shape `(n,)` but one.
 
     Args:
         level_labels, category_labels (`int`)
         levels, categories (`int`): The verdict, after thresholds: below them a row is of level 0 and safe.
-        scores (`float32`): Calibrated probability of any risk, in [0, 1].
-        risk_categories (`int`): The most probable risky category, whose threshold applies.
+        scores (`float32`): The verdict's calibrated probability of any risk, in [0, 1].
+        category_scores (`float32` of shape `(n, num_categories)`): The highest score among the row's readings whose
+            most probable risky category this is, so whose threshold applies; -1 where there is none.
         category_confidence (`float`), category_correct (`bool`): Of the most probable category, safe or risky.
         groups (`int`): Rows with the same number share an image.
         sources (`str`)
@@ -45,7 +46,7 @@ class HeadOutcomes:
     levels: np.ndarray
     categories: np.ndarray
     scores: np.ndarray
-    risk_categories: np.ndarray
+    category_scores: np.ndarray
     category_confidence: np.ndarray
     category_correct: np.ndarray
     groups: np.ndarray
@@ -68,6 +69,11 @@ class HeadOutcomes:
         return self.levels > 0
 
     @property
+    def highest_scores(self) -> np.ndarray:
+        """Of all readings of a row: a policy with one threshold flags what reaches it."""
+        return self.category_scores.max(axis=1)
+
+    @property
     def num_images(self) -> int:
         """Groups of rows that share an image: the number of independent samples."""
         return len(np.unique(self.groups))
@@ -88,49 +94,69 @@ def usable(predictions: Sequence[HeadPrediction]) -> list[HeadPrediction]:
     return chosen
 
 
-def logits(predictions: Sequence[HeadPrediction], config):
-    """Level and category logits as `torch.FloatTensor`s of shapes `(n, num_levels)` and `(n, num_categories)`."""
+def readings(predictions: Sequence[HeadPrediction], config, whole_conversation: bool = True):
+    """
+    All that the head says about the rows under policies with this `whole_conversation`.
+
+    Returns:
+        Level and category logits, `torch.FloatTensor`s of shapes `(num_readings, num_levels)` and `(num_readings,
+        num_categories)`, and the row that each belongs to, a `torch.LongTensor` of shape `(num_readings,)`.
+    """
     import torch
 
-    for prediction in predictions:
-        found = len(prediction.level_logits), len(prediction.category_logits)
-        if found != (len(config.level_names), len(config.category_names)):
-            raise ValueError(
-                f"row {prediction.row_id!r} has {found[0]} level and {found[1]} category logits, the configuration "
-                f"has {len(config.level_names)} levels and {len(config.category_names)} categories: the predictions "
-                f"are another model's."
-            )
-    return (
-        torch.tensor([p.level_logits for p in predictions], dtype=torch.float32),
-        torch.tensor([p.category_logits for p in predictions], dtype=torch.float32),
-    )
+    levels, categories, rows = [], [], []
+    for i, prediction in enumerate(predictions):
+        for level, category, of_several_turns in zip(
+            prediction.level_logits, prediction.category_logits, prediction.whole_conversation, strict=True
+        ):
+            if (len(level), len(category)) != (len(config.level_names), len(config.category_names)):
+                raise ValueError(
+                    f"row {prediction.row_id!r} has {len(level)} level and {len(category)} category logits, the "
+                    f"configuration has {len(config.level_names)} levels and {len(config.category_names)} categories: "
+                    f"the predictions are another model's."
+                )
+            if whole_conversation or not of_several_turns:
+                levels.append(level)
+                categories.append(category)
+                rows.append(i)
+    return torch.tensor(levels), torch.tensor(categories), torch.tensor(rows)
 
 
 def head_outcomes(predictions: Sequence[HeadPrediction], policy: SafetyPolicy, config) -> HeadOutcomes:
-    """The verdicts that `assess_logits` gives under `policy`, beside the labels; of rows with labels and image."""
-    import torch
-
+    """The verdicts that `assess` gives under `policy`, beside the labels; of rows with labels and image."""
     require_eval_extra()
     chosen = usable(predictions)
-    level_logits, category_logits = logits(chosen, config)
-    assessed = torch.ones(len(chosen), dtype=torch.bool)
-    verdict = assess_logits(level_logits, category_logits, assessed, policy, config)
-    all_risky = policy.replace(risk_threshold=0.0, category_risk_thresholds={})
-    risk_categories = assess_logits(level_logits, category_logits, assessed, all_risky, config).category
-    confidence, most_probable = verdict.category_probabilities.max(dim=-1)
+    chunks = [_verdicts(chosen[i : i + 500], policy, config) for i in range(0, len(chosen), 500)]  # bounds the memory
+    verdicts = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
     labels = np.array([p.category for p in chosen])
     return HeadOutcomes(
         level_labels=np.array([p.level for p in chosen]),
         category_labels=labels,
-        levels=verdict.level.numpy(),
-        categories=verdict.category.numpy(),
-        scores=verdict.score.numpy(),
-        risk_categories=risk_categories.numpy(),
-        category_confidence=confidence.numpy(),
-        category_correct=most_probable.numpy() == labels,
+        category_correct=verdicts.pop("most_probable") == labels,
         groups=image_groups([p.images for p in chosen]),
         sources=np.array([p.source for p in chosen]),
+        **verdicts,
     )
+
+
+def _verdicts(predictions: Sequence[HeadPrediction], policy: SafetyPolicy, config) -> dict[str, np.ndarray]:
+    import torch
+
+    level_logits, category_logits, rows = readings(predictions, config, policy.whole_conversation)
+    verdict = assess_rows(level_logits, category_logits, rows, len(predictions), policy, config)
+    confidence, most_probable = verdict.category_probabilities.max(dim=-1)
+    flag_all = policy.replace(risk_threshold=0.0, category_risk_thresholds={})  # each reading's risky category shows
+    each = assess_logits(level_logits, category_logits, torch.ones_like(rows, dtype=torch.bool), flag_all, config)
+    category_scores = np.full((len(predictions), len(config.category_names)), -1, np.float32)
+    np.maximum.at(category_scores, (rows.numpy(), each.category.numpy()), each.score.numpy())
+    return {
+        "levels": verdict.level.numpy(),
+        "categories": verdict.category.numpy(),
+        "scores": verdict.score.numpy(),
+        "category_scores": category_scores,
+        "category_confidence": confidence.numpy(),
+        "most_probable": most_probable.numpy(),
+    }
 
 
 # -- values, by scikit-learn -----------------------------------------------------------------------------------------

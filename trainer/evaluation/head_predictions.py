@@ -1,7 +1,9 @@
 """What the safety head says about labelled rows, as records in a JSONL file.
 
 The model runs once, in [`predict_rows`]; measures, plots and calibration are computed from the records alone, for any
-policy. The prompt is the one of inference: the row's turns up to the question last asked, without its answer.
+policy. The prompt is the one of inference: the row's turns up to the question last asked, without its answer. As at
+inference, too, a row is read as often as it has images and readings of its turns (see question_reading.py): a record
+holds what the head says each time, and [`assess_rows`] makes one verdict of that, as in `assess` and `generate`.
 """
 
 from __future__ import annotations
@@ -29,9 +31,10 @@ class HeadPrediction:
     Args:
         row_id, source (`str`): The row's. Ids need not be unique.
         level, category (`int`, *optional*): The labels' ids, `None` where unknown.
-        assessed (`bool`): `False` for a row without an image; its logits are then 0 and mean nothing.
-        level_logits (`tuple[float, ...]` of length `num_levels`), category_logits (of length `num_categories`): Of the
-            row's worst image, before any temperature.
+        level_logits (`tuple` of `num_readings` tuples of `num_levels` floats), category_logits (likewise): Of each
+            image in each reading of the turns, before any temperature. None for a row that is not assessed.
+        whole_conversation (`tuple[bool, ...]` of length `num_readings`): Whether the reading is of several turns. It
+            counts only where the policy's `whole_conversation` is true.
         images (`tuple[str, ...]`): Hashes of the images' content. Rows with a common one are not independent.
         fingerprint (`str`): Of row and safety modules: equal only if predicting again would give the same.
     """
@@ -40,11 +43,16 @@ class HeadPrediction:
     source: str
     level: int | None
     category: int | None
-    assessed: bool
-    level_logits: tuple[float, ...]
-    category_logits: tuple[float, ...]
+    level_logits: tuple[tuple[float, ...], ...]
+    category_logits: tuple[tuple[float, ...], ...]
+    whole_conversation: tuple[bool, ...]
     images: tuple[str, ...]
     fingerprint: str
+
+    @property
+    def assessed(self) -> bool:
+        """`False` for a row without an image."""
+        return bool(self.level_logits)
 
 
 def write_predictions(predictions: Sequence[HeadPrediction], path: str | os.PathLike) -> None:
@@ -102,13 +110,9 @@ def predict_rows(
             row.row_id, row.source, **labels, **output, images=images[i], fingerprint=fingerprints[i]
         )
 
-    no_logits = {
-        "level_logits": (0.0,) * len(model.config.level_names),
-        "category_logits": (0.0,) * len(model.config.category_names),
-    }
     for fingerprint, i in todo.items():
         if not images[i]:
-            known[fingerprint] = record(i, assessed=False, **no_logits)
+            known[fingerprint] = record(i, level_logits=(), category_logits=(), whole_conversation=())
     # Rows of a kind together, so that little is padded; the largest first, so that a batch that fits at the start
     # fits to the end.
     order = [i for i in todo.values() if images[i]]
@@ -120,7 +124,7 @@ def predict_rows(
             for start in range(0, len(order), batch_size):
                 batch = order[start : start + batch_size]
                 outputs = _predict_batch(model, processor, [rows[i] for i in batch])
-                new = [record(i, assessed=True, **output) for i, output in zip(batch, outputs, strict=True)]
+                new = [record(i, **output) for i, output in zip(batch, outputs, strict=True)]
                 if partial is not None:
                     with open(partial, "a", encoding="utf-8", newline="\n") as file:
                         file.writelines(map(_line, new))
@@ -136,34 +140,39 @@ def predict_rows(
 
 
 def _predict_batch(model, processor, rows: Sequence[SafetyExample]) -> list[dict]:
-    """Logits of rows that all have images."""
+    """What the head says about rows that all have images."""
     import torch
 
     texts = [processor.apply_chat_template(_question(row), add_generation_prompt=True) for row in rows]
-    bos = processor.tokenizer.bos_token
     inputs = processor(
         images=[row.load_images() for row in rows],
         text=texts,
         return_tensors="pt",
         padding=True,
         padding_side="left",
-        add_special_tokens=not (bos and texts[0].startswith(bos)),  # some templates write it themselves
     ).to(model.device, model.dtype)
     with torch.no_grad():
         features = model.encode_images(**inputs)
-        questions = inputs.get("safety_question_mask")  # what an assistant wrote is not read
-        output = model.predict_safety(inputs["input_ids"], inputs["attention_mask"], features, questions)
-    level_logits, category_logits = output.level_logits.float().tolist(), output.category_logits.float().tolist()
-    for row, *logits in zip(rows, level_logits, category_logits, strict=True):
-        if not all(map(math.isfinite, logits[0] + logits[1])):
-            raise ValueError(
-                f"row {row.row_id!r}: the safety head's logits are not finite in {model.dtype}; load the model in "
-                f"bfloat16 or float32."
-            )
-    return [
-        {"level_logits": tuple(level), "category_logits": tuple(category)}
-        for level, category in zip(level_logits, category_logits, strict=True)
-    ]
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        parts = model.prompt_parts(ids, mask, inputs.get("safety_question_mask"))
+        readings = model.predict_readings(ids, mask, features, parts)
+    several_turns = (parts.questions != parts.newest).any(dim=1).tolist()
+    found = [{"level_logits": [], "category_logits": [], "whole_conversation": []} for _ in rows]
+    for number, reading in enumerate(readings):
+        levels, categories = (
+            reading.image_level_logits.float().tolist(),
+            reading.image_category_logits.float().tolist(),
+        )
+        for i, level, category in zip(reading.rows.tolist(), levels, categories, strict=True):
+            if not all(map(math.isfinite, level + category)):
+                raise ValueError(
+                    f"row {rows[i].row_id!r}: the safety head's logits are not finite in {model.dtype}; load the "
+                    f"model in bfloat16 or float32."
+                )
+            found[i]["level_logits"].append(tuple(level))
+            found[i]["category_logits"].append(tuple(category))
+            found[i]["whole_conversation"].append(number == 0 and several_turns[i])  # the first is of all turns
+    return [{name: tuple(values) for name, values in output.items()} for output in found]
 
 
 def _question(row: SafetyExample) -> list[dict]:
@@ -227,6 +236,12 @@ def _parse(line: str, where: str) -> HeadPrediction:
         raise DataError(f"{where} is no valid JSON ({error}); delete the file to predict again.") from None
     names = {field.name for field in fields(HeadPrediction)}
     if not isinstance(record, dict) or record.keys() != names:
-        raise DataError(f"{where} is no prediction; it must have exactly the fields {', '.join(sorted(names))}.")
-    tuples = ("level_logits", "category_logits", "images")
-    return HeadPrediction(**{name: tuple(value) if name in tuples else value for name, value in record.items()})
+        raise DataError(
+            f"{where} is no prediction of this version, whose fields are {', '.join(sorted(names))}; delete the "
+            f"file to predict again."
+        )
+    for name in ("level_logits", "category_logits"):
+        record[name] = tuple(map(tuple, record[name]))
+    for name in ("whole_conversation", "images"):
+        record[name] = tuple(record[name])
+    return HeadPrediction(**record)

@@ -203,7 +203,7 @@ def plot_trade_off(
 
     name, policy = list(policies.items())[-1]
     outcomes = head_outcomes(predictions, policy, config)
-    x, y, _ = roc_curve(outcomes.risky, outcomes.scores, drop_intermediate=False)
+    x, y, _ = roc_curve(outcomes.risky, outcomes.highest_scores, drop_intermediate=False)
     shared: dict[tuple, list[str]] = {}
     for each in policies:
         shared.setdefault(tuple(points[each][m]["value"] for m in ("false_positive_rate", "recall")), []).append(each)

@@ -6,7 +6,8 @@ import json
 import os
 from pathlib import Path
 
-from safevlm.trainer.data import CATEGORY_NAMES, DataError, SafetyExample, read_rows, safe_category_id
+from safevlm.safety_labels import PAPER_LABELS
+from safevlm.trainer.data import DataError, SafetyExample, read_rows
 
 HOW_TO_GET = "trainer/evaluation/README.md says how to get each data set and where it goes"
 
@@ -67,7 +68,7 @@ def mossbench_rows(path: Path, image_folder: Path) -> list[SafetyExample]:
                 row_id=f"mossbench-{pid}",
                 images=(image,),
                 messages=[{"role": "user", "content": content}],
-                category=safe_category_id(CATEGORY_NAMES),
+                category=PAPER_LABELS.safe_category_id,
                 level=0,
                 source=f"mossbench {over}",
                 split="test",

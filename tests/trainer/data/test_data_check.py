@@ -69,7 +69,6 @@ def test_every_problem_is_listed_with_row_path_and_reason(check, write, safevlm_
         ("gone", "image"),
         ("two", "image"),
         ("two", "image"),
-        ("two", "answer"),
         ("good", "row_id"),
     ]
     reasons = [problem.reason for problem in report.problems]
@@ -86,7 +85,6 @@ def test_every_problem_is_listed_with_row_path_and_reason(check, write, safevlm_
             "does not exist",
             "truncated or corrupt",
             "not a readable",
-            "not the assistant's",
             "earlier row",
         ],
         strict=True,
@@ -94,13 +92,38 @@ def test_every_problem_is_listed_with_row_path_and_reason(check, write, safevlm_
         assert part in reason
     assert str(report.problems[7]).startswith(f"{path}: row gone: image '{image_folder}/gone.png'")
     assert report.rows == {str(path): 11}
-    assert report.summary() == "11 rows of 1 file, 5 images: 12 problems in 10 rows"
+    assert report.summary().splitlines() == [
+        "rows without an answer, which train the safety head alone: 1",
+        "11 rows of 1 file, 5 images: 11 problems in 10 rows",
+    ]
 
 
-def test_evaluation_rows_need_no_answer(check, write, safevlm_record):
-    path = write([safevlm_record(conversations=safevlm_record()["conversations"][:1])])
-    assert found(check(path)) == [("rows.jsonl:1", "answer")]
-    assert found(check(path, require_answer=False)) == []
+def test_a_row_needs_an_answer_or_a_label_but_for_evaluation(check, write, safevlm_record):
+    question = {"conversations": safevlm_record()["conversations"][:1]}
+    nothing = {**question, "safe_type": None, "safe_level": None}
+    path = write([safevlm_record(id="1", **question), safevlm_record(id="2", image="b.png", **nothing)])
+    assert found(check(path)) == [("2", "answer")]
+    report = check(path, require_answer=False)
+    assert found(report) == [] and (report.unlabelled, report.unanswered) == (1, 2)
+
+
+def test_unlabelled_rows_are_counted_and_none_labelled_is_a_problem(check, write, safevlm_record):
+    nothing = {"safe_type": None, "safe_level": None}
+    path = write([safevlm_record(id="1", **nothing), safevlm_record(id="2", image="b.png")])
+    report = check(path)
+    assert found(report) == [] and report.unlabelled == 1
+    assert "rows without a label, which do not train the safety head: 1\n" in report.summary()
+    path = write([{"conversations": safevlm_record()["conversations"], "image": "a.png"}])
+    report = check(path)
+    assert found(report) == [(None, "labels")] and "--assume-safe" in str(report.problems[0])
+    assert found(check(path, assume_safe=True)) == []
+
+
+def test_fields_kept_as_metadata_are_listed_once(check, write, safevlm_record):
+    rows = [safevlm_record(id=str(n), image=f"{n}.png", author="Ann") for n in "ab"]
+    report = check(write([*rows, safevlm_record(id="c", image="c.png", year=2024)]))
+    assert report.problems == [] and report.metadata == {"author": 2, "year": 1}
+    assert report.summary().startswith("fields kept as metadata (rows): author (2), year (1)\n3 rows")
 
 
 def test_the_same_pixels_and_question_with_other_labels_conflict_across_files(

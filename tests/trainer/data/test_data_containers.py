@@ -13,11 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from safevlm.processing import pictures
 from safevlm.trainer.data import (
     ArchivedImage,
     DataError,
     ImageError,
-    containers,
+    data_files,
     images,
     iter_rows,
     load_image,
@@ -150,7 +151,7 @@ def test_embedded_images_have_the_same_defences_as_files(parquet, monkeypatch):
         read_rows(parquet([{"image": b"%!PS-Adobe-3.0 EPSF-3.0", "conversations": TALK}]))
     with pytest.raises(ImageError, match="`max_pixels`"):
         read_rows(parquet([{"image": png(), "conversations": TALK}]), max_pixels=15)
-    monkeypatch.setattr(images, "MAX_FILE_BYTES", 50)
+    monkeypatch.setattr(pictures, "MAX_FILE_BYTES", 50)
     with pytest.raises(ImageError, match="more than 50"):
         read_rows(parquet([{"image": png(), "conversations": TALK}]))
 
@@ -217,7 +218,7 @@ def test_options_are_checked_when_called_not_when_iterated(write):
 
 
 def test_endless_line_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(containers, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(data_files, "MAX_LINE_BYTES", 1000)
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"a": "' + b"x" * 2000)
     with pytest.raises(DataError, match="line 1 has more than 1000 bytes"):
@@ -331,7 +332,7 @@ def test_zip_bomb_is_refused_by_its_size_before_it_is_unpacked(zipped, write, mo
     monkeypatch.setattr(images, "MAX_FILE_BYTES", 1_000_000)
     with pytest.raises(ImageError, match="unpacks to 10000000 bytes, more than 1000000"):
         read_rows(write(llava("a.png")), archive)
-    monkeypatch.setattr(containers, "MAX_DATA_BYTES", 1000)
+    monkeypatch.setattr(data_files, "MAX_DATA_BYTES", 1000)
     with pytest.raises(DataError, match="unpacks to .* bytes, more than 1000"):
         read_rows(zipped({"rows.json": llava(*["a.png"] * 100)}))
 

@@ -14,6 +14,7 @@ from safevlm.trainer.data import (
     RowFormat,
     Rows,
     SafetyExample,
+    SafetyLabels,
     detect_format,
     read_llava_json,
     read_rows,
@@ -101,7 +102,7 @@ def test_reference_style_rows_read(write, image_folder, safevlm_record):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"safe_type": 7}, "`safe_type`/`safe_level`: unknown category 7"),
+        ({"safe_type": 7}, "`safe_type`: unknown category 7"),
         ({"safe_level": -1}, "unknown level -1"),
         ({"safe_type": "6"}, "unknown category '6'"),
         ({"safe_type": True}, "unknown category True"),
@@ -111,7 +112,10 @@ def test_reference_style_rows_read(write, image_folder, safevlm_record):
         ({"conversations": ["Hi"]}, "'from' and 'value'"),
         ({"conversations": [{"from": "robot", "value": "Hi"}]}, "`from` must be one of"),
         ({"conversations": dialogue("<image>", 5)}, "turn 2, `value`: text must be a string"),
-        ({"conversations": dialogue("<image>Hi")}, "last turn is not the assistant's"),
+        (
+            {"conversations": dialogue("<image>Hi"), "safe_type": None, "safe_level": None},
+            "neither an answer nor a label",
+        ),
         ({"conversations": dialogue("<image>Hi", "")}, "empty"),
         ({"conversations": dialogue("", "Yes"), "image": None}, "empty"),
         ({"conversations": dialogue("<image>Hi", "Yes")[::-1]}, "expected 'user'"),
@@ -149,7 +153,7 @@ def test_row_that_lost_a_label_is_an_error(write, image_folder, safevlm_record, 
 
 def test_own_label_names_set_the_meaning_of_the_indices(write, image_folder, safevlm_record):
     path = write([safevlm_record(safe_type=1, safe_level="yes"), safevlm_record(safe_type="safe", safe_level=0)])
-    rows = read_rows(path, image_folder, category_names=("safe", "deepfake"), level_names=("no", "yes"))
+    rows = read_rows(path, image_folder, labels=SafetyLabels(("safe", "deepfake"), ("no", "yes")))
     assert [(row.category, row.level) for row in rows] == [(1, 1), (0, 0)]
 
 
@@ -176,13 +180,13 @@ def test_unlabelled_rows_are_safe_only_on_request(write):
     path = write([{"conversations": dialogue("Hi", "Yes")}])
     assert [(row.category, row.level) for row in read_rows(path)] == [(None, None)]
     assert [(row.category, row.level) for row in read_rows(path, assume_safe=True)] == [(6, 0)]
-    with pytest.raises(DataError, match="unknown category 'safe'"):
-        read_rows(path, assume_safe=True, category_names=("good", "bad"))
+    (row,) = read_rows(path, assume_safe=True, labels=SafetyLabels(("bad", "good"), safe_category="good"))
+    assert (row.category, row.level) == (1, 0)
 
 
 def test_labels_are_never_dropped_by_reading_in_the_wrong_format(write, image_folder, safevlm_record):
-    with pytest.raises(DataError, match="read it as 'safevlm'"):
-        read_llava_json(write([safevlm_record()]), image_folder, assume_safe=True)
+    (row,) = read_llava_json(write([safevlm_record()]), image_folder, assume_safe=True)
+    assert (row.category, row.level) == (1, 3)
 
 
 def test_prompts_without_answer_are_read_on_request(write):

@@ -33,7 +33,7 @@ def test_worked_example_runs_as_written(tmp_path, monkeypatch):
 
 
 def test_table_of_formats_is_complete():
-    assert {name for names in table("## Formats") for name in names} == set(readers._known_formats())
+    assert {name for names in table("## Formats") for name in names} == set(readers.known_formats())
 
 
 def test_table_of_row_fields_is_complete():

@@ -2,17 +2,18 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from safevlm.trainer.data import (
-    CATEGORY_NAMES,
+    PAPER_LABELS,
     DataError,
     ImageError,
     SafetyExample,
+    SafetyLabels,
     label_ids,
-    safe_category_id,
 )
 
 IMAGE = {"type": "image"}
@@ -103,8 +104,7 @@ def test_images_load_lazily_and_errors_name_the_row(image_folder):
 def test_labels_are_given_as_indices_or_names():
     assert label_ids(6, 0) == label_ids("safe", "none") == (6, 0)
     assert label_ids("illegal risk", 3) == (1, 3)
-    assert label_ids(1, 1, category_names=("safe", "deepfake"), level_names=("no", "yes")) == (1, 1)
-    assert safe_category_id() == 6 and safe_category_id(("safe", "deepfake")) == 0
+    assert label_ids(1, 1, SafetyLabels(("safe", "deepfake"), ("no", "yes"))) == (1, 1)
 
 
 @pytest.mark.parametrize("value", [7, -1, "6", "porn", 1.0, True, [1], {}])
@@ -117,19 +117,23 @@ def test_unknown_label_is_an_error_listing_the_known_ones(value):
 def test_safe_row_with_a_risk_level_is_a_contradiction_but_a_risky_category_may_be_harmless():
     with pytest.raises(DataError, match=r"'safe' contradicts level 'high' \(3\)"):
         label_ids(6, 3)
-    assert label_ids(CATEGORY_NAMES.index("misleading"), 0) == (5, 0)
+    assert label_ids(PAPER_LABELS.category_names.index("misleading"), 0) == (5, 0)
 
 
 def test_data_modules_do_not_import_torch_or_datasets():
     # Loaded as a package of its own: the parents `safevlm` and `safevlm.trainer` may import what they like.
     code = (
-        "import importlib.util, sys\n"
+        "import importlib.util, sys, types\n"
+        "safevlm = sys.modules['safevlm'] = types.ModuleType('safevlm')\n"
+        "safevlm.__path__ = [sys.argv[2]]\n"
         "spec = importlib.util.spec_from_file_location('data', sys.argv[1])\n"
         "module = sys.modules['data'] = importlib.util.module_from_spec(spec)\n"
         "spec.loader.exec_module(module)\n"
         "sys.exit(sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)) or 0)\n"
     )
+    import safevlm
     import safevlm.trainer.data as package
 
-    result = subprocess.run([sys.executable, "-c", code, package.__file__], capture_output=True, text=True)
+    arguments = [package.__file__, str(Path(safevlm.__file__).parent)]
+    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

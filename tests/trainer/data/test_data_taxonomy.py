@@ -3,7 +3,15 @@
 import pytest
 import yaml
 
-from safevlm.trainer.data import CATEGORY_NAMES, DataError, Taxonomy, iter_rows, read_rows, shipped_taxonomies
+from safevlm.trainer.data import (
+    PAPER_LABELS,
+    DataError,
+    SafetyLabels,
+    Taxonomy,
+    iter_rows,
+    read_rows,
+    shipped_taxonomies,
+)
 
 SETS = {"figstep", "holisafe", "llavaguard", "mm_safetybench", "rtvlm", "siuo", "spa_vl", "unsafebench", "vlguard"}
 
@@ -44,7 +52,7 @@ def test_every_shipped_taxonomy_is_valid_named_as_its_file_and_says_where_it_is_
 
 def test_new_flat_set_needs_only_yaml(write, colours):
     rows = read_rows(write(rows_of("red", " DARK  blue ")), taxonomy=colours())
-    assert [(CATEGORY_NAMES[row.category], row.level) for row in rows] == [("privacy", 3), ("safe", 0)]
+    assert [(PAPER_LABELS.category_names[row.category], row.level) for row in rows] == [("privacy", 3), ("safe", 0)]
     assert rows[0].source == "colours" and rows[0].question_dependent is None
 
 
@@ -109,9 +117,9 @@ def test_taxonomy_labels_chat_formats(write, colours):
 def test_own_label_names_are_checked_before_any_row(write, colours):
     path = write(rows_of("red"))
     with pytest.raises(DataError, match="'privacy' is none of our categories"):
-        read_rows(path, taxonomy=colours(), category_names=("safe", "deepfake"))
+        read_rows(path, taxonomy=colours(), labels=SafetyLabels(("safe", "deepfake")))
     labels = {"field": "colour", "values": {"red": ["deepfake", "high"]}}
-    (row,) = read_rows(path, taxonomy=colours(labels=labels), category_names=("safe", "deepfake"))
+    (row,) = read_rows(path, taxonomy=colours(labels=labels), labels=SafetyLabels(("safe", "deepfake")))
     assert row.category == 1
 
 

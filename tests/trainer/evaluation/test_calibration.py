@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from head_records import LABELS, SAFE, random_records, record, scored
+from head_records import LABELS, SAFE, random_records, record, scored, with_logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -100,11 +100,7 @@ def test_the_policy_gets_the_temperature_that_its_probabilities_need():
 
 def test_an_overconfident_head_gets_temperatures_above_one_and_a_lower_calibration_error():
     sharp = [
-        replace(
-            r,
-            level_logits=tuple(4 * x for x in r.level_logits),
-            category_logits=tuple(4 * x for x in r.category_logits),
-        )
+        with_logits(r, lambda logits: [4 * x for x in logits], lambda logits: [4 * x for x in logits])
         for r in random_records(600)
     ]
     result = calibrate(sharp, "default", LABELS, target_fpr=0.1, num_resamples=20)
@@ -136,13 +132,24 @@ def fit_halves(draw):
     sharpness = draw(st.sampled_from([0.0, 1.0, 5.0]))
     scale = draw(st.sampled_from([0.0, 1.0, 10.0]))
     few = draw(st.sampled_from([1, 2, 7]))  # so many categories are said
-    rows = []
-    for r in random_records(n, seed, sharpness):
-        category_logits = [scale * x if c < few or c == SAFE else -99.0 for c, x in enumerate(r.category_logits)]
-        rows.append(
-            replace(r, level_logits=tuple(scale * x for x in r.level_logits), category_logits=tuple(category_logits))
+    readings = draw(st.sampled_from([1, 3]))  # so many images a row
+
+    def said(logits):
+        return [scale * x if c < few or c == SAFE else -99.0 for c, x in enumerate(logits)]
+
+    each = [
+        with_logits(r, lambda logits: [scale * x for x in logits], said)
+        for r in random_records(n * readings, seed, sharpness)
+    ]
+    return [
+        replace(
+            each[i],
+            level_logits=sum((r.level_logits for r in each[i : i + readings]), ()),
+            category_logits=sum((r.category_logits for r in each[i : i + readings]), ()),
+            whole_conversation=(False,) * readings,
         )
-    return rows
+        for i in range(0, len(each), readings)
+    ]
 
 
 @settings(deadline=None, max_examples=150)
@@ -154,14 +161,16 @@ def test_the_false_positive_rate_on_the_fit_half_is_at_most_the_target(rows, tar
     clean = ~outcomes.risky
     if not clean.any():
         return
-    saturated = (outcomes.scores[clean] == 1).mean() > target  # no threshold is above a score of 1
+    saturated = (outcomes.highest_scores[clean] == 1).mean() > target  # no threshold is above a score of 1
     assert outcomes.flagged[clean].mean() <= target or saturated
     assert saturated == any("out of reach" in note for note in notes) or not saturated
     for category, name in enumerate(LABELS.category_names):
-        mine = clean & (outcomes.risk_categories == category)
+        scores = outcomes.category_scores[clean, category]
+        scores = scores[scores >= 0]
         if name in policy.category_risk_thresholds:
-            assert mine.sum() >= MIN_ROWS and about["categories"][name]["clean"] == mine.sum()
-            assert outcomes.flagged[mine].mean() <= target or (outcomes.scores[mine] == 1).any()
+            assert len(scores) >= MIN_ROWS and about["categories"][name]["clean"] == len(scores)
+            flagged = scores >= np.float32(policy.category_risk_thresholds[name])
+            assert flagged.mean() <= target or (scores == 1).any()
         elif category != SAFE:
             assert about["categories"][name]["threshold"] == policy.risk_threshold
             assert any(note.startswith(repr(name)) for note in notes)
@@ -170,10 +179,10 @@ def test_the_false_positive_rate_on_the_fit_half_is_at_most_the_target(rows, tar
 @settings(deadline=None, max_examples=100)
 @given(fit_halves(), st.sampled_from([0.0, 0.1, 0.5]), st.floats(0, 1))
 def test_no_other_single_threshold_within_the_target_catches_more(rows, target, other):
-    rows = [replace(r, category_logits=(5.0,) + (0.0,) * 6) for r in rows]
+    rows = [with_logits(r, category=lambda logits: (5.0,) + (0.0,) * 6) for r in rows]
     policy, _ = fit_thresholds(rows, SafetyPolicy(), LABELS, target_fpr=target)
     outcomes = head_outcomes(rows, policy, LABELS)
-    flagged = outcomes.scores >= np.float32(other)
+    flagged = outcomes.highest_scores >= np.float32(other)
     clean = ~outcomes.risky
     if clean.any() and flagged[clean].mean() <= target:
         assert outcomes.flagged[~clean].sum() >= flagged[~clean].sum()
@@ -207,7 +216,7 @@ def test_no_single_threshold_costs_less_on_the_fit_half(rows, ratio, other):
     def cost(flagged):
         return (flagged & ~outcomes.risky).sum() + ratio * (~flagged & outcomes.risky).sum()
 
-    assert cost(outcomes.flagged) <= cost(outcomes.scores >= np.float32(other)) + 1e-9
+    assert cost(outcomes.flagged) <= cost(outcomes.highest_scores >= np.float32(other)) + 1e-9
 
 
 def test_of_equally_cheap_thresholds_the_one_right_for_calibrated_scores_is_taken():
@@ -251,7 +260,7 @@ def test_the_policy_does_not_see_the_report_half():
     result = calibrate(rows, "default", LABELS, target_fpr=0.1, num_resamples=0)
     reported = {r.row_id for r in result.report_half}
     # The same labels, so the same halves, but other scores where it is reported.
-    changed = [replace(r, level_logits=r.level_logits[::-1]) if r.row_id in reported else r for r in rows]
+    changed = [with_logits(r, lambda logits: logits[::-1]) if r.row_id in reported else r for r in rows]
     again = calibrate(changed, "default", LABELS, target_fpr=0.1, num_resamples=0)
     assert {r.row_id for r in again.report_half} == reported
     assert again.policy == result.policy and again.report["after"] != result.report["after"]

@@ -2,7 +2,13 @@
 
 import pytest
 
-from safevlm.trainer.evaluation.comparison import head_table, markdown_table, plot_points, write_comparison
+from safevlm.trainer.evaluation.comparison import (
+    head_table,
+    make_figure,
+    markdown_table,
+    plot_points,
+    write_comparison,
+)
 
 
 def report(systems, groups=None):
@@ -74,10 +80,42 @@ def test_mme_scores_are_shown_as_scores_and_not_as_percent():
 
 
 def test_plot_points_are_hand_computed_means():
-    points, labels = plot_points(report(FULL))
+    points, means = plot_points(report(FULL))
     assert points["base"] == pytest.approx((80.0, 25.0))  # usefulness: (100 + 60) / 2
     assert points["stage2"] == pytest.approx((50.0, 75.0))
-    assert "100 - mossbench: over-refusal" in labels[0] and "attack success" in labels[1]
+    assert means == ("100 - over-refusal (mossbench), mmbench_en_dev_static", "100 - attack success (figstep)")
+
+
+def test_the_plots_texts_lie_inside_it_and_none_overlaps_another():
+    pytest.importorskip("matplotlib")
+    names = (
+        "base",
+        "guard-prompt",
+        "stage1",
+        "stage2",
+        *(f"policy-{i}" for i in ("default", "paper", "strict", "off")),
+    )
+    points = {name: (80.0 + number // 5, 20.0) for number, name in enumerate(names)}
+    tasks = ", ".join(f"some_long_task_{i}" for i in range(12))
+    figure = make_figure(points, (f"100 - over-refusal ({tasks})", f"100 - attack success ({tasks})"))
+    figure.draw_without_rendering()
+    axes = figure.axes[0]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("usefulness (%)", "safety (%)")
+    assert len(figure.legends[0].get_texts()) == 2  # one marker where systems show the same values
+    artists = [axes.xaxis.label, axes.yaxis.label, axes.patch, figure._supxlabel, figure.legends[0]]
+    boxes = [artist.get_window_extent() for artist in artists]
+    for i, box in enumerate(boxes):
+        assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and figure.bbox.y0 <= box.y0
+        assert not any(box.overlaps(other) for other in boxes[i + 1 :])
+
+
+def test_a_table_says_what_was_refused_unread_and_what_was_cut_off(tmp_path):
+    facts = report({"guard": {"figstep": {"attack_success_rate": 1.0}}})
+    facts["systems"]["guard"] |= {"num_guard_replies_without_verdict": 3, "num_unfinished_reasoning": 2}
+    write_comparison(facts, tmp_path)
+    text = (tmp_path / "comparison.md").read_text()
+    assert "`guard`: 3 replies of the guard were no verdict; these items were refused." in text
+    assert "`guard`: 2 answers were cut off in their reasoning" in text
 
 
 def test_no_plot_without_usefulness(tmp_path):

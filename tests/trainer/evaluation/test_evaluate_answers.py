@@ -12,7 +12,7 @@ from transformers import ShieldGemma2Config, ShieldGemma2ForImageClassification,
 from safevlm import SafeVlmProcessor
 from safevlm.trainer.evaluation.answer_log import AnswerLog
 from safevlm.trainer.evaluation.answering import Answerer
-from safevlm.trainer.evaluation.guards import ShieldGemmaGuard, TextVerdictGuard, load_guard, parse_verdict
+from safevlm.trainer.evaluation.guards import ShieldGemmaGuard, TextVerdictGuard, load_guard
 
 CONVERSATIONS = [
     (chat("What is in the picture?"), [picture(0)]),
@@ -108,29 +108,15 @@ def test_a_guarded_base_refuses_what_the_guard_flags_and_answers_the_rest(base, 
             assert answer.text == unguarded.text and answer.verdict["flagged"] is False
 
 
-@pytest.mark.parametrize(
-    ("reply", "expected"),
-    [
-        ("safe", (False, None)),
-        ("\n\nsafe\n", (False, None)),
-        ("unsafe\nS1,S9", (True, "S1,S9")),
-        ("unsafe\n S2 , S3", (True, "S2,S3")),
-        ("Unsafe", (True, None)),
-        ("safe\nS1", (None, None)),
-        ("This is unsafe", (None, None)),
-        ("not safe", (None, None)),
-        ("unsafe\nbecause of S1", (None, None)),
-        ("", (None, None)),
-    ],
-)
-def test_written_verdicts_are_read_strictly(reply, expected):
-    assert parse_verdict(reply) == expected
+@pytest.mark.parametrize("flagged", [True, None])
+def test_what_a_guard_flags_or_has_no_verdict_on_is_never_answered(base, base_answerer, flagged):
+    class Silent:
+        def judge(self, question, images):
+            return {"guard": "Silent", "flagged": flagged, "category": None, "reply": "I am not sure."}
 
-
-@given(st.text(max_size=40))
-def test_nothing_but_a_verdict_is_read_as_one(reply):
-    flagged, _ = parse_verdict(reply)
-    assert flagged is None or reply.strip().lower().startswith("unsafe" if flagged else "safe")
+    for answer in Answerer(base, base_answerer.processor, guard=Silent()).answer(CONVERSATIONS, max_new_tokens=8):
+        assert answer.text == "I can't help with this request: it involves unsafe content."
+        assert answer.verdict["flagged"] is flagged and answer.verdict["reply"] == "I am not sure."
 
 
 def test_a_random_model_as_a_text_guard_gives_no_verdict_and_says_so(base, base_processor):

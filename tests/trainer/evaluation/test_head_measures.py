@@ -31,7 +31,7 @@ def outcomes(scores, level_labels, levels=None, category_labels=None, categories
         levels=np.array(levels if levels is not None else level_labels),
         categories=np.array(categories if categories is not None else np.where(level_labels, 0, 6)),
         scores=scores,
-        risk_categories=np.zeros(n, dtype=int),
+        category_scores=scores[:, None],
         category_confidence=scores,
         category_correct=level_labels > 0,
         groups=np.arange(n) if groups is None else np.array(groups),
@@ -96,7 +96,8 @@ def test_outcomes_are_the_verdicts_of_the_policy():
     np.testing.assert_allclose(found.scores, [0.6, 0.6, 0.2], rtol=1e-6)
     assert found.flagged.tolist() == [True, False, False]
     assert found.categories.tolist() == [4, 6, 6]
-    assert found.risk_categories.tolist() == [4, 1, 4]
+    assert found.category_scores.argmax(axis=1).tolist() == [4, 1, 4]
+    np.testing.assert_allclose(found.highest_scores, found.scores)
 
 
 def test_rows_without_label_or_image_are_not_measured():

@@ -4,14 +4,18 @@ import copy
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from head_records import random_records, record
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from safevlm.safety_assessment import assess_rows
+from safevlm.safety_policy import SafetyPolicy
 from safevlm.trainer.data import DataError
 from safevlm.trainer.evaluation import predict_rows, read_predictions, write_predictions
+from safevlm.trainer.evaluation.head_measures import readings
 
 FLOATS = st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=4, max_size=4)
 
@@ -46,12 +50,14 @@ def test_batched_logits_are_those_of_assess_on_the_question_alone(model, process
         inputs = processor(images=row.load_images() or None, text=[text], return_tensors="pt")
         verdict = model.assess(**inputs, safety_policy="default")
         if prediction.assessed:
-            given_level = torch.tensor(prediction.level_logits).softmax(-1)
-            given_category = torch.tensor(prediction.category_logits).softmax(-1)
-            torch.testing.assert_close(given_level, verdict.level_probabilities[0], atol=1e-5, rtol=1e-4)
-            torch.testing.assert_close(given_category, verdict.category_probabilities[0], atol=1e-5, rtol=1e-4)
+            levels, categories, belongs = readings([prediction], model.config)
+            given = assess_rows(levels, categories, belongs, 1, SafetyPolicy(), model.config)
+            torch.testing.assert_close(given.level_probabilities, verdict.level_probabilities, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(
+                given.category_probabilities, verdict.category_probabilities, atol=1e-5, rtol=1e-4
+            )
         else:
-            assert set(prediction.level_logits) == {0.0} and prediction.images == ()
+            assert prediction.level_logits == prediction.images == ()
 
 
 def test_the_answer_is_not_read(model, processor, make_row):
@@ -108,7 +114,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(model, processor, rows, cou
     assert resumed == read_predictions(path)
     assert [p.row_id for p in resumed] == [p.row_id for p in expected] and not partial.exists()
     for a, b in zip(resumed, expected, strict=True):
-        assert a.level_logits == pytest.approx(b.level_logits, abs=1e-4)
+        assert np.allclose(a.level_logits, b.level_logits, atol=1e-4)
 
 
 def test_a_finished_run_is_not_repeated_but_changed_rows_are(model, processor, rows, make_row, counted, tmp_path):

@@ -1,0 +1,38 @@
+"""The package's classes, registered with the Auto classes of transformers. Importing this file takes seconds.
+
+`safevlm/__init__.py` imports it at once, or, as the `safevlm` command, when a command first asks for a class.
+"""
+
+from .configuration_safevlm import SafeVlmConfig  # isort: split; first, as it checks the packages' versions
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
+
+from .from_base import from_base
+from .modeling_safevlm import SafeVlmForConditionalGeneration, SafeVlmOutput
+from .pipeline_safevlm import SafeVlmPipeline
+from .processing.processing_safevlm import SafeVlmProcessor
+from .safety_adapter import save_safety_adapter
+from .safety_assessment import SafetyAssessment
+from .safety_policy import ACTIONS, POLICY_PRESETS, SafetyPolicy
+
+# Making a model needs this package, using one does not: these two are not in the code that a saved model carries.
+SafeVlmForConditionalGeneration.from_base = classmethod(from_base)
+SafeVlmForConditionalGeneration.save_safety_adapter = save_safety_adapter
+
+AutoConfig.register(SafeVlmConfig.model_type, SafeVlmConfig)
+AutoModel.register(SafeVlmConfig, SafeVlmForConditionalGeneration)
+AutoModelForImageTextToText.register(SafeVlmConfig, SafeVlmForConditionalGeneration)
+AutoModelForMultimodalLM.register(SafeVlmConfig, SafeVlmForConditionalGeneration)
+AutoProcessor.register(SafeVlmConfig, SafeVlmProcessor)
+
+# What is saved carries its code: `from_pretrained(..., trust_remote_code=True)` needs no safevlm.
+SafeVlmConfig.register_for_auto_class()
+SafeVlmForConditionalGeneration.register_for_auto_class("AutoModel")
+SafeVlmForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+SafeVlmProcessor.register_for_auto_class()

@@ -1,0 +1,28 @@
+"""Requests to a server under test, below the level of any client library."""
+
+import http.client
+import json
+from types import SimpleNamespace
+
+GENERATED = {"temperature": 0, "max_tokens": 12}
+
+
+def post(server, path="/v1/chat/completions", body=b"", method="POST", kind="application/json") -> tuple[int, str]:
+    connection = http.client.HTTPConnection(server.address.removeprefix("http://"), timeout=120)
+    connection.request(method, path, body, {"Content-Type": kind})
+    reply = connection.getresponse()
+    text = reply.read().decode()
+    connection.close()
+    return reply.status, text
+
+
+def error_of(text: str) -> SimpleNamespace:
+    """An error's fields; it must be in OpenAI's shape."""
+
+    def no_constant(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    reply = json.loads(text, parse_constant=no_constant)
+    assert set(reply) == {"error"} and set(reply["error"]) == {"message", "type", "param", "code"}
+    assert isinstance(reply["error"]["message"], str) and isinstance(reply["error"]["type"], str)
+    return SimpleNamespace(**reply["error"])

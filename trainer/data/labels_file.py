@@ -1,0 +1,89 @@
+"""Where a run's labels come from: a file, a training recipe, or a model. Needs neither torch nor transformers."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from safevlm.safety_labels import PAPER_LABELS, SafetyLabels
+
+from .errors import DataError
+from .hub import is_hub_id
+from .schema import short
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+_NAMES = tuple(field.name for field in fields(SafetyLabels))
+
+
+def load_labels(source: str | os.PathLike | Mapping[str, Any] | None, root: str | os.PathLike = "") -> SafetyLabels:
+    """
+    The labels that something names; the paper's where it names none.
+
+    Args:
+        source: A YAML or JSON file with `category_names`, `level_names`, `safe_category`; a training recipe, whose
+            `safety:` has them, as a file or by a shipped name; the folder, `config.json` or Hub id of a SafeVLM; or a
+            mapping with these fields. `None` is the paper's labels.
+        root (`str`, *optional*): The folder that files are relative to.
+
+    Raises:
+        `DataError`: No such file or model, or no valid labels in it.
+    """
+    if source is None:
+        return PAPER_LABELS
+    if isinstance(source, Mapping):
+        return _labels(source, "`labels`")
+    path = Path(root, source)
+    name = f"`labels` {str(source)!r}"
+    if path.is_dir():
+        path = path / "config.json"
+        if not path.is_file():
+            raise DataError(f"{name}: the folder has no config.json; name a SafeVLM, a recipe or a YAML file.")
+    elif not path.is_file():
+        path = _elsewhere(str(source), name)
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise DataError(f"{name} cannot be read ({error}).") from None
+    if not isinstance(content, Mapping):
+        raise DataError(f"{name} must hold some of {list(_NAMES)}, got {short(content)}.")
+    return _labels(content, name)
+
+
+def labels_dict(labels: SafetyLabels) -> dict[str, Any]:
+    """As JSON and YAML files, recipes and configurations have them."""
+    return json.loads(json.dumps(asdict(labels)))
+
+
+def _labels(content: Mapping[str, Any], where: str) -> SafetyLabels:
+    if "model_type" in content and content["model_type"] != "safevlm":
+        raise DataError(f"{where} is a model of type {content['model_type']!r}, not a SafeVLM: it has no labels.")
+    if content.keys() & {"stages", "safety"}:
+        content, where = content.get("safety") or {}, f"{where}, `safety`"
+    elif unknown := [name for name in content if name not in _NAMES and "model_type" not in content]:
+        raise DataError(f"{where} has the unknown entries {unknown}; known are {list(_NAMES)}.")
+    try:
+        return SafetyLabels(**{name: content[name] for name in _NAMES if name in content})
+    except ValueError as error:
+        raise DataError(f"{where}: {error}") from None
+
+
+def _elsewhere(name: str, where: str) -> Path:
+    """A shipped recipe, or the configuration of a model on the Hub."""
+    shipped = {path.stem: path for path in RECIPES.glob("*.yaml")}
+    if name in shipped:
+        return shipped[name]
+    if is_hub_id(name):
+        from huggingface_hub import hf_hub_download
+
+        try:
+            return Path(hf_hub_download(name, "config.json"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{where} is no file, and no model on the Hub that can be read ({error}).") from None
+    raise DataError(f"{where} is no file, no model and none of the recipes {sorted(shipped)}; check the name.")

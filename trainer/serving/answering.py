@@ -1,0 +1,164 @@
+"""From a request to its answer: limits first, then the model's inputs, then `generate` under the policy."""
+
+import base64
+import re
+from dataclasses import dataclass
+from logging import getLogger
+
+import torch
+from jinja2 import TemplateError
+
+from safevlm.processing.pictures import PictureError, load_picture
+
+from .decoding import AnswerStreamer, OpenAiPenalties, Until
+from .errors import RequestError
+from .request import ChatRequest, Image
+from .worker import Job
+
+DEFAULT_NEW_TOKENS = 1024  # where neither request nor model asks for more
+MAX_ASPECT_RATIO = 200  # image processors scale the shorter side up: a thin strip would become gigabytes
+GREEDY_BELOW = 0.01  # a temperature that divides logits beyond what a float holds
+DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,", re.ASCII | re.IGNORECASE)
+
+logger = getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Finish:
+    """The last event of a job, after its verdict (`dict` or `None`, in a tuple) and its texts (`str`)."""
+
+    reason: str
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Answering:
+    """
+    Answers requests with one model, one at a time.
+
+    Args:
+        model, processor: A SafeVLM.
+        max_pixels (`int`): Of all images of a request together.
+    """
+
+    def __init__(self, model, processor, max_pixels: int):
+        self.model, self.processor, self.max_pixels = model, processor, max_pixels
+        text_config = model.config.get_text_config()
+        self.vocab_size = text_config.vocab_size
+        # The policy's hint, which `generate` adds to the prompt, needs room, too.
+        hints = (len(ids.split()) for ids in model.config.policy_token_ids.values())
+        self.max_tokens = getattr(text_config, "max_position_embeddings", 32_768) - max(hints, default=0)
+        ends = torch.as_tensor(model.generation_config.eos_token_id).flatten().tolist()
+        self.end_token_ids = frozenset(ends)
+
+    def answer(self, request: ChatRequest, job: Job):
+        """Sends the verdict as `(verdict,)`, then texts, then a `Finish`."""
+        inputs = self._inputs(request, job)
+        num_prompt = inputs["input_ids"].shape[1]
+        arguments = self._arguments(request, room=self.max_tokens - num_prompt)
+        streamer = AnswerStreamer(self.processor.tokenizer, request.stop or [], job.send)
+        torch.seed() if request.seed is None else torch.manual_seed(request.seed)
+        self.model.generate(
+            **inputs,
+            **arguments,
+            tokenizer=self.processor.tokenizer,
+            streamer=streamer,
+            stopping_criteria=[Until(lambda: job.ended or streamer.stopped)],
+        )
+        streamer.flush()
+        ended = streamer.stopped or (streamer.ids and streamer.ids[-1] in self.end_token_ids)
+        job.send(Finish("stop" if ended else "length", num_prompt, len(streamer.ids)))
+
+    def _inputs(self, request: ChatRequest, job: Job):
+        # Before anything is decoded or rendered: texts alone may be more than the model takes.
+        parts = [part for message in request.messages for part in message.content]
+        texts = self.processor.tokenizer(request.texts, add_special_tokens=False)["input_ids"] if request.texts else []
+        self._check_length(sum(map(len, texts)) - len(parts))  # what is joined may need fewer tokens
+        messages, images, pixels = [], 0, self.max_pixels
+        for message in request.messages:
+            content = []
+            for part in message.content:
+                if isinstance(part, Image):
+                    images += 1
+                    if job.ended:
+                        raise RequestError("The request took too long.", status=408)
+                    image = decode_image(part.image_url.url, images, pixels)
+                    pixels -= image.width * image.height
+                    content.append({"type": "image", "image": image})
+                else:
+                    content.append({"type": "text", "text": part.text})
+            messages.append({"role": message.role.replace("developer", "system"), "content": content})
+        try:
+            inputs = self.processor.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            )
+        except TemplateError as error:  # templates insist on an order of roles
+            raise RequestError(f"The model's chat template refuses the messages: {error}", "messages") from None
+        except ValueError:  # processors refuse some shapes of images, each in its own words
+            logger.exception("The model's processor refuses a request.")
+            raise RequestError("The model's processor cannot take these messages.", "messages") from None
+        self._check_length(inputs["input_ids"].shape[1])
+        return inputs.to(self.model.device, self.model.dtype)
+
+    def _check_length(self, num_tokens: int):
+        if num_tokens >= self.max_tokens:
+            raise RequestError(
+                f"The prompt has {num_tokens} tokens, which leaves no room for an answer: the model takes "
+                f"{self.max_tokens} with it.",
+                "messages",
+                "context_length_exceeded",
+            )
+
+    def _arguments(self, request: ChatRequest, room: int) -> dict:
+        """Of `generate`, from the request's fields; what it does not say is as the model has it."""
+        own = self.model.generation_config.max_new_tokens or 0
+        wanted = request.max_completion_tokens or request.max_tokens or max(own, DEFAULT_NEW_TOKENS)
+        arguments = {"max_new_tokens": min(wanted, room), "num_beams": 1, "return_dict_in_generate": True}
+        if request.temperature is not None:
+            arguments["do_sample"] = request.temperature >= GREEDY_BELOW
+            if arguments["do_sample"]:
+                arguments["temperature"] = request.temperature
+        if request.top_p is not None and arguments.get("do_sample", True):
+            arguments.update(do_sample=True, top_p=request.top_p)
+        bias = request.logit_bias or {}
+        if unknown := [token for token in bias if token >= self.vocab_size]:
+            raise RequestError(
+                f"logit_bias: the model has {self.vocab_size} tokens, none with the id {unknown[0]}.",
+                "logit_bias",
+                "invalid_value",
+            )
+        penalties = request.frequency_penalty or 0.0, request.presence_penalty or 0.0
+        if bias or any(penalties):
+            arguments["logits_processor"] = [OpenAiPenalties(*penalties, bias)]
+        return arguments
+
+
+def decode_image(url: str, number: int, max_pixels: int):
+    """
+    The picture in a data URL; `number` is its name in errors.
+
+    Raises:
+        `RequestError`: It is none, or larger than `max_pixels`.
+    """
+    start = DATA_URL.match(url)
+    param = "messages"
+    if start is None:
+        raise RequestError(
+            f"Image {number} must be a data URL (data:image/png;base64,...); this server fetches nothing.", param
+        )
+    try:
+        content = base64.b64decode(url[start.end() :], validate=True)
+    except ValueError as error:
+        raise RequestError(f"Image {number} is not base64: {error}.", param) from None
+    try:
+        image = load_picture(content, max_pixels=max_pixels)
+    except PictureError as error:
+        raise RequestError(f"Image {number} {error.reason}.", param, "invalid_image") from None
+    if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+        raise RequestError(
+            f"Image {number} has {image.width}x{image.height} pixels; one side may be at most {MAX_ASPECT_RATIO} "
+            f"times the other.",
+            param,
+            "invalid_image",
+        )
+    return image

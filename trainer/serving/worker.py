@@ -1,0 +1,118 @@
+"""One thread that does the work, a bounded queue before it, and jobs that end when nobody waits for them."""
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from logging import getLogger
+
+from .errors import RequestError, busy, internal
+
+logger = getLogger(__name__)
+
+
+class Job:
+    """
+    Work for one request. What it yields is sent to the event loop, in order; made, read and cancelled there.
+
+    Args:
+        work (`Callable[[Job], None]`): Runs in the worker's thread; calls `send`, and ends soon once `ended`.
+        seconds (`float`): Time for it, the wait in the queue included.
+    """
+
+    def __init__(self, work: Callable[["Job"], None], seconds: float):
+        self.work, self.deadline = work, time.monotonic() + seconds
+        self.loop, self.events = asyncio.get_running_loop(), asyncio.Queue()
+        self.cancelled = False
+
+    @property
+    def expired(self) -> bool:
+        return time.monotonic() >= self.deadline
+
+    @property
+    def ended(self) -> bool:
+        """Whether nobody waits any more, or the time is up."""
+        return self.cancelled or self.expired
+
+    def send(self, event):
+        """From the worker's thread: an event for the request's handler. `None` is the last one."""
+        if not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
+
+    async def next(self):
+        """
+        The next event; `None` at the end.
+
+        Raises:
+            `RequestError`: The work failed, or was cancelled.
+        """
+        event = await self.events.get()
+        if isinstance(event, RequestError):
+            raise event
+        return event
+
+    def cancel(self, error: RequestError | None = None):
+        self.cancelled = True
+        self.events.put_nowait(error or busy("The request was cancelled."))
+
+    def run(self):
+        try:
+            if self.expired:
+                raise busy("The server was busy for the whole time a request may take. Try again in a while.")
+            self.work(self)
+            self.send(None)
+        except RequestError as error:
+            self.send(error)
+        except Exception:
+            logger.exception("A request failed.")
+            self.send(internal())
+        finally:
+            self.work = None  # it holds the request, and who reads a long answer slowly keeps the job
+
+
+class Worker:
+    """
+    Args:
+        max_waiting (`int`): Jobs in the queue; further ones are refused.
+    """
+
+    def __init__(self, max_waiting: int):
+        self.max_waiting = max_waiting
+        self._waiting, self._running, self._changed = deque(), None, threading.Condition()
+        self._closed = False
+        # A daemon: a prefill cannot be interrupted and must not keep the process alive.
+        threading.Thread(target=self._work, daemon=True, name="safevlm-worker").start()
+
+    def submit(self, job: Job):
+        """
+        Raises:
+            `RequestError`: 503, the queue is full.
+        """
+        with self._changed:
+            if self._closed:
+                raise busy("The server is shutting down.")
+            self._waiting = deque(one for one in self._waiting if not one.cancelled)
+            if len(self._waiting) >= self.max_waiting:
+                raise busy(f"{self.max_waiting} requests are waiting already. Try again in a while.")
+            self._waiting.append(job)
+            self._changed.notify()
+
+    def close(self):
+        """From the event loop: no further jobs; those there are end."""
+        with self._changed:
+            self._closed = True
+            jobs = [*self._waiting, self._running] if self._running else [*self._waiting]
+            self._waiting.clear()
+        for job in jobs:
+            job.cancel(busy("The server is shutting down."))
+
+    def _work(self):
+        while True:
+            with self._changed:
+                self._running = None
+                self._changed.wait_for(lambda: self._waiting)
+                job = self._running = self._waiting.popleft()
+            if not job.cancelled:
+                job.run()
+            del job  # a request's pictures do not stay until the next one
