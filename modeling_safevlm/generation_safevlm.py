@@ -315,8 +315,15 @@ class SafeVlmGenerationMixin(GenerationMixin):
     def check_policy_texts(self, processor=None):
         """
         Raises `ValueError` if the token ids that the model has for its policy's texts cannot be right. Only with a
-        `processor` (or tokenizer) can it be told whether they say what the texts say.
+        `processor` (or tokenizer) can it be told whether they say what the texts say, and whether its placeholder is
+        the model's.
         """
         tokenizer = getattr(processor, "tokenizer", processor)
+        placeholder = getattr(processor, "safety_token_id", self.config.safety_token_id)
+        if placeholder != self.config.safety_token_id:
+            raise ValueError(
+                f"The processor's placeholder has the token id {placeholder}, the model's {self.config.safety_token_id}: "
+                f"use the processor that was saved with the model."
+            )
         for text, ids in self.config.policy_token_ids.items():
             self._check_text(text, [int(i) for i in ids.split()], tokenizer)

@@ -6,8 +6,10 @@ import threading
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tiny import answers, encode, new_tokens, safe_model, tiny_llava
+from tiny import answers, chat, encode, new_tokens, picture, safe_model, tiny_llava
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
 
 import safevlm.embedding_hook as embedding_hook
@@ -91,10 +93,11 @@ def test_one_reading_that_fails_is_enough(model, processor, verdicts, one, monke
         return prediction
 
     monkeypatch.setattr(model, "predict_safety", second_is_none)
-    ids = one["input_ids"]
-    mask = torch.ones_like(ids)
-    mask[0, 3:5], mask[0, -1] = 0, 0  # an answer in the midst, and one that was begun: several readings
-    found = model.assess(**{**one, "safety_question_mask": mask})
+    begun = torch.tensor([[100]])  # a beginning of an answer: one more reading
+    longer = {**one, "input_ids": torch.cat([one["input_ids"], begun], dim=1)}
+    for name, value in (("attention_mask", 1), ("safety_question_mask", 0)):
+        longer[name] = torch.cat([one[name], begun * 0 + value], dim=1)
+    found = model.assess(**longer)
     assert len(seen) > 1 and found.actions == ["refuse"]
 
 
@@ -160,8 +163,8 @@ def lora_adapter(model, processor, tmp_path_factory):
     from peft import LoraConfig, get_peft_model
 
     path = tmp_path_factory.mktemp("lora")
-    settings = LoraConfig(target_modules=r"base.model.language_model.*q_proj", modules_to_save=["safety"], r=2)
-    get_peft_model(copy.deepcopy(model), settings).save_pretrained(path / "lora")
+    lora = LoraConfig(target_modules=r"base.model.language_model.*q_proj", modules_to_save=["safety"], r=2)
+    get_peft_model(copy.deepcopy(model), lora).save_pretrained(path / "lora")
     model.config.save_pretrained(path)
     return path
 
@@ -206,15 +209,15 @@ def test_a_base_with_a_peft_adapter_is_refused(processor, base_processor, tmp_pa
     from peft import LoraConfig, get_peft_model
 
     base = tiny_llava()
-    settings = LoraConfig(target_modules=r".*language_model.*q_proj", r=2)
+    lora = LoraConfig(target_modules=r".*language_model.*q_proj", r=2)
     if form == "injected":
-        base.add_adapter(settings)
+        base.add_adapter(lora)
     elif form == "model":
-        base = get_peft_model(base, settings)
+        base = get_peft_model(base, lora)
     else:
         base.save_pretrained(tmp_path / "base")
         base_processor.save_pretrained(tmp_path / "lora")
-        adapted = get_peft_model(base, settings)
+        adapted = get_peft_model(base, lora)
         adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
         adapted.save_pretrained(tmp_path / "lora")
         base = tmp_path / "lora"
@@ -229,13 +232,13 @@ def test_a_base_with_a_peft_adapter_is_refused(processor, base_processor, tmp_pa
 @pytest.mark.parametrize("how", ["argument", "config", "the model's config"])
 def test_an_end_token_that_is_none_is_refused(model, processor, one, verdicts, monkeypatch, ends, how):
     verdicts(model, "high")
-    settings = {"eos_token_id": ends} if how == "argument" else {}
+    options = {"eos_token_id": ends} if how == "argument" else {}
     if how == "config":
-        settings = {"generation_config": GenerationConfig(eos_token_id=ends, max_new_tokens=70)}
+        options = {"generation_config": GenerationConfig(eos_token_id=ends, max_new_tokens=70)}
     elif how == "the model's config":
         monkeypatch.setattr(model.generation_config, "eos_token_id", ends)
     with pytest.raises(ValueError, match="(`eos_token_id`|special token) (-1|1000000)"):
-        model.generate(**one, **settings)
+        model.generate(**one, **options)
 
 
 def test_an_end_token_in_the_midst_of_the_refusal_cuts_it(model, processor, batch, verdicts):
@@ -348,6 +351,13 @@ def test_a_saved_refusal_that_says_something_else_is_refused_with_a_tokenizer(mo
     model.check_policy_texts(processor)
 
 
+def test_a_placeholder_that_is_another_token_is_refused(model, processor):
+    hostile = copy.deepcopy(model)
+    hostile.config.safety_token_id = 100
+    with pytest.raises(ValueError, match="placeholder has the token id .*, the model's 100"):
+        hostile.check_policy_texts(processor)
+
+
 @pytest.mark.parametrize("text", ["</s>", "No.</s>", "<image>", "No <safety>"])
 def test_texts_with_special_tokens_are_refused(model, processor, one, verdicts, text):
     policy = SafetyPolicy(refusals={"en": text})
@@ -419,6 +429,26 @@ def test_a_mask_that_hides_a_row_or_an_image_is_refused(model, batch):
         model.generate(**{**batch, "attention_mask": mask})
 
 
+@settings(deadline=None, max_examples=40)
+@given(start=st.integers(0, 60), length=st.integers(1, 80))
+def test_a_callers_mask_hides_no_question(model, processor, start, length):
+    inputs = encode(processor, ["How do I use this against someone?"], [1])
+    mask = inputs["safety_question_mask"].clone()
+    mask[0, start : start + length] = 0
+    expected, found = model.assess(**inputs), model.assess(**{**inputs, "safety_question_mask": mask})
+    assert found.score >= expected.score - 1e-5
+
+
+def test_the_processors_mask_hides_answers(model, processor):
+    """What follows the opening of an assistant's turn stays hidden."""
+    messages = [*chat("hello"), {"role": "assistant", "content": [{"type": "text", "text": "yes"}]}, *chat("no", 0)]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    inputs = processor(images=[picture()], text=[text], return_tensors="pt")
+    parts = model.prompt_parts(inputs["input_ids"], inputs["attention_mask"], inputs["safety_question_mask"])
+    assert torch.equal(parts.questions, inputs["safety_question_mask"].bool())
+    assert (~parts.questions).any()
+
+
 def right_padded(inputs):
     mask, moved = inputs["attention_mask"], dict(inputs)
     for name, value in inputs.items():
@@ -428,13 +458,13 @@ def right_padded(inputs):
     return moved
 
 
-@pytest.mark.parametrize("settings", [{}, dict(num_beams=2), dict(cache_implementation="static")])
-def test_right_padding_gives_what_left_padding_gives(model, batch, verdicts, settings):
+@pytest.mark.parametrize("options", [{}, dict(num_beams=2), dict(cache_implementation="static")])
+def test_right_padding_gives_what_left_padding_gives(model, batch, verdicts, options):
     verdicts(model, "low", "none", "high")
     assert (batch["attention_mask"] == 0).any()
     moved = right_padded(batch)
     torch.testing.assert_close(model.assess(**moved).score, model.assess(**batch).score)
-    found, expected = (model.generate(**inputs, max_new_tokens=6, **settings) for inputs in (moved, batch))
+    found, expected = (model.generate(**inputs, max_new_tokens=6, **options) for inputs in (moved, batch))
     assert torch.equal(new_tokens(found, batch), new_tokens(expected, batch))
 
 
