@@ -322,8 +322,8 @@ class SafeVlmGenerationMixin(GenerationMixin):
         placeholder = getattr(processor, "safety_token_id", self.config.safety_token_id)
         if placeholder != self.config.safety_token_id:
             raise ValueError(
-                f"The processor's placeholder has the token id {placeholder}, the model's {self.config.safety_token_id}: "
-                f"use the processor that was saved with the model."
+                f"The processor's placeholder has the token id {placeholder}, the model's "
+                f"{self.config.safety_token_id}: use the processor that was saved with the model."
             )
         for text, ids in self.config.policy_token_ids.items():
             self._check_text(text, [int(i) for i in ids.split()], tokenizer)

@@ -138,7 +138,7 @@ def check_text_ids(text: str, ids: list[int], vocab_size: int, control_ids: set[
     """
     problem = None
     if tokenizer is not None:
-        special = (i for i in tokenizer.all_special_ids if not _CLOSING.fullmatch(_letters(tokenizer.decode([i]))))
+        special = (i for i in tokenizer.all_special_ids if not _TAG.fullmatch(_letters(tokenizer.decode([i]))))
         control_ids = control_ids | set(special)
     if not ids:
         problem = "no tokens at all"
@@ -148,7 +148,7 @@ def check_text_ids(text: str, ids: list[int], vocab_size: int, control_ids: set[
         problem = f"the special token {control[0]}"
     elif tokenizer is not None:
         read = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        if _CLOSING.sub("", _letters(read)) != _letters(text):
+        if _THOUGHTS.sub("", _letters(read)) != _letters(text):
             problem = f"tokens that say {read!r}"
     if problem:
         raise ValueError(
@@ -157,8 +157,9 @@ def check_text_ids(text: str, ids: list[int], vocab_size: int, control_ids: set[
         )
 
 
-# A refusal may first have to close the thoughts that a generation prompt opens (see policy_texts.py).
-_CLOSING = re.compile(r"^[<\[]/\w+[>\]]")
+# A refusal may first have to close the thoughts that a generation prompt opens, or write empty ones: policy_texts.py.
+_THOUGHTS = re.compile(r"^([<\[]\w+[>\]])?[<\[]/\w+[>\]]")
+_TAG = re.compile(r"[<\[]/?\w+[>\]]")
 
 
 def _letters(text: str) -> str:
