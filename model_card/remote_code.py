@@ -89,7 +89,12 @@ def code_folder(model: str, revision: str | None = None) -> Path:
         `ValueError`: There is no such model or revision.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     if Path(model).is_dir():
         if revision is not None:
@@ -103,6 +108,11 @@ def code_folder(model: str, revision: str | None = None) -> Path:
         raise ValueError(
             f"MODEL {model!r} is no folder, and no model on the Hub that you may see; check the name, or log in with "
             f"`hf auth login`."
+        ) from None
+    except LocalEntryNotFoundError:
+        raise ValueError(
+            f"MODEL {model!r} is no folder here, and not in the cache of the Hub's models, and the Hub cannot be "
+            "reached."
         ) from None
 
 

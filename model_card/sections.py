@@ -17,7 +17,7 @@ ACTIONS = {
 ARGUMENTS = (
     *("trainable", "learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "optim", "adam_beta2", "weight_decay"),
-    *("bf16", "fp16", "gradient_checkpointing", "lora_r", "lora_alpha", "lora_dropout"),
+    *("bf16", "fp16", "gradient_checkpointing", "activation_checkpointing", "lora_r", "lora_alpha", "lora_dropout"),
     *("safety_level_loss_coef", "safety_category_loss_coef", "label_conditioning_start", "label_conditioning_end"),
     *("hint_probability", "deepspeed", "fsdp", "seed"),
 )

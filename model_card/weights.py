@@ -37,11 +37,11 @@ def resharded(folder: Path, names: list[str], max_shard_size: str | int, scratch
     Files that are small enough go as they are. The same weights always give the same shards, so that a repeated push
     finds on the Hub what an interrupted one sent.
     """
-    from safetensors.torch import save_file
-
     limit = _bytes(max_shard_size)
     if all((folder / name).stat().st_size <= limit + _header(folder / name)[0] for name in names):
         return {name: folder / name for name in (*names, *([INDEX] if (folder / INDEX).is_file() else []))}
+    from safetensors.torch import save_file
+
     home = {key: name for name in names for key in _sizes(folder / name)}
     plan = split_state_dict_into_shards_factory(
         {key: size for name in names for key, size in _sizes(folder / name).items()},

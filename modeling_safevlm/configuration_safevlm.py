@@ -45,6 +45,8 @@ class SafeVlmConfig(PreTrainedConfig):
             that the model can write hints and refusals without a tokenizer.
         generation_prompt_token_ids (`list[int]`): What the chat template writes after the newest question, up to the
             answer; hints go before it.
+        answer_opening_token_ids (`list[int]`): What a forced refusal begins with: the end of the thoughts that the
+            generation prompt opens.
 
     `safevlm_version` in a saved configuration is the release that wrote it; a later one's is refused.
     """
@@ -84,6 +86,7 @@ class SafeVlmConfig(PreTrainedConfig):
         safety_token_id: int | None = None,
         policy_token_ids: dict[str, str] | None = None,
         generation_prompt_token_ids: list[int] | None = None,
+        answer_opening_token_ids: list[int] | None = None,
         initializer_range: float = 0.02,
         **kwargs,
     ):
@@ -108,6 +111,7 @@ class SafeVlmConfig(PreTrainedConfig):
         self.safety_token_id = safety_token_id
         self.policy_token_ids = dict(policy_token_ids or {})
         self.generation_prompt_token_ids = list(generation_prompt_token_ids or [])
+        self.answer_opening_token_ids = list(answer_opening_token_ids or [])
         self.initializer_range = initializer_range
         # The wrapper's pipeline adds the verdict to the stock answer; see pipeline_safevlm.py.
         self.custom_pipelines = {

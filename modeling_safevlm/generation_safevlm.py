@@ -15,7 +15,8 @@ from transformers import GenerationMixin, LogitsProcessorList
 from .cached_prompt import picture_digests, remember_prompt, reuse_cache, uncached_features
 from .embedding_hook import place_embeddings
 from .policy_enforcement import EnforcePolicy, PromptStreamer, check_text_ids
-from .prompt_editing import edit_prompt, hint_column, per_token
+from .policy_texts import answer_opening_token_ids
+from .prompt_editing import edit_prompt, hint_column, open_answers, per_token
 from .question_reading import PromptParts, prompt_parts
 from .request_checks import check_attention, check_generation, check_inputs
 from .safety_assessment import SafetyAssessment
@@ -198,6 +199,9 @@ class SafeVlmGenerationMixin(GenerationMixin):
     def _enforce(self, call: dict, input_ids, attention_mask, guarded: GuardedRequest, policy) -> EnforcePolicy:
         """Puts hints into the call's prompt and adds what writes forced refusals."""
         hints, refusals = self._policy_texts(guarded.assessment, policy, call.get("tokenizer"))
+        prompts = [row[mask.bool()].tolist() for row, mask in zip(input_ids, attention_mask, strict=True)]
+        opened = self.config.generation_prompt_token_ids, self.config.answer_opening_token_ids
+        refusals = open_answers(refusals, prompts, *opened)
         rows = zip(input_ids.tolist(), guarded.parts.questions.tolist(), strict=True)
         columns = [hint_column(ids, mask, self.config.generation_prompt_token_ids) for ids, mask in rows]
         prompt = edit_prompt(input_ids, attention_mask, per_token(call, input_ids), hints, columns)
@@ -299,7 +303,8 @@ class SafeVlmGenerationMixin(GenerationMixin):
         if (ids := self.config.policy_token_ids.get(text)) is not None:
             ids = [int(i) for i in ids.split()]
         elif tokenizer is not None:
-            ids = tokenizer(" " + text, add_special_tokens=False)["input_ids"]
+            space = "" if self.config.answer_opening_token_ids else " "
+            ids = tokenizer(space + text, add_special_tokens=False)["input_ids"]
         else:
             raise ValueError(
                 f"The policy's text {text!r} has no token ids in this model. Pass `tokenizer=processor.tokenizer` to "
@@ -324,6 +329,12 @@ class SafeVlmGenerationMixin(GenerationMixin):
             raise ValueError(
                 f"The processor's placeholder has the token id {placeholder}, the model's "
                 f"{self.config.safety_token_id}: use the processor that was saved with the model."
+            )
+        opening = self.config.answer_opening_token_ids
+        if opening and hasattr(processor, "chat_template") and opening != answer_opening_token_ids(processor):
+            raise ValueError(
+                "`answer_opening_token_ids` are not what the processor's template writes before an answer: store the "
+                "policy once more with `model.set_safety_policy(policy, processor)`."
             )
         for text, ids in self.config.policy_token_ids.items():
             self._check_text(text, [int(i) for i in ids.split()], tokenizer)

@@ -22,7 +22,7 @@ from .devices import compute_device
 from .embedding_hook import place_embeddings
 from .generation_safevlm import SafeVlmGenerationMixin
 from .losses import IGNORE_INDEX, combine_losses, safety_losses
-from .policy_texts import generation_prompt_token_ids, policy_token_ids
+from .policy_texts import answer_opening_token_ids, generation_prompt_token_ids, policy_token_ids
 from .quantization import forget_quantization, keep_safety_modules, share_quantization, unpack
 from .request_checks import check_inputs
 from .safety_assessment import SafetyAssessment, assess_rows, worst_images
@@ -220,6 +220,7 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
             for text, ids in texts.items():
                 self._check_text(text, [int(i) for i in ids.split()], getattr(processor, "tokenizer", processor))
             self.config.generation_prompt_token_ids = generation_prompt_token_ids(processor)
+            self.config.answer_opening_token_ids = answer_opening_token_ids(processor)
             self.config.policy_token_ids = {**self.config.policy_token_ids, **texts}
         self.config.safety_policy = policy.to_dict()
 
@@ -376,6 +377,7 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): With `<safety>` placeholders.
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`): Token ids of answers, -100 elsewhere.
+                A batch without any answer has no LM loss.
             safety_level_labels, safety_category_labels (`torch.LongTensor` of shape `(batch_size,)`): -100 is ignored.
             safety_question_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`): See `predict_safety`; by
                 default all tokens that `labels` does not supervise.
@@ -390,10 +392,11 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
             safety_question_mask = seen.bool() & (labels == IGNORE_INDEX)
         prediction = self.predict_safety(input_ids, attention_mask, features, safety_question_mask)
 
+        answered = labels is not None and bool((labels[:, 1:] != IGNORE_INDEX).any())  # else the loss would be 0 / 0
         base_inputs = dict(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            labels=labels,
+            labels=labels if answered else None,
             past_key_values=past_key_values,
             **kwargs,
         )
@@ -419,7 +422,9 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
             safety_category_labels,
             prediction.assessed,
         )
-        lm_loss = output.loss if labels is not None else None
+        lm_loss = output.loss if answered else None
+        if self.training and torch.is_grad_enabled():
+            losses = self._attached(losses, lm_loss)
         return SafeVlmOutput(
             loss=combine_losses(
                 lm_loss,
@@ -438,6 +443,17 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
             hidden_states=output.get("hidden_states"),
             attentions=output.get("attentions"),
         )
+
+    def _attached(self, losses, lm_loss):
+        """
+        Safety losses with a gradient, of 0, where the batch reaches nothing that trains (in stage 1: no picture):
+        `backward` needs one, and other processes wait for it.
+        """
+        present = [loss for loss in (lm_loss, *losses.values()) if loss is not None]
+        if any(loss.requires_grad for loss in present):
+            return losses
+        zero = sum((weight * 0).sum().cpu() for weight in self.parameters() if weight.requires_grad)
+        return {name: loss if loss is None else loss + zero for name, loss in losses.items()}
 
     def _training_condition(self, prediction, level_labels, category_labels, label_conditioning):
         """Action and category ids per row: the labels' for a share of the labelled rows, else the prediction's."""

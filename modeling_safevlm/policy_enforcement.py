@@ -1,6 +1,5 @@
 """Carries a policy out while the base model writes: forced refusals, no placeholders, no hints on a streamer."""
 
-import re
 import unicodedata
 
 import torch
@@ -138,8 +137,7 @@ def check_text_ids(text: str, ids: list[int], vocab_size: int, control_ids: set[
     """
     problem = None
     if tokenizer is not None:
-        special = (i for i in tokenizer.all_special_ids if not _TAG.fullmatch(_letters(tokenizer.decode([i]))))
-        control_ids = control_ids | set(special)
+        control_ids = control_ids | set(tokenizer.all_special_ids)
     if not ids:
         problem = "no tokens at all"
     elif outside := [i for i in ids if not 0 <= i < vocab_size]:
@@ -148,18 +146,13 @@ def check_text_ids(text: str, ids: list[int], vocab_size: int, control_ids: set[
         problem = f"the special token {control[0]}"
     elif tokenizer is not None:
         read = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        if _THOUGHTS.sub("", _letters(read)) != _letters(text):
+        if _letters(read) != _letters(text):
             problem = f"tokens that say {read!r}"
     if problem:
         raise ValueError(
             f"The policy's text {text!r} has {problem}. Use another text, or store the policy's own once more: "
             f"`model.set_safety_policy(policy, processor)`."
         )
-
-
-# A refusal may first have to close the thoughts that a generation prompt opens, or write empty ones: policy_texts.py.
-_THOUGHTS = re.compile(r"^([<\[]\w+[>\]])?[<\[]/\w+[>\]]")
-_TAG = re.compile(r"[<\[]/?\w+[>\]]")
 
 
 def _letters(text: str) -> str:

@@ -12,8 +12,9 @@ def policy_token_ids(processor, texts: dict[str, list[str]]) -> dict[str, str]:
     Returns:
         `dict[str, str]`: text -> its token ids, space separated (which keeps `config.json` readable).
     """
+    opening = _answer_opening(processor)
     ids = {text: _hint_ids(processor, text) for text in texts["hints"]}
-    ids |= {text: _answer_ids(processor, text) for text in texts["refusals"]}
+    ids |= {text: _answer_ids(processor, text, opening) for text in texts["refusals"]}
     return {text: " ".join(map(str, tokens)) for text, tokens in ids.items()}
 
 
@@ -30,6 +31,14 @@ def generation_prompt_token_ids(processor) -> list[int]:
     return prompts[0][len(prompts[0]) - shared :]
 
 
+def answer_opening_token_ids(processor) -> list[int]:
+    """
+    Token ids that a forced answer begins with, so that it is what a user sees: the end of the thoughts that the
+    generation prompt opens (`"\\n</think>\\n\\n"`), or an empty thought. Empty for models that answer at once.
+    """
+    return _encode(processor, _answer_opening(processor))
+
+
 def _hint_ids(processor, text: str) -> list[int]:
     if not getattr(processor, "chat_template", None):
         return _encode(processor, " " + text)
@@ -40,31 +49,40 @@ def _hint_ids(processor, text: str) -> list[int]:
     return hinted[start : len(hinted) - end]
 
 
-def _answer_ids(processor, text: str) -> list[int]:
-    """What is to be written after the generation prompt, so that `text` is the answer that a user sees."""
+def _answer_opening(processor) -> str:
+    """What the template writes between its generation prompt and an answer, unless it is white space."""
+    if not getattr(processor, "chat_template", None):
+        return ""
+    asked = _rendered(processor, [_user("a")], add_generation_prompt=True)
+    for thought in ({}, {"reasoning_content": "c"}):  # some templates close thoughts only behind some
+        full = _rendered(processor, [_user("a"), {**_assistant("b?"), **thought}])
+        begun = asked + thought.get("reasoning_content", "")
+        if full.startswith(begun) and "b?" in full[len(begun) :]:
+            opening = full[len(begun) : full.index("b?", len(begun))]
+            return opening if opening.strip() else ""
+    tag = re.search(r"<(\w+)>\s*$", asked)  # opened, and closed by the model alone
+    return "" if tag is None else f"\n</{tag[1]}>\n\n"
+
+
+def _answer_ids(processor, text: str, opening: str) -> list[int]:
+    if opening:
+        return _encode(processor, text)
     if not getattr(processor, "chat_template", None):
         return _encode(processor, " " + text)
-    prompt, answer = [_user("a")], {"role": "assistant", "content": [{"type": "text", "text": text}]}
-    ids, full = _render(processor, prompt, add_generation_prompt=True), _render(processor, [*prompt, answer])
-    if full[: len(ids)] == ids:
-        # What the template writes after an answer (white space, end of turn) is not part of the text.
-        tokenizer = getattr(processor, "tokenizer", processor)
-        ids, length = full[len(ids) :], 1
-        while length < len(ids) and not _ends_with(tokenizer.decode(ids[:length], skip_special_tokens=True), text):
-            length += 1
-        return ids[:length]
-    # Behind an open tag of thoughts other text makes other tokens, and some templates close it after thoughts only.
-    opening = _rendered(processor, prompt, add_generation_prompt=True)
-    for thought in ("", "b"):
-        full = _rendered(processor, [*prompt, {**answer, "reasoning_content": thought}])
-        if full.startswith(opening + thought) and text in full:
-            return _encode(processor, full[len(opening + thought) : full.rindex(text) + len(text)])
-    tag = re.search(r"<(\w+)>\s*$", opening)
-    return _encode(processor, " " + text if tag is None else f"\n</{tag[1]}>\n\n{text}")
+    prompt = _render(processor, [_user("a")], add_generation_prompt=True)
+    full = _render(processor, [_user("a"), _assistant(text)])
+    if full[: len(prompt)] != prompt:  # a template that renders past answers differently
+        return _encode(processor, " " + text)
+    # What the template writes after an answer (white space, end of turn) is not part of the text.
+    tokenizer = getattr(processor, "tokenizer", processor)
+    answer, length = full[len(prompt) :], 1
+    while tokenizer.decode(answer[:length], skip_special_tokens=True).strip() != text and length < len(answer):
+        length += 1
+    return answer[:length]
 
 
-def _ends_with(written: str, text: str) -> bool:
-    return written.rstrip().endswith(text)
+def _assistant(text: str) -> dict:
+    return {**_user(text), "role": "assistant"}
 
 
 def _user(text: str) -> dict:

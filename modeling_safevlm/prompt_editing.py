@@ -92,6 +92,22 @@ def hint_column(ids: list[int], mask: list[bool], generation_prompt: list[int]) 
     return columns[-1] + 1 if columns else 0
 
 
+def open_answers(
+    answers: list[list[int] | None], rows: list[list[int]], generation_prompt: list[int], opening: list[int]
+) -> list[list[int] | None]:
+    """
+    `answers` that begin with `opening` (which closes the generation prompt's thoughts) where the prompt ends with the
+    generation prompt. Behind the beginning of an answer there is nothing to close.
+
+    Args:
+        rows (`list[list[int]]`): Each row's prompt, without padding.
+    """
+    ends = [bool(generation_prompt) and row[-len(generation_prompt) :] == generation_prompt for row in rows]
+    return [
+        answer if answer is None or not end else opening + answer for answer, end in zip(answers, ends, strict=True)
+    ]
+
+
 def last_occurrence(ids: list[int], pattern: list[int]) -> int:
     """Index where `pattern` last starts in `ids`; the end of `ids` if it does not occur (or is empty)."""
     for start in range(len(ids) - len(pattern), -1, -1):

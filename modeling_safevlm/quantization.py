@@ -5,9 +5,10 @@ end in the same state: `from_pretrained(safe_model, quantization_config=...)`, w
 them, and `from_base(base, base_kwargs={"quantization_config": ...})`, where [`keep_output_layer`] does. Then
 [`share_quantization`] makes wrapper and base agree, so that each can be saved, reloaded and trained (QLoRA) by itself.
 
-On CPUs with AVX512-BF16 bitsandbytes packs a 4-bit weight anew at its first inference, for a faster product. It crashes on
-widths that do not fill its blocks, and a packed weight passes no gradients and dequantises to noise. So layers of such
-widths stay unpacked ([`share_quantization`]), and all are unpacked to be trained or dequantised ([`unpack`]).
+On CPUs with AVX512-BF16 bitsandbytes packs a 4-bit weight anew at its first inference, for a faster product. It
+crashes on widths that do not fill its blocks, and a packed weight passes no gradients and dequantises to noise. So
+layers of such widths stay unpacked ([`share_quantization`]), and all are unpacked to be trained or dequantised
+([`unpack`]).
 """
 
 import copy

@@ -3,7 +3,7 @@
 `safevlm/__init__.py` imports it at once, or, as the `safevlm` command, when a command first asks for a class.
 """
 
-from .configuration_safevlm import SafeVlmConfig  # isort: split; first, as it checks the packages' versions
+from .configuration_safevlm import SafeVlmConfig  # isort: split
 
 from transformers import (
     AutoConfig,
@@ -20,6 +20,18 @@ from .processing.processing_safevlm import SafeVlmProcessor
 from .safety_adapter import save_safety_adapter
 from .safety_assessment import SafetyAssessment
 from .safety_policy import ACTIONS, POLICY_PRESETS, SafetyPolicy
+
+__all__ = [
+    "ACTIONS",
+    "POLICY_PRESETS",
+    "SafeVlmConfig",
+    "SafeVlmForConditionalGeneration",
+    "SafeVlmOutput",
+    "SafeVlmPipeline",
+    "SafeVlmProcessor",
+    "SafetyAssessment",
+    "SafetyPolicy",
+]
 
 # Making a model needs this package, using one does not: these two are not in the code that a saved model carries.
 SafeVlmForConditionalGeneration.from_base = classmethod(from_base)

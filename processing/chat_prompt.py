@@ -11,14 +11,15 @@ import re
 import secrets
 from bisect import bisect_right
 from collections.abc import Callable
+from itertools import product
 
 from transformers.utils import logging
 
 from .chat_texts import SOURCES, ControlTokens
 
 logger = logging.get_logger(__name__)
-# Templates take an assistant's thoughts apart at such tags. So these get no marks; what is between them does.
-TAGS = re.compile(r"(</?\w+>)")
+# Where templates take an answer apart, to strip or move its thoughts.
+TAGS = re.compile(r"(</?(?:think|thinking|thought|reasoning)>)")
 
 
 class ChatPrompt(str):
@@ -67,14 +68,14 @@ def find_texts(text: str, messages: list[dict], render, **flags) -> list[tuple[i
     Start, end and author (the assistant's message, or `None`) of each text of `messages` in their render `text`;
     `None` where the template does not leave marks as they are.
     """
-    for inside in (False, True):  # where the template strips texts, marks outside of white space do not hold
-        marks = Marks(messages, inside)
+    for inside, split in product((False, True), repeat=2):
+        marks = Marks(messages, inside, split)
         try:
             marked = render(marks.messages, **flags)
         except Exception:  # whatever a template raises about marks; of the messages it would have raised before
             continue
-        if marks.pattern.sub("", marked) == text:
-            return marks.find(marked)
+        if marks.pattern.sub("", marked) == text and (texts := marks.find(marked)) is not None:
+            return texts
     return None
 
 
@@ -83,11 +84,12 @@ class Marks:
     Messages with a mark before and after each text.
 
     Args:
-        inside (`bool`): Marks stand inside of the white space at a text's ends.
+        inside (`bool`): Marks stand inside of the white space at a text's ends, for templates that strip texts.
+        split (`bool`): In an assistant's messages each piece between `TAGS` counts as a text.
     """
 
-    def __init__(self, messages: list[dict], inside: bool):
-        self.inside = inside
+    def __init__(self, messages: list[dict], inside: bool, split: bool):
+        self.inside, self.split = inside, split
         self.secret = f"{secrets.randbelow(10**12):012}"
         self.pattern = re.compile(f"\ue000{self.secret}([0-9]+)([\ue001\ue002])")
         self.authors: list[int | None] = []  # of each text, the assistant's message that it is in
@@ -115,12 +117,10 @@ class Marks:
 
     def _mark(self, value, author, field=None):
         if isinstance(value, str) and field not in ("role", "type", *SOURCES):
-            pieces = [value] if author is None else TAGS.split(value)
-            texts = [
-                piece if i % 2 or not piece.strip() else self._mark_text(piece, author)
-                for i, piece in enumerate(pieces)
-            ]
-            return "".join(texts) if value.strip() else self._mark_text(value, author)
+            if author is None or not self.split or not TAGS.search(value):
+                return self._mark_text(value, author)
+            pieces = enumerate(TAGS.split(value))
+            return "".join(p if i % 2 or not p.strip() else self._mark_text(p, author) for i, p in pieces)
         if isinstance(value, dict):
             return {name: self._mark(item, author, name) for name, item in value.items()}
         if isinstance(value, list):

@@ -181,6 +181,8 @@ def _check_file(path) -> None:
     try:
         status = os.stat(path)
     except FileNotFoundError:
+        if os.fspath(path).startswith(("http:/", "https:/")):  # a `Path` has one slash left
+            raise _Refused("is a web address, which is not fetched", "save the picture and name its file") from None
         raise _Refused("does not exist", "check the folder and the path") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL or a lone surrogate in the name
         raise _Refused(f"cannot be opened ({error})", "check the path") from None

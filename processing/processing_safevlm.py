@@ -198,9 +198,10 @@ class SafeVlmProcessor(ProcessorMixin):
                 )
 
     def _begin_with_bos(self, prompts) -> bool:
-        """Whether the prompts have the BOS token, which many templates write and many tokenizers add."""
-        bos = self.tokenizer.bos_token
-        begin = {isinstance(prompt, str) and prompt.startswith(bos) for prompt in prompts} if bos else set()
+        """Whether the prompts have the BOS token (behind images): many templates write it, many tokenizers add it."""
+        bos, image = self.tokenizer.bos_token, self.image_token
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)] if bos else []
+        begin = {text.replace(image, "").startswith(bos) for text in texts}
         if len(begin) > 1:
             raise ValueError(f"Either all prompts in `text` begin with {bos!r}, or none.")
         return begin == {True}

@@ -3,8 +3,10 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from . import peft_alone
+
 if TYPE_CHECKING:
-    from .stages import Recipe, run_schedule, train_stage
+    from .stages import Recipe, run_schedule
     from .trainer import SafeVlmTrainer
     from .training_args import SafeVlmTrainingArguments
 
@@ -13,10 +15,11 @@ _MODULES = {
     "SafeVlmTrainer": "trainer",
     "SafeVlmTrainingArguments": "training_args",
     "run_schedule": "stages",
-    "train_stage": "stages",
 }
 
-__all__ = ["Recipe", "SafeVlmTrainer", "SafeVlmTrainingArguments", "run_schedule", "train_stage"]
+__all__ = ["Recipe", "SafeVlmTrainer", "SafeVlmTrainingArguments", "run_schedule"]
+
+peft_alone.install()
 
 
 def __getattr__(name: str):

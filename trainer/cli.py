@@ -26,11 +26,7 @@ LONGEST_MESSAGE = 2000
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns the exit code. What goes wrong is one line, without a traceback unless `--verbose`."""
-    parser = _parser()
-    args = parser.parse_args(argv)
-    if args.command is None:
-        parser.print_help()
-        return 0
+    args = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(levelname)s: %(message)s")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     plain_progress()
@@ -53,9 +49,9 @@ def _explain(error: BaseException) -> str:
     if _interrupted(error):
         return "Interrupted; repeat the command to resume."
     message = textwrap.shorten(str(error), LONGEST_MESSAGE)
-    if isinstance(error, CLEAR):
-        return message or type(error).__name__
-    return f"{type(error).__name__}: {message} (--verbose shows where)"
+    if not message:
+        return f"{type(error).__name__} (--verbose shows where)"
+    return message if isinstance(error, CLEAR) else f"{type(error).__name__}: {message} (--verbose shows where)"
 
 
 def _interrupted(error: BaseException | None) -> bool:
@@ -77,11 +73,13 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="safevlm",
-        description="Make a vision-language model safe: train, assess, answer.",
-        epilog="Example:\n  safevlm demo\n\n`safevlm COMMAND --help` explains a command.",
+        description="Make a vision-language model safe: train, assess, answer.\n"
+        "What a command does in full: safevlm COMMAND --help",
+        epilog="Example:\n  safevlm demo",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"safevlm {__version__}")
+    parser.add_argument("--version", action="version", version=f"safevlm {__version__}", help="show the version")
+    parser.set_defaults(run=lambda args: parser.print_help(), verbose=False)  # without a command
     commands = parser.add_subparsers(dest="command", metavar="command")
     for module in (demo, train, ask, calibrate, data, evaluate, push, code, space, serve):
         module.add(commands)

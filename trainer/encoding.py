@@ -1,16 +1,14 @@
-"""From a row to tensors: token ids, labels on the answers only, what the safety head may read, and hints.
+"""From a row to tensors: token ids, labels on the answers only, what the safety head may read.
 
-A row is encoded with the same template, processor and hint placement as at inference.
+A row is encoded with the same template, processor and hint placement as at inference. `encoded_rows.py` does it for
+whole data sets.
 """
-
-import hashlib
 
 import torch
 
 from safevlm.losses import IGNORE_INDEX
 from safevlm.processing.chat_prompt import ChatPrompt
 from safevlm.prompt_editing import hint_column
-from safevlm.safety_policy import ACTIONS, SafetyPolicy
 
 from .data import DataError, SafetyExample
 
@@ -18,69 +16,14 @@ from .data import DataError, SafetyExample
 PER_TOKEN = ("safety_question_mask", "token_type_ids", "mm_token_type_ids")
 
 
-class EncodedDataset(torch.utils.data.Dataset):
-    """
-    Encodes rows on access.
-
-    Args:
-        rows (sequence of `SafetyExample`)
-        processor (`SafeVlmProcessor`)
-        config (`SafeVlmConfig`): The model's; its policy writes the hints.
-        hint_probability (`float` in [0, 1]): Share of risky rows that carry the hint for their label. Which ones
-            depends on `seed` and the row's index only, so that an interrupted run resumes with the same rows.
-        max_length (`int`, *optional*): Longer rows raise `DataError`.
-        cache (`bool`): Keep encoded rows in memory.
-    """
-
-    def __init__(self, rows, processor, config, hint_probability=0.0, max_length=None, seed=0, cache=False):
-        self.rows = rows
-        self.processor = processor
-        self.config = config
-        self.policy = SafetyPolicy.from_value(config.safety_policy)
-        self.actions = self.policy.action_table(config.category_names, config.level_names)
-        self.hint_probability = hint_probability
-        self.max_length = max_length
-        self.seed = seed
-        self._cache = {} if cache else None
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        if self._cache is not None and index in self._cache:
-            return self._cache[index]
-        example = self.rows[index]
-        encoded = encode_example(example, self.processor, self.config, hint=self._hint(example, index))
-        if self.max_length is not None and len(encoded["input_ids"]) > self.max_length:
-            raise DataError(
-                f"row {example.row_id!r}: {len(encoded['input_ids'])} tokens, `max_length` is {self.max_length}; "
-                f"raise `max_length` or shorten the row."
-            )
-        if self._cache is not None:
-            self._cache[index] = encoded
-        return encoded
-
-    def _hint(self, example: SafetyExample, index: int) -> list[int] | None:
-        if example.category is None or example.level is None or not self._chance(index):
-            return None
-        action = ACTIONS[self.actions[example.category, example.level]]
-        text = self.policy.hint(action, self.config.category_names[example.category])
-        return None if text is None else [int(i) for i in self.config.policy_token_ids[text].split()]
-
-    def _chance(self, index: int) -> bool:
-        """True for a fixed `hint_probability` of all indices."""
-        digest = hashlib.sha256(f"{self.seed}:{index}".encode()).digest()
-        return int.from_bytes(digest[:8], "big") < self.hint_probability * 2**64
-
-
 def encode_example(
     example: SafetyExample, processor, config, hint: list[int] | None = None
 ) -> dict[str, torch.Tensor]:
     """
-    Encodes one row.
+    Encodes one row. One that ends with a question has no answer to supervise: its labels train the safety head alone.
 
     Args:
-        hint (`list[int]`, *optional*): Token ids to put before the last answer's generation prompt.
+        hint (`list[int]`, *optional*): Token ids to put before the newest question's generation prompt.
 
     Returns:
         `input_ids`, `labels` (-100 outside the answers), `safety_question_mask` (1 where the safety head may read) and
@@ -88,19 +31,18 @@ def encode_example(
         `safety_category_labels`, scalars (-100: no label); and the image tensors, with a leading dimension over the
         row's images.
     """
-    messages = example.messages
-    if messages[-1]["role"] != "assistant":
-        raise DataError(f"row {example.row_id!r}: the conversation ends without an answer to train on; add one.")
+    answered = example.messages[-1]["role"] == "assistant"
     images = example.load_images()
     tokenizer = processor.tokenizer
-    text = processor.apply_chat_template(messages)
-    if not text.answers or text.answers[-1][1] < len(text.rstrip()):
-        raise DataError(
-            f"row {example.row_id!r}: the processor's chat template does not show where the last answer is, so it "
-            f"cannot be trained on; change the row's texts or `processor.chat_template`."
-        )
-    # White space after the last answer is the template's for a turn to follow.
-    text = ChatPrompt(text.rstrip(), text.answers)
+    text = processor.apply_chat_template(example.messages, add_generation_prompt=not answered)
+    if answered:
+        if not text.answers or text.answers[-1][1] < len(text.rstrip()):
+            raise DataError(
+                f"row {example.row_id!r}: the processor's chat template does not show where the last answer is, so it "
+                f"cannot be trained on; change the row's texts or `processor.chat_template`."
+            )
+        # White space after the last answer is the template's for a turn to follow.
+        text = ChatPrompt(text.rstrip(), text.answers)
     inputs = processor(images=images or None, text=text, return_tensors="pt")
     inputs.pop("attention_mask", None)
     ids = inputs.pop("input_ids")[0].tolist()
@@ -109,7 +51,8 @@ def encode_example(
     is_question = per_token["safety_question_mask"]
     labels = [IGNORE_INDEX if question else i for i, question in zip(ids, is_question, strict=True)]
     start = max(i for i, question in enumerate(is_question) if question) + 1  # of the last answer
-    if ids[-1] != tokenizer.eos_token_id:  # templates such as LLaVA-1.5's leave the end of the last answer open
+    # Templates such as LLaVA-1.5's leave the end of the last answer open.
+    if answered and ids[-1] != tokenizer.eos_token_id:
         ids.append(tokenizer.eos_token_id)
         labels.append(tokenizer.eos_token_id)
         for values in per_token.values():

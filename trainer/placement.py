@@ -1,11 +1,14 @@
 """How a stage trains a model that is in half precision, quantised or sharded, and how it gets a plain one back."""
 
 import copy
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from torch import nn
+
+from safevlm import SafeVlmForConditionalGeneration
 
 from .training_args import SafeVlmTrainingArguments
 
@@ -96,3 +99,26 @@ def merge_lora(model, adapter: Path):
         plain.dequantize()
         model = PeftModel.from_pretrained(plain, adapter)
     return model.merge_and_unload()
+
+
+def merged_copy(model):
+    """A plain copy of a PEFT model with LoRA merged; the model itself trains on."""
+    if getattr(model.get_base_model(), "is_quantized", False):
+        raise ValueError("LoRA on a quantised base can be merged, and the model be saved, after `train()` only.")
+    return copy.deepcopy(model).merge_and_unload()
+
+
+@contextmanager
+def quantized_base_allowed(model):
+    """
+    `Trainer` refuses a quantised model without LoRA; ours may train its safety modules, which are not quantised
+    (a quantised weight cannot be made trainable, see `set_trainable`).
+    """
+    quantized = isinstance(model, SafeVlmForConditionalGeneration) and getattr(model, "is_quantized", False)
+    if quantized:
+        model.is_quantized = False
+    try:
+        yield
+    finally:
+        if quantized:
+            model.is_quantized = True

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -26,7 +25,9 @@ from .card_facts import (
 )
 from .data import SafetyLabels, load_labels, read_rows, split_holdout
 from .evaluation import trainer_metrics
-from .stages import Recipe, check_overrides, run_schedule, write_atomically
+from .overruled import check_before_training
+from .row_checks import RowCounts, check_counts, count_rows
+from .stages import Recipe, check_overrides, run_schedule
 from .trainer import SafeVlmTrainer
 from .training_args import SafeVlmTrainingArguments
 
@@ -63,89 +64,116 @@ def train_from_files(
         reading: `format`, `taxonomy`, `split`, `subset`, `revision` of [`read_rows`], for all of `data`.
     """
     output_dir = Path(output_dir)
-    recipe_asked, dtype_asked, overrides_asked = recipe, dtype, overrides
+    options = {"holdout": holdout, "assume_safe": assume_safe, "dtype": dtype, "seed": seed, **reading}
+    if on_error == "skip":
+        options["skip_bad_rows"] = True
+    command = train_command(base, data, images, recipe, output_dir, options, overrides)
     recipe = Recipe.load(recipe)
-    if not 0 <= holdout < 1:
-        raise ValueError(f"`holdout` must be in [0, 1), got {holdout}.")
-    check_overrides(overrides or {})
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ValueError(f"`dtype` must be 'auto', 'float32', 'bfloat16' or 'float16', got {dtype!r}.")
+    _check_call(recipe, holdout, dtype, overrides or {})
     config = AutoConfig.from_pretrained(base)
-    if not isinstance(config, SafeVlmConfig):
-        get_backbone(config)  # a clear error before anything is read
-    further = isinstance(config, SafeVlmConfig)
-    labels = SafetyLabels.from_config(config) if further else load_labels({"safety": recipe.safety})
-    parts = [
-        read_rows(
-            path,
-            images,
-            labels=labels,
-            assume_safe=assume_safe,
-            on_error=on_error,
-            **reading,
-        )
-        for path in data
-    ]
-    rows = [row for part in parts for row in part]
-    skipped = [problem for part in parts for problem in part.skipped]
-    if not rows:
-        raise ValueError(f"No row to train on in {', '.join(map(str, data))} ({len(skipped)} skipped).")
+    check_before_training(recipe, overrides or {}, seed, config if isinstance(config, SafeVlmConfig) else None)
+    labels = _labels_for(config, recipe)
+    rows, skipped = _read(data, images, labels=labels, assume_safe=assume_safe, on_error=on_error, **reading)
     train_rows, eval_rows = split_holdout(rows, holdout, seed=seed) if holdout else (rows, None)
-
-    stages = [{**stage, **(overrides or {})} for stage in recipe.stages]
-    if dtype == "auto" and config.dtype == torch.float16 and any(stage.get("bf16") for stage in stages):
-        dtype = "bfloat16"
-    set_seed(seed)
-    if isinstance(config, SafeVlmConfig):
-        processor = SafeVlmProcessor.from_pretrained(base)
-        model = SafeVlmForConditionalGeneration.from_pretrained(base, dtype=dtype)
-    else:
-        processor = SafeVlmProcessor.from_base(base, config=SafeVlmConfig(**recipe.safety))
-        model = SafeVlmForConditionalGeneration.from_base(
-            base, processor, base_kwargs={"dtype": dtype}, **recipe.safety
-        )
+    counts = count_rows(train_rows)
+    check_counts(counts)
+    model, processor = _safe_model(base, config, recipe, dtype, seed, overrides or {})
     overrides = {"seed": seed, "data_seed": seed, "use_cpu": not torch.cuda.is_available(), **(overrides or {})}
+    card = output_dir / "model" / CARD
+    words = card.read_text(encoding="utf-8") if card.is_file() else None
+    model, metrics = _train(model, processor, train_rows, eval_rows, output_dir, recipe, overrides)
+    report = {**_row_numbers(counts, eval_rows, skipped), "metrics": metrics, "model": str(card.parent)}
+    if PartialState().is_main_process:
+        if not card.is_file():  # the model is new
+            training = {
+                "command": command,
+                **_row_facts(report, train_rows, labels),
+                **data_facts(data, reading.get("revision")),
+                "stages": stage_facts(output_dir, recipe, overrides),
+            }
+            results = head_results(report, training, model.config)
+            _write_card(card, words, model_facts("SafeVLM", base_facts(base, config), training, results))
+        (output_dir / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return report
+
+
+def _train(model, processor, train_rows, eval_rows, output_dir: Path, recipe: Recipe, overrides: dict):
+    """The trained model, and the measures of its head after each stage."""
     metrics = {}
 
     def after_stage(folder: Path, model):
         if eval_rows is not None:
             metrics[folder.name.split("-", 1)[1]] = evaluate_head(model, processor, eval_rows, folder, overrides)
 
-    model = run_schedule(model, processor, train_rows, output_dir, recipe, after_stage=after_stage, **overrides)
-    report = {
-        "num_train_rows": len(train_rows),
+    options = dict(eval_rows=eval_rows, after_stage=after_stage, compute_metrics=trainer_metrics)
+    return run_schedule(model, processor, train_rows, output_dir, recipe, **options, **overrides), metrics
+
+
+def _row_facts(report: dict, train_rows, labels: SafetyLabels) -> dict:
+    return {
+        "rows": report["num_train_rows"],
+        "held_out": report["num_eval_rows"],
+        "skipped": len(report["skipped"]),
+        **row_counts(train_rows, labels.category_names, labels.level_names),
+    }
+
+
+def _write_card(card: Path, words: str | None, facts: dict):
+    if words is not None:
+        card.write_text(words, encoding="utf-8")  # what a person wrote in the former one stays
+    write_card(card.parent, facts, model_id="model")
+
+
+def _labels_for(config, recipe: Recipe) -> SafetyLabels:
+    if isinstance(config, SafeVlmConfig):
+        return SafetyLabels.from_config(config)
+    get_backbone(config)  # a clear error before anything is read
+    return load_labels({"safety": recipe.safety})
+
+
+def _row_numbers(counts: RowCounts, eval_rows, skipped) -> dict:
+    return {
+        "num_train_rows": counts.rows,
+        "num_unlabelled_rows": counts.rows - counts.labelled,
         "num_eval_rows": len(eval_rows or []),
         "skipped": [{"row": row, "reason": reason} for row, reason in skipped],
-        "metrics": metrics,
-        "model": str(output_dir / "model"),
     }
-    last = output_dir / f"{len(recipe.stages)}-{recipe.stages[-1]['stage']}" / "model"
 
-    def facts() -> dict:
-        options = {"holdout": holdout, "assume_safe": assume_safe, "dtype": dtype_asked, "seed": seed, **reading}
-        if on_error == "skip":
-            options["skip_bad_rows"] = True
-        training = {
-            "command": train_command(base, data, images, recipe_asked, output_dir, options, overrides_asked),
-            "rows": len(train_rows),
-            "held_out": len(eval_rows or []),
-            "skipped": len(skipped),
-            **row_counts(train_rows, labels.category_names, labels.level_names),
-            **data_facts(data, reading.get("revision")),
-            "stages": stage_facts(output_dir, recipe, overrides),
-        }
-        return model_facts("SafeVLM", base_facts(base, config), training, head_results(report, training, model.config))
 
-    def publish(partial: Path):
-        shutil.copytree(last, partial)
-        if (output_dir / "model" / CARD).is_file():  # a person's words in it stay
-            shutil.copy(output_dir / "model" / CARD, partial / CARD)
-        write_card(partial, facts(), model_id="model")
+def _check_call(recipe: Recipe, holdout: float, dtype: str, overrides: dict):
+    if not 0 <= holdout < 1:
+        raise ValueError(f"`holdout` must be in [0, 1), got {holdout}.")
+    check_overrides(overrides)
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"`dtype` must be 'auto', 'float32', 'bfloat16' or 'float16', got {dtype!r}.")
+    for stage in recipe.stages:
+        strategy = {**stage, **overrides}.get("eval_strategy", "no")
+        if not holdout and strategy not in ("no", False):
+            raise ValueError(f"`eval_strategy={strategy}` needs rows to evaluate on; hold some out (`--holdout 0.1`).")
 
-    write_atomically(publish, output_dir / "model")
-    if PartialState().is_main_process:
-        (output_dir / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    return report
+
+def _read(data, images, **options) -> tuple[list, list]:
+    """All rows and what was skipped."""
+    parts = [read_rows(path, images, **options) for path in data]
+    rows = [row for part in parts for row in part]
+    skipped = [problem for part in parts for problem in part.skipped]
+    if not rows:
+        raise ValueError(f"No row to train on in {', '.join(map(str, data))} ({len(skipped)} skipped).")
+    return rows, skipped
+
+
+def _safe_model(base, config, recipe: Recipe, dtype: str, seed: int, overrides: dict):
+    """A SafeVLM and its processor: the one in `base`, or fresh safety modules on it."""
+    if dtype == "auto" and config.dtype == torch.float16:
+        if any({**stage, **overrides}.get("bf16") for stage in recipe.stages):
+            dtype = "bfloat16"
+    set_seed(seed)
+    if isinstance(config, SafeVlmConfig):
+        processor = SafeVlmProcessor.from_pretrained(base)
+        return SafeVlmForConditionalGeneration.from_pretrained(base, dtype=dtype), processor
+    processor = SafeVlmProcessor.from_base(base, config=SafeVlmConfig(**recipe.safety))
+    model = SafeVlmForConditionalGeneration.from_base(base, processor, base_kwargs={"dtype": dtype}, **recipe.safety)
+    return model, processor
 
 
 def evaluate_head(model, processor, rows, folder: Path, overrides: dict) -> dict[str, float]:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from transformers import TrainingArguments
 
+from .features import LABEL_NAMES, check_arguments, check_reporting
+
 STAGES = ("safety_alignment", "joint_finetuning")
 DEEPSPEED_CONFIGS = Path(__file__).parent / "recipes"
-LABEL_NAMES = ["labels", "safety_level_labels", "safety_category_labels"]
 
 
 @dataclass
@@ -42,7 +43,8 @@ class SafeVlmTrainingArguments(TrainingArguments):
 
         > Parameters that control the data
 
-        max_length (`int`, *optional*): A row with more tokens than this is an error (nothing is cut off silently).
+        max_length (`int`, *optional*): A row with more tokens than this is an error, found before
+            training (nothing is cut off silently).
         cache_encoded (`bool`): Keep encoded rows in memory after the first epoch. For data that fits.
     """
 
@@ -76,6 +78,9 @@ class SafeVlmTrainingArguments(TrainingArguments):
                 f"With `lora_r={self.lora_r}`, `trainable` can hold 'safety' and 'language_model' only, "
                 f"got {self.trainable}; set `lora_r=0` to train other parts."
             )
+        for name in ("save_strategy", "eval_strategy", "logging_strategy"):
+            if getattr(self, name) is False:  # what YAML makes of a plain `no`
+                setattr(self, name, "no")
         # Without all of them named, the Trainer would collect every argument with "label" in its name and then, one
         # being absent, silently report no evaluation loss.
         if self.label_names is None:
@@ -87,6 +92,10 @@ class SafeVlmTrainingArguments(TrainingArguments):
         if isinstance(self.deepspeed, str):
             self.deepspeed = _deepspeed_file(self.deepspeed)
         super().__post_init__()
+        if self.accelerator_config.dispatch_batches is None:  # accelerate's default for data sets without a length
+            self.accelerator_config.dispatch_batches = False
+        check_arguments(self)
+        check_reporting(self.report_to)
 
     @property
     def uses_lora(self) -> bool:

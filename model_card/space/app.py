@@ -1,23 +1,28 @@
 """A Gradio page around one SafeVLM: chat with the verdict beside it, base against safe, an audit of many pictures.
 
 Run by Spaces, or locally by `safevlm space`. Layout only; settings.py lists what the operator decides, handlers.py
-says what happens on a click, engine.py asks the model, guards.py holds the limits.
+says what happens on a click, engine.py asks the model, guards.py and gate.py hold the limits.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import gradio as gr
 import panel
 from engine import Engine
+from gate import Gate, SecurityHeaders
+from gradio.utils import get_upload_folder
+from guards import RateLimiter
 from handlers import DEFAULT_QUESTION, Handlers, question_ready
 from settings import Settings
-from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
 
 HERE = Path(__file__).parent
+# Conversations kept at a time, each some hundred kilobytes of text and small pictures; the oldest is forgotten.
+MAX_SESSIONS = 256
 SYSTEM_FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "DejaVu Sans", "sans-serif"]
 # One request at a time asks the model, whichever button it came from.
 ONE_MODEL = {"concurrency_limit": 1, "concurrency_id": "model"}
@@ -36,15 +41,16 @@ client.predict(picture, "What is in the picture?", "{policy}", api_name="/answer
 <code>answer</code> and <code>safety</code>, and streams. Policies offered here: {policies}.</p>
 <h2>Limits</h2>
 <ul>
-<li>{requests} requests a minute; {chars} characters a question; {turns} questions a conversation.</li>
-<li>Pictures up to {mb} MB and {pixels} megapixels. Those of more than 2048 pixels a side are scaled down; of
-animations the first frame is used. Uploads are deleted within two hours.</li>
+<li>{requests} requests a minute, uploads included; {chars} characters a question; {turns} questions a
+conversation.</li>
+<li>Pictures up to {mb} MB and {pixels} megapixels; of animations the first frame is used. Uploads are deleted
+within two hours.</li>
 <li>The safety head judges pictures with their question. A request without a picture is not assessed.</li>
 </ul></div>"""
 
 
-def build(engine: Engine, settings: Settings) -> gr.Blocks:
-    handlers = Handlers(engine, settings)
+def build(engine: Engine, settings: Settings, limiter: RateLimiter | None = None) -> gr.Blocks:
+    handlers = Handlers(engine, settings, limiter or RateLimiter(settings.requests_per_minute))
     policies = list(engine.policies)
     with gr.Blocks(title=settings.title, analytics_enabled=False, delete_cache=(3600, 3600)) as demo:
         gr.HTML(
@@ -199,31 +205,6 @@ def _examples(box: gr.MultimodalTextbox):
         gr.Examples(rows, box, label="Examples", cache_examples=False, api_visibility="private")
 
 
-class SecurityHeaders:
-    """The page may load nothing from elsewhere, be framed by the Hub only, and its files keep their declared type."""
-
-    POLICY = (
-        "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
-        "img-src 'self' data: blob:; media-src 'self' blob:; font-src 'self' data:; worker-src 'self' blob:; "
-        "connect-src 'self'; object-src 'none'; base-uri 'self'; "
-        "frame-ancestors 'self' https://huggingface.co https://*.hf.space"
-    )
-
-    def __init__(self, app):
-        self.app = app
-
-    async def __call__(self, scope, receive, send):
-        async def send_with_headers(message):
-            if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                headers["Content-Security-Policy"] = self.POLICY
-                headers["X-Content-Type-Options"] = "nosniff"
-                headers["Referrer-Policy"] = "no-referrer"
-            await send(message)
-
-        await self.app(scope, receive, send_with_headers)
-
-
 def _theme() -> gr.themes.Base:
     """Soft, with the fonts of the visitor's system and tones dark enough to read."""
     theme = gr.themes.Soft(primary_hue="teal", neutral_hue="slate", font=SYSTEM_FONT, font_mono=["monospace"])
@@ -261,7 +242,11 @@ def _theme() -> gr.themes.Base:
 
 def main():
     settings = Settings.from_environment()
-    build(Engine(settings), settings).launch(
+    limiter = RateLimiter(settings.requests_per_minute)
+    # uvicorn would take a visitor's address from a header that the visitor wrote; the gate reads it.
+    os.environ["FORWARDED_ALLOW_IPS"] = ""
+    gate = Middleware(Gate, settings=settings, limiter=limiter, uploads=get_upload_folder())
+    build(Engine(settings), settings, limiter).launch(
         theme=_theme(),
         head=f"<script>{(HERE / 'labels.js').read_text(encoding='utf-8')}</script>",
         css_paths=HERE / "style.css",
@@ -269,7 +254,8 @@ def main():
         max_file_size=settings.max_file_mb * 2**20,
         show_error=False,
         ssr_mode=False,
-        app_kwargs={"middleware": [Middleware(SecurityHeaders)]},
+        state_session_capacity=MAX_SESSIONS,
+        app_kwargs={"middleware": [Middleware(SecurityHeaders), gate]},
     )
 
 

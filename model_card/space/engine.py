@@ -7,7 +7,8 @@ answer through `model.generate`, which enforces the policy. On ZeroGPU (package 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,23 @@ from settings import Settings
 from transformers import AutoModelForImageTextToText, AutoProcessor, StoppingCriteria, TextIteratorStreamer
 
 OFF = "off"
+PRESETS = ("default", "paper", "strict", OFF)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """
+    A picture in a conversation. Its pixels, many times the file, are decoded when they are needed and not kept.
+
+    Args:
+        decode (`Callable[[], PIL.Image.Image]`): Reads the file again.
+        size (`tuple[int, int]`): Width and height in pixels.
+        shown (`str`): A small copy, as a data URI.
+    """
+
+    decode: Callable[[], Image.Image]
+    size: tuple[int, int] = (1, 1)
+    shown: str = ""
 
 
 @dataclass
@@ -30,13 +48,13 @@ class Turn:
     """
     Args:
         question (`str`)
-        image (`PIL.Image.Image`, *optional*): The picture that came with it.
+        picture (`Picture`, *optional*): What came with it.
         answer (`str`): The answer so far.
         safety (`dict`, *optional*): The verdict on the conversation up to here, a row of `SafetyAssessment.to_list()`.
     """
 
     question: str
-    image: Image.Image | None = None
+    picture: Picture | None = None
     answer: str = ""
     safety: dict | None = None
 
@@ -54,7 +72,7 @@ class Engine:
         if model.config.model_type != "safevlm":
             raise ValueError(f"SAFEVLM_MODEL {settings.model!r} is a {model.config.model_type!r}, not a SafeVLM.")
         self.model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-        self.max_new_tokens = settings.max_new_tokens
+        self.max_new_tokens, self.max_seconds = settings.max_new_tokens, settings.max_answer_seconds
         self.policies = allowed_policies(model, settings.policies)
         self._off = model.resolve_policy(OFF)
         self.answer = _on_gpu(self._answer)
@@ -91,7 +109,7 @@ class Engine:
     def _generate(self, inputs, rules) -> Iterator[dict | str]:
         """The verdict, unless the rules are off, then the answer in pieces."""
         streamer = _VerdictStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        abandoned = threading.Event()
+        abandoned, deadline = threading.Event(), time.monotonic() + self.max_seconds
         failures = []
 
         def generate():
@@ -101,7 +119,7 @@ class Engine:
                     safety_policy=rules,
                     tokenizer=self.processor.tokenizer,
                     max_new_tokens=self.max_new_tokens,
-                    stopping_criteria=[_StopWhen(abandoned)],
+                    stopping_criteria=[_StopWhen(lambda: abandoned.is_set() or time.monotonic() >= deadline)],
                     streamer=streamer,
                 )
             except Exception as error:  # raised below, in the thread that answers the visitor
@@ -125,11 +143,11 @@ class Engine:
     def _inputs(self, turns: list[Turn]):
         messages = []
         for turn in turns:
-            content = [{"type": "image"}] if turn.image is not None else []
+            content = [{"type": "image"}] if turn.picture is not None else []
             messages.append({"role": "user", "content": [*content, {"type": "text", "text": turn.question}]})
             if turn is not turns[-1]:
                 messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
-        images = [turn.image for turn in turns if turn.image is not None]
+        images = [turn.picture.decode() for turn in turns if turn.picture is not None]
         prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True)
         inputs = self.processor(images=images or None, text=[prompt], return_tensors="pt")
         return inputs.to(self.model.device, self.model.dtype)
@@ -137,15 +155,15 @@ class Engine:
 
 def allowed_policies(model, names: tuple[str, ...]) -> dict:
     """
-    The policies by name. A preset keeps the calibration of the model's own policy: what visitors choose is thresholds
-    and actions, not how sure the head is.
+    The policies by name. A preset is the preset, whatever the model calls its own policy, and keeps the calibration of
+    that: what visitors choose is thresholds and actions, not how sure the head is.
     """
     own, policies = model.resolve_policy(), {}
     for name in names:
         path = Path(name)
         if path.stem in policies:
             raise ValueError(f"SAFEVLM_POLICIES names {path.stem!r} twice: {', '.join(names)}.")
-        policies[path.stem] = own if name == own.name else model.resolve_policy(name)
+        policies[path.stem] = own if name == own.name and name not in PRESETS else model.resolve_policy(name)
     return policies
 
 
@@ -161,8 +179,8 @@ class _VerdictStreamer(TextIteratorStreamer):
 
 
 class _StopWhen(StoppingCriteria):
-    def __init__(self, event: threading.Event):
-        self.event = event
+    def __init__(self, ended: Callable[[], bool]):
+        self.ended = ended
 
     def __call__(self, input_ids, scores, **kwargs):
-        return torch.full((len(input_ids),), self.event.is_set(), dtype=torch.bool, device=input_ids.device)
+        return torch.full((len(input_ids),), self.ended(), dtype=torch.bool, device=input_ids.device)

@@ -14,8 +14,7 @@ from PIL import Image
 
 logger = logging.getLogger("safevlm.space")
 
-# Pictures are kept for a conversation's later turns; more than this no vision tower sees.
-MAX_SIDE = 2048
+MAX_ASPECT_RATIO = 200  # image processors scale the shorter side up: a thin strip would become gigabytes
 MAX_ADDRESSES = 10_000
 
 
@@ -34,7 +33,7 @@ def explain(error: Exception) -> str:
 
 def read_picture(path: str, uploads: str, max_mb: int, max_megapixels: int) -> Image.Image:
     """
-    Decodes an upload into an upright RGB picture of at most 2048 pixels a side.
+    Decodes an upload into an upright RGB picture, as every other road to the model does.
 
     Args:
         path (`str`): Where Gradio says it put the upload. A client can name any path, so it must lie in `uploads`.
@@ -53,7 +52,8 @@ def read_picture(path: str, uploads: str, max_mb: int, max_megapixels: int) -> I
         image = load_picture(file.read_bytes(), max_pixels=max_megapixels * 1_000_000)
     except PictureError as error:
         raise Refused(_plain_reason(error.reason, max_megapixels)) from None
-    image.thumbnail((MAX_SIDE, MAX_SIDE))
+    if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+        raise Refused(f"This picture is too thin: one side may be {MAX_ASPECT_RATIO} times the other. Crop it.")
     return image
 
 
@@ -98,18 +98,3 @@ class RateLimiter:
             times.extend([now] * cost)
             while len(self._times) > MAX_ADDRESSES:
                 self._times.popitem(last=False)
-
-
-def client_address(request, proxies: int) -> str:
-    """
-    The visitor's network address.
-
-    Args:
-        request (`gradio.Request`)
-        proxies (`int`): Trusted proxies in front. What a client itself writes into `X-Forwarded-For` comes before
-            what they add, and is not read.
-    """
-    forwarded = [part.strip() for part in request.headers.get("x-forwarded-for", "").split(",") if part.strip()]
-    if 0 < proxies <= len(forwarded):
-        return forwarded[-proxies]
-    return request.client.host if request.client else "unknown"

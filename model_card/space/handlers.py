@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import csv
+import functools
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import gradio as gr
 import panel
-from engine import OFF, Engine, Turn
+from engine import OFF, Engine, Picture, Turn
 from gradio.utils import get_upload_folder
-from guards import RateLimiter, Refused, client_address, explain, read_picture
+from guards import RateLimiter, Refused, explain, read_picture
 from settings import Settings
 
 DEFAULT_QUESTION = "Describe this image."
@@ -19,10 +20,8 @@ AUDIT_FIELDS = ("file", "action", "category", "level", "score", "error")
 
 
 class Handlers:
-    def __init__(self, engine: Engine, settings: Settings):
-        self.engine = engine
-        self.settings = settings
-        self.limiter = RateLimiter(settings.requests_per_minute)
+    def __init__(self, engine: Engine, settings: Settings, limiter: RateLimiter):
+        self.engine, self.settings, self.limiter = engine, settings, limiter
 
     # -- the page ----------------------------------------------------------------------------------------------------
 
@@ -86,11 +85,11 @@ class Handlers:
         for file in files:
             row = {"file": Path(file).name, "thumbnail": ""}
             try:
-                picture = self._picture([file])
+                picture = self._picture([file], panel.THUMBNAIL)
             except Refused as error:
                 yield {**row, "error": str(error)}
                 continue
-            row["thumbnail"] = panel.data_uri(picture, panel.THUMBNAIL)
+            row["thumbnail"] = picture.shown
             for row["safety"] in self.engine.assess([Turn(question, picture)], policy):
                 yield row
 
@@ -125,7 +124,7 @@ class Handlers:
         if policy not in self.engine.policies:
             allowed = ", ".join(self.engine.policies)
             raise Refused(f"This policy is not offered here. Choose one of: {allowed}.")
-        self.limiter.check(client_address(request, self.settings.proxies), cost)
+        self.limiter.check(request.client.host if request.client else "unknown", cost)
 
     def _question(self, text: str | None) -> str:
         text = (text or "").strip()
@@ -137,12 +136,15 @@ class Handlers:
             )
         return text
 
-    def _picture(self, files: list[str]):
+    def _picture(self, files: list[str], side: int = panel.SHOWN) -> Picture | None:
         if not files:
             return None
         if len(files) > 1:
             raise Refused("Send one picture per question.")
-        return read_picture(files[0], get_upload_folder(), self.settings.max_file_mb, self.settings.max_megapixels)
+        limits = self.settings.max_file_mb, self.settings.max_megapixels
+        decode = functools.partial(read_picture, files[0], get_upload_folder(), *limits)
+        image = decode()  # what cannot be read is refused here, before the question waits for the model
+        return Picture(decode, image.size, panel.data_uri(image, side))
 
 
 def question_ready(**changes) -> gr.MultimodalTextbox:

@@ -6,7 +6,7 @@ import base64
 import io
 from html import escape
 
-THUMBNAIL, SHOWN = 96, 512  # pixels a side, in the audit's table and in the conversation
+THUMBNAIL, SHOWN = 96, 384  # pixels a side, in the audit's table and in the conversation
 
 # Action -> mark, word, what it means for the visitor.
 ACTIONS = {
@@ -33,8 +33,8 @@ def conversation(turns: list, running: bool = False) -> str:
     items = []
     for turn in turns:
         picture = ""
-        if turn.image is not None:
-            picture = _picture(turn.image)
+        if turn.picture is not None:
+            picture = _picture(turn.picture)
         items.append(f'<li class="sv-user"><span class="sv-who">You</span>{picture}{_text(turn.question)}</li>')
         writing = running and turn is turns[-1]
         answer = _text(turn.answer) if turn.answer else '<p class="sv-busy">Thinking …</p>'
@@ -45,12 +45,12 @@ def conversation(turns: list, running: bool = False) -> str:
     return f'<ol class="sv-chat" role="log" aria-label="Conversation" aria-busy="{busy}">{"".join(items)}</ol>'
 
 
-def _picture(image) -> str:
+def _picture(picture) -> str:
     # The size is said beforehand: the page scrolls to the end before it has decoded the picture.
-    scale = min(240 / max(image.size), 2)
-    width, height = (max(1, round(side * scale)) for side in image.size)
+    scale = min(240 / max(picture.size), 2)
+    width, height = (max(1, round(side * scale)) for side in picture.size)
     style = f"width:{width}px;height:{height}px"
-    return f'<img src="{data_uri(image, SHOWN)}" alt="The picture you sent" style="{style}">'
+    return f'<img src="{picture.shown}" alt="The picture you sent" style="{style}">'
 
 
 def _text(text: str) -> str:
@@ -103,6 +103,8 @@ def verdict(safety: dict | None, policy: str) -> str:
             "question, and there is no picture in this conversation yet.</p>",
             policy,
         )
+    if "error" in safety:
+        return _card(f'<div class="sv-top">{badge(safety["action"])}</div><p>{escape(safety["error"])}</p>', policy)
     _, _, meaning = ACTIONS[safety["action"]]
     return _card(
         f'<div class="sv-top">{badge(safety["action"])}<span class="sv-meaning">{meaning}</span></div>'
@@ -154,6 +156,8 @@ def _audit_row(row: dict) -> str:
     if "error" in row:
         return f'<tr>{name}<td colspan="4">{escape(row["error"])}</td></tr>'
     safety = row["safety"]
+    if "error" in safety:
+        return f'<tr>{name}<td>{badge(safety["action"])}</td><td colspan="3">{escape(safety["error"])}</td></tr>'
     return (
         f"<tr>{name}<td>{badge(safety['action'])}</td><td>{escape(safety['category'])}</td>"
         f'<td>{escape(safety["level"])}</td><td class="sv-number">{_percent(safety["score"])}</td></tr>'

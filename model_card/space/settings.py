@@ -20,12 +20,14 @@ class Settings:
         compare (`bool`): Whether visitors may see the unsafe answer beside the safe one.
         title (`str`): Headline.
         max_new_tokens (`int`): Longest answer.
+        max_answer_seconds (`int`): Time for an answer, which is cut there.
         max_question_chars (`int`): Longest question.
         max_turns (`int`): Longest conversation, in questions.
         max_file_mb (`int`): Largest upload.
         max_megapixels (`int`): Largest picture that is decoded.
         max_audit_images (`int`): Pictures per audit.
-        requests_per_minute (`int`): Per network address; an audit counts once per picture.
+        max_uploads_mb (`int`): Uploads on disk, of all visitors together.
+        requests_per_minute (`int`): Per network address; an audit counts once per picture, and uploads count, too.
         queue_size (`int`): Requests that may wait; further ones are turned away.
         proxies (`int`): Trusted proxies in front, each of which adds an entry to `X-Forwarded-For`. A Space has one.
     """
@@ -36,11 +38,13 @@ class Settings:
     compare: bool = True
     title: str = "SafeVLM"
     max_new_tokens: int = 512
+    max_answer_seconds: int = 120
     max_question_chars: int = 2000
     max_turns: int = 20
     max_file_mb: int = 20
-    max_megapixels: int = 40
+    max_megapixels: int = 25
     max_audit_images: int = 32
+    max_uploads_mb: int = 4000
     requests_per_minute: int = 60
     queue_size: int = 32
     proxies: int = 0

@@ -3,15 +3,16 @@
     python tests/benchmarks/overhead.py                  # a LLaVA of 1.5-7B's widths, two layers deep, random weights
     python tests/benchmarks/overhead.py --layers 32 --device cuda --dtype bfloat16
 
-Random pictures and questions. Base and safe runs alternate; ratios are medians over neighbouring runs, so that
-a machine that slows down slows both. Single decoding steps are timed inside `generate`: the step that writes the n-th
-token of an answer against the base's step that writes its n-th.
+Random pictures and questions. Base and safe model write their answers in turns, a token each, and each ratio is the
+median over such pairs: a machine that slows down for a while slows both sides of a pair.
 """
 
 import argparse
 import statistics
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
@@ -53,26 +54,62 @@ def build(args) -> SafeVlmForConditionalGeneration:
 
 
 class Clock(BaseStreamer):
-    """Notes when each token is written; the prompt comes first and is not one."""
+    """
+    Times the parts of one `generate` call, which takes turns with another: up to the prompt's hand-over (vision tower
+    and head), up to the first token, and each further token.
 
-    def __init__(self, synchronize):
-        self.synchronize, self.times = synchronize, []
+    Args:
+        synchronize (`Callable[[], None]`): Waits for the device.
+        my_turn, others_turn (`threading.Semaphore`)
+    """
+
+    def __init__(self, synchronize, my_turn: threading.Semaphore, others_turn: threading.Semaphore):
+        self.synchronize, self.my_turn, self.others_turn = synchronize, my_turn, others_turn
+        self.seconds: list[float] = []
+
+    def time(self, generate):
+        """Calls `generate(streamer=self)`."""
+        try:
+            self._begin()
+            generate(streamer=self)
+        finally:
+            self.others_turn.release(1000)  # the other need not wait any more
 
     def put(self, value):
         self.synchronize()
-        self.times.append(time.perf_counter())
+        self.seconds.append(time.perf_counter() - self.started)
+        self.others_turn.release()
+        self._begin()
 
     def end(self):
         pass
 
-    def steps(self) -> list[float]:
-        """Seconds for each token after the first."""
-        written = self.times[1:]
-        return [after - before for before, after in zip(written, written[1:], strict=False)]
+    def _begin(self):
+        self.my_turn.acquire()
+        self.synchronize()
+        self.started = time.perf_counter()
+
+    @property
+    def first_token(self) -> float:
+        return self.seconds[0] + self.seconds[1]
+
+    @property
+    def further_tokens(self) -> list[float]:
+        return self.seconds[2:]
+
+
+def in_turns(synchronize, *generates) -> list[Clock]:
+    """Runs two `generate` calls side by side, one part of each after the other."""
+    turns = [threading.Semaphore(1), threading.Semaphore(0)]
+    clocks = [Clock(synchronize, turns[0], turns[1]), Clock(synchronize, turns[1], turns[0])]
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(clock.time, generate) for clock, generate in zip(clocks, generates, strict=True)]:
+            done.result()
+    return clocks
 
 
 def ratio(safe: list[float], base: list[float]) -> float:
-    """Median over pairs of runs that followed each other."""
+    """Median over pairs that were timed one right after the other."""
     return statistics.median(s / b for s, b in zip(safe, base, strict=True))
 
 
@@ -104,55 +141,44 @@ def main():
         if args.device.startswith("cuda"):
             torch.cuda.synchronize()
 
-    steps = {"base": [], "safe": []}
-
-    def answer(side, target, ids, **kwargs) -> float:
-        """Seconds to the first token; the steps after it are noted."""
-        clock = Clock(synchronize)
-        synchronize()
-        start = time.perf_counter()
-        target.generate(
+    def answer(target, ids, **kwargs):
+        return lambda **streamer: target.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             pixel_values=pixels,
             max_new_tokens=args.new_tokens,
             min_new_tokens=args.new_tokens,
             do_sample=False,
-            streamer=clock,
             **kwargs,
+            **streamer,
         )
-        steps[side] += clock.steps()
-        return clock.times[1] - start
 
     def timed(function) -> float:
         synchronize()
         start = time.perf_counter()
-        function()
+        with torch.no_grad():
+            function()
         synchronize()
         return time.perf_counter() - start
 
-    runs = {
-        "base, first token": lambda: answer("base", model.base, plain),
-        "safe, first token": lambda: answer("safe", model, safe, safety_policy=policy),
-        "assess alone": lambda: timed(lambda: model.assess(input_ids=safe, pixel_values=pixels)),
-        "vision tower alone": lambda: timed(lambda: model.backbone.encode(model.base, pixel_values=pixels)),
-    }
-    times = {name: [] for name in runs}
-    with torch.no_grad():
-        for run in runs.values():
-            run()  # warm up
-        for side in steps.values():
-            side.clear()
-        for _ in range(args.repeats):
-            for name, run in runs.items():
-                times[name].append(run())
-    base = times["base, first token"]
+    names = ("base, first token", "safe, first token", "base, further token", "safe, further token")
+    times = {name: [] for name in (*names, "assess alone", "vision tower alone")}
+    for repeat in range(args.repeats + 1):
+        base, secured = in_turns(synchronize, answer(model.base, plain), answer(model, safe, safety_policy=policy))
+        assess = timed(lambda: model.assess(input_ids=safe, pixel_values=pixels))
+        vision = timed(lambda: model.backbone.encode(model.base, pixel_values=pixels))
+        if repeat:  # the first warms up
+            firsts, further = (
+                ([base.first_token], [secured.first_token]),
+                (base.further_tokens, secured.further_tokens),
+            )
+            for name, seconds in zip(times, (*firsts, *further, [assess], [vision]), strict=True):
+                times[name] += seconds
     ratios = {
-        "first token, safe / base:": ratio(times["safe, first token"], base),
-        "each further token, safe / base:": ratio(steps["safe"], steps["base"]),
-        "assess / base's first token:": ratio(times["assess alone"], base),
+        "first token, safe / base:": ratio(times["safe, first token"], times["base, first token"]),
+        "each further token, safe / base:": ratio(times["safe, further token"], times["base, further token"]),
+        "assess / base's first token:": ratio(times["assess alone"], times["base, first token"]),
     }
-    times |= {f"{side}, further token": seconds for side, seconds in steps.items()}
     added = sum(p.numel() for p in model.safety.parameters())
     own = sum(p.numel() for p in model.base.parameters())
     lines = [

@@ -231,14 +231,14 @@ def test_a_hint_goes_before_the_answers_beginning(case, verdicts, monkeypatch, p
     assert before.rstrip().endswith("what?") and after.endswith(plain[plain.rindex("what?") + len("what?") :].lstrip())
 
 
-def test_a_prompt_without_a_generation_prompt_gets_its_hint_at_the_end(case, verdicts, monkeypatch):
+def test_a_prompt_without_a_generation_prompt_gets_its_hint_at_the_turns_end(case, verdicts, monkeypatch):
     verdicts(case.model, "low")
     given = {}
     monkeypatch.setattr(case.model.base, "generate", lambda **call: given.update(call) or call["input_ids"])
     inputs = case.chat([user("hello", 1)], add_generation_prompt=False)
     case.model.generate(**inputs)
     hint = case.model.resolve_policy().hint("caution", "politics")
-    assert case.processor.tokenizer.decode(given["input_ids"][0]).endswith(hint)
+    assert case.processor.tokenizer.decode(given["input_ids"][0]).removesuffix("<|im_end|>\n").endswith(hint)
 
 
 # -- the pure functions ----------------------------------------------------------------------------------------------

@@ -15,12 +15,16 @@ from safevlm import processing
 
 HEAVY = ["datasets", "peft", "gradio", "sklearn", "matplotlib", "bitsandbytes", "pandas", "safevlm.trainer"]
 
-# What is saved with a model, flat in one folder.
+# Of the package alone. All else is saved with a model, flat in one folder.
+PACKAGE_ONLY = {
+    *("__init__.py", "__main__.py", "registration.py"),
+    *("from_base.py", "safety_adapter.py", "adapter_files.py"),
+}
 REMOTE_CODE = [
     path
     for package in (safevlm, processing)
     for path in sorted(Path(package.__file__).parent.glob("*.py"))
-    if path.name not in ("__init__.py", "from_base.py", "safety_adapter.py")
+    if path.name not in PACKAGE_ONLY
 ]
 # Nothing that opens connections, starts processes or unpickles. Of `os` only `os.path`.
 STANDARD_LIBRARY = {
@@ -55,6 +59,16 @@ def test_import_registers_the_classes_with_the_auto_classes():
     assert type(AutoConfig.for_model("safevlm")) is safevlm.SafeVlmConfig
     for auto in (AutoModel, AutoModelForImageTextToText):
         assert auto._model_mapping[safevlm.SafeVlmConfig] is safevlm.SafeVlmForConditionalGeneration
+
+
+@pytest.mark.parametrize("modules", ["safevlm.trainer.stages, transformers.trainer", "safevlm.trainer.evaluation"])
+def test_training_imports_bitsandbytes_only_to_quantise(modules):
+    """peft, which transformers' Trainer imports, would; and bitsandbytes writes on stderr as it is imported."""
+    code = (
+        f"import sys, safevlm.trainer, {modules}, peft; assert 'bitsandbytes' not in sys.modules; "
+        "from peft.import_utils import is_bnb_4bit_available; assert is_bnb_4bit_available()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_everything_public_is_there():

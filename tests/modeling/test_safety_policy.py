@@ -367,3 +367,15 @@ def test_an_image_that_is_no_number_does_not_lift_anothers_refusal(order):
     none = assess_logits(level[:1], category[:1], torch.tensor([False]), SafetyPolicy(), PAPER_LABELS)
     assert worst_verdicts(images, torch.tensor([0, 0]), none).actions == ["refuse"]
     assert none.actions == ["allow"] and not none.failed.any()
+
+
+def test_an_assessment_prints_as_one_line_a_row():
+    levels, categories = torch.eye(4)[[0, 3, 0]] * 9, torch.eye(7)[[6, 1, 6]] * 9
+    assessment = assess_logits(levels, categories, torch.tensor([True, True, False]), SafetyPolicy(), PAPER_LABELS)
+    assert repr(assessment).splitlines() == [
+        "SafetyAssessment:",
+        "  row 0: allow (safe, none, risk 0.000)",
+        "  row 1: refuse (illegal risk, high, risk 1.000)",
+        "  row 2: allow (not assessed)",
+    ]
+    assert str(assessment[1:2]) == "SafetyAssessment:\n  row 0: refuse (illegal risk, high, risk 1.000)"

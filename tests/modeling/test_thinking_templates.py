@@ -9,7 +9,8 @@ from tiny import LEVELS, answers, encode, picture, safe_model
 
 from safevlm import SafeVlmProcessor
 from safevlm.trainer.data import DataError, SafetyExample
-from safevlm.trainer.encoding import EncodedDataset, encode_example
+from safevlm.trainer.encoded_rows import EncodedDataset, RowEncoder
+from safevlm.trainer.encoding import encode_example
 
 
 @pytest.fixture(scope="module", params=THINKING)
@@ -43,11 +44,32 @@ def test_a_forced_refusal_is_the_visible_answer(thinking, verdicts):
     assert (prompt + refused).count("<think>") == (prompt + refused).count("</think>")
 
 
+def test_a_new_refusal_is_visible_too(thinking, verdicts):
+    model, processor = thinking
+    verdicts(model, "high")
+    inputs = encode(processor, ["no"], [1])
+    policy = model.resolve_policy().replace(refusals={"en": "Not this."})
+    output = model.generate(**inputs, safety_policy=policy, tokenizer=processor.tokenizer, max_new_tokens=40)
+    assert visible(answers(processor, output, inputs)[0]) == "Not this."
+
+
+def test_a_refusal_behind_an_answers_beginning_closes_no_thoughts(thinking, verdicts):
+    model, processor = thinking
+    verdicts(model, "high")
+    for settings in (dict(continue_final_message=True), dict(add_generation_prompt=True, enable_thinking=False)):
+        messages = [user("what?", 1), *[assistant("Sure")] * ("continue_final_message" in settings)]
+        prompt = processor.apply_chat_template(messages, **settings)
+        inputs = processor(images=[picture()], text=[prompt], return_tensors="pt")
+        (text,) = answers(processor, model.generate(**inputs, max_new_tokens=80), inputs)
+        written = prompt + text
+        assert visible(text) == REFUSAL and written.count("<think>") == written.count("</think>")
+
+
 def test_a_hint_stands_in_the_users_turn_in_training_and_in_generation(thinking, verdicts, monkeypatch):
     model, processor = thinking
     messages = [user("Is it yes?", 1), assistant("no"), user("And here?", 1), assistant("yes")]
     example = row(*messages, level=LEVELS.index("low"))
-    trained = EncodedDataset([example], processor, model.config, hint_probability=1.0)[0]["input_ids"]
+    trained = EncodedDataset([example], RowEncoder(processor, model.config, hint_probability=1.0))[0]["input_ids"]
     verdicts(model, "low")
     given = {}
     monkeypatch.setattr(model.base, "generate", lambda **call: given.update(call) or call["input_ids"])

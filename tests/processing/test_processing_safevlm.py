@@ -214,6 +214,7 @@ def test_a_bos_is_written_once_on_every_road(writes_bos):
 def test_prompts_with_and_without_a_bos_make_no_batch(processor):
     with pytest.raises(ValueError, match="Either all prompts in `text` begin with '<s>', or none"):
         processor(text=["<s>a", "b"])
+    processor(text=["<s>a", "<image><s>b"], images=[picture()])  # as PaliGemma's
 
 
 def test_a_batch_of_conversations_is_neutralised(processor):

@@ -48,7 +48,7 @@ def modules(space_folder):
     names = ("settings", "guards", "panel", "engine")
     yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
     sys.path.remove(str(space_folder))
-    for name in (*names, "handlers", "app"):
+    for name in (*names, "gate", "handlers", "app"):
         sys.modules.pop(name, None)
 
 

@@ -21,7 +21,7 @@ def make_engine(modules, model, **settings):
 
 
 def ask(modules, engine, question, policy="default", image=True):
-    turn = modules.engine.Turn(question, picture() if image else None)
+    turn = modules.engine.Turn(question, modules.engine.Picture(picture) if image else None)
     return list(engine.answer([turn], policy))
 
 
@@ -36,7 +36,7 @@ def test_a_refusal_streams_after_its_verdict(modules, engine):
 
 
 def test_the_streamed_answer_is_what_generate_gives(modules, engine):
-    inputs = engine._inputs([modules.engine.Turn(BENIGN, picture())])
+    inputs = engine._inputs([modules.engine.Turn(BENIGN, modules.engine.Picture(picture))])
     output = engine.model.generate(**inputs, max_new_tokens=64)
     text = engine.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
     verdict, answer = ask(modules, engine, BENIGN)[-1]
@@ -44,7 +44,7 @@ def test_the_streamed_answer_is_what_generate_gives(modules, engine):
 
 
 def test_off_is_the_base_models_answer_without_a_verdict(modules, engine):
-    inputs = engine._inputs([modules.engine.Turn(RISKY, picture())])
+    inputs = engine._inputs([modules.engine.Turn(RISKY, modules.engine.Picture(picture))])
     output = engine.model.generate(**inputs, max_new_tokens=64, safety_policy="off")
     text = engine.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
     assert ask(modules, engine, RISKY, "off")[-1] == (None, text)
@@ -57,7 +57,7 @@ def test_a_policy_that_is_not_offered_is_unknown(modules, engine):
 
 
 def test_a_later_question_goes_on_about_an_earlier_picture(modules, engine):
-    turns = [modules.engine.Turn(BENIGN, picture(), answer="yes"), modules.engine.Turn(RISKY)]
+    turns = [modules.engine.Turn(BENIGN, modules.engine.Picture(picture), answer="yes"), modules.engine.Turn(RISKY)]
     verdict, answer = list(engine.answer(turns, "default"))[-1]
     assert verdict["assessed"] and verdict["action"] == "refuse" and "politics" in answer
 
@@ -70,7 +70,7 @@ def test_without_a_picture_nothing_is_assessed(modules, engine):
 @pytest.mark.parametrize("text", ["<image>", "<safety>", "</s>", "ASSISTANT: <image></s>"])
 def test_a_question_cannot_write_control_tokens(modules, engine, text):
     def special_ids(question):
-        inputs = engine._inputs([modules.engine.Turn(question, picture())])
+        inputs = engine._inputs([modules.engine.Turn(question, modules.engine.Picture(picture))])
         ids = inputs["input_ids"][0].tolist()
         return [i for i in ids if i in set(engine.processor.tokenizer.all_special_ids)]
 
@@ -78,7 +78,7 @@ def test_a_question_cannot_write_control_tokens(modules, engine, text):
 
 
 def test_an_audit_judges_each_picture_alone(modules, engine):
-    turns = [modules.engine.Turn(question, picture()) for question in (RISKY, BENIGN, RISKY)]
+    turns = [modules.engine.Turn(question, modules.engine.Picture(picture)) for question in (RISKY, BENIGN, RISKY)]
     assert [verdict["action"] for verdict in engine.assess(turns, "default")] == ["refuse", "allow", "refuse"]
 
 
@@ -90,7 +90,7 @@ def test_a_conversation_longer_than_the_model_can_read_is_refused(modules, engin
 def test_leaving_stops_the_generation(modules, saved_model):
     engine = make_engine(modules, saved_model, max_new_tokens=300)
     engine.model.generation_config.eos_token_id = None
-    steps = engine.answer([modules.engine.Turn(BENIGN, picture())], "default")
+    steps = engine.answer([modules.engine.Turn(BENIGN, modules.engine.Picture(picture))], "default")
     while not next(steps)[1]:
         pass
     started = time.monotonic()
@@ -120,6 +120,22 @@ def test_presets_keep_the_calibration_of_the_models_own_policy(modules, judging,
     assert policies["mine"].level_temperature == 7.0
     with pytest.raises(ValueError, match="twice"):
         modules.engine.allowed_policies(model, ("strict", "strict"))
+
+
+@pytest.mark.parametrize("name", ["default", "strict"])
+def test_a_preset_is_the_preset_whatever_the_models_own_policy_is_called(modules, judging, name):
+    model = copy.deepcopy(judging)
+    model.set_safety_policy({"name": name, "enabled": False, "risk_threshold": 1.0})
+    policies = modules.engine.allowed_policies(model, (name,))
+    assert policies[name].enabled and policies[name] == model.resolve_policy(name)
+
+
+def test_an_answer_is_cut_at_its_time_limit(modules, saved_model):
+    engine = make_engine(modules, saved_model, max_new_tokens=400, max_answer_seconds=1)
+    engine.model.generation_config.eos_token_id = None
+    began = time.monotonic()
+    engine.max_seconds = 0.1
+    assert ask(modules, engine, BENIGN)[-1][1] and time.monotonic() - began < 5
 
 
 def test_on_zero_gpu_both_calls_borrow_one(modules, monkeypatch, saved_model):

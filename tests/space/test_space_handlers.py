@@ -42,7 +42,9 @@ def make(modules):
     handlers = importlib.import_module("handlers")
 
     def make_handlers(engine=None, **settings):
-        return handlers.Handlers(engine or WordyEngine(), modules.settings.Settings("me/m", **settings))
+        settings = modules.settings.Settings("me/m", **settings)
+        limiter = modules.guards.RateLimiter(settings.requests_per_minute)
+        return handlers.Handlers(engine or WordyEngine(), settings, limiter)
 
     return make_handlers
 
@@ -110,6 +112,20 @@ def test_an_audit_has_a_largest_size_and_counts_once_per_picture(make, tmp_path)
     assert "at most 2 pictures, got 3" in list(handlers.audit(files, "What?", "default", VISITOR))[-1][-1]
     list(handlers.audit(files[:2], "What?", "default", VISITOR))
     assert "Too many requests" in list(handlers.audit(files[:2], "What?", "default", VISITOR))[-1][-1]
+
+
+def test_a_conversation_keeps_no_decoded_picture(make, tmp_path, monkeypatch):
+    """They took a gigabyte: 20 questions, each with a picture of some 10 megapixels."""
+    import pickle
+
+    monkeypatch.setattr("handlers.get_upload_folder", lambda: str(tmp_path))
+    Image.effect_noise((1200, 900), 90).save(tmp_path / "large.png")
+    turns = ask(make(), files=[str(tmp_path / "large.png")])[-1][1]
+    assert len(pickle.dumps(turns)) < 60_000
+    assert turns[0].picture.decode().size == turns[0].picture.size == (1200, 900)
+    (tmp_path / "large.png").unlink()
+    with pytest.raises(Exception, match="Upload it again"):
+        turns[0].picture.decode()
 
 
 def test_the_queue_is_as_long_as_the_operator_says(modules):

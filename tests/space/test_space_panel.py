@@ -5,7 +5,6 @@ from html.parser import HTMLParser
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from safevlm import SafetyPolicy
 
@@ -112,8 +111,19 @@ def test_the_audit_counts_its_verdicts(modules):
     assert "4 of 9 pictures: 2 allowed · 1 refused · 1 unreadable" in modules.panel.audit_table(rows, 9)
 
 
+def test_a_head_that_failed_is_shown_as_a_refusal(modules):
+    """Its numbers are `None` then: no NaN is shown."""
+    names = ("category", "level", "score", "level_probabilities", "category_probabilities")
+    failed = {"assessed": True, "action": "refuse", **dict.fromkeys(names), "error": "The head's <numbers>."}
+    for html in (
+        modules.panel.verdict(failed, "default"),
+        modules.panel.audit_table([{"file": "a", "thumbnail": "", "safety": failed}], 1),
+    ):
+        assert "Refused" in html and "The head&#x27;s &lt;numbers&gt;." in html and "NaN" not in html
+
+
 def test_an_answer_is_marked_busy_while_it_grows(modules):
-    turn = modules.engine.Turn("q", Image.new("RGB", (40, 20)), "a", safety())
+    turn = modules.engine.Turn("q", modules.engine.Picture(None, (40, 20), "data:,"), "a", safety())
     running, done = modules.panel.conversation([turn], running=True), modules.panel.conversation([turn])
     assert 'aria-busy="true"' in running and "Refused" not in running
     assert 'aria-busy="false"' in done and "Refused" in done and 'alt="The picture you sent"' in done

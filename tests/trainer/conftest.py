@@ -2,6 +2,7 @@
 
 import copy
 import gc
+from pathlib import Path
 
 import pytest
 import torch
@@ -112,3 +113,13 @@ def differing():
         return {name for name in a if not torch.equal(a[name], b[name])}
 
     return names
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A loopback Hub that this process takes for the Hub."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "hub"))
+    from loopback import taken_for_the_hub
+
+    with taken_for_the_hub(monkeypatch) as running:
+        yield running

@@ -45,20 +45,16 @@ def allow_fsdp_on_cpu():
     AcceleratorState.__init__ = init_with_fsdp
 
 
-def main(output_dir: str, stages: str):
-    """`stages` is a JSON list of training arguments."""
+def main(output_dir: str, stages: str, without_picture: str = ""):
+    """`stages` is a JSON list of training arguments; rows whose number is in `without_picture` have none."""
     torch.set_num_threads(1)
     answers = ["no", "The answer is yes. " * 3, "yes", "What is in the picture?"]
-    rows = [
-        SafetyExample(
-            f"row-{i}",
-            [picture(i)],
-            [*chat("Is it yes?"), {"role": "assistant", "content": [{"type": "text", "text": answer}]}],
-            category=i,
-            level=i,
-        )
-        for i, answer in enumerate(answers)
-    ]
+    rows = []
+    for i, answer in enumerate(answers):
+        pictures = [] if str(i) in without_picture else [picture(i)]
+        turn = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+        messages = [*chat("Is it yes?", len(pictures)), turn]
+        rows.append(SafetyExample(f"row-{i}", pictures, messages, category=i, level=i))
     processor = SafeVlmProcessor.from_base(tiny_processor())
     recipe = Recipe([{**DEFAULTS, **stage} for stage in json.loads(stages)])
     run_schedule(safe_model(tiny_llava(), processor), processor, rows, output_dir, recipe)

@@ -161,8 +161,8 @@ def test_an_interrupted_train_command_repeated_ends_like_the_uninterrupted_one(
 
     with monkeypatch.context() as patch:
         patch.setattr(SafeVlmTrainer, "training_step", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            run(*train_arguments(world, tmp_path / "out"))
+        code, _, err = run(*train_arguments(world, tmp_path / "out"))
+        assert_one_clear_line(code, err, "train", "Interrupted; repeat the command to resume.")
     assert not (tmp_path / "out" / "model").exists()
     code, _, _ = run(*train_arguments(world, tmp_path / "out"))
     assert code == 0
@@ -188,6 +188,9 @@ def test_a_crash_while_writing_the_final_model_leaves_the_former_one(world, trai
     import shutil
 
     output, _ = trained
+    weights = output / "model" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(b"of a former training")
     before = {path.name: path.read_bytes() for path in (output / "model").iterdir() if path.is_file()}
 
     def copytree(source, target, **kwargs):
@@ -199,6 +202,7 @@ def test_a_crash_while_writing_the_final_model_leaves_the_former_one(world, trai
     code, _, err = run(*train_arguments(world, output))
     assert code == 1 and "No space left on device" in err
     assert before == {path.name: path.read_bytes() for path in (output / "model").iterdir() if path.is_file()}
+    weights.write_bytes(whole)
 
 
 def test_assess_through_the_entry_point_prints_one_verdict_as_json(world, trained):
@@ -301,7 +305,7 @@ def test_an_error_through_the_entry_point_is_one_line_and_exit_code_1(world):
     assert process.returncode == 1
     assert process.stdout == ""
     assert process.stderr.count("\n") == 1
-    assert "gone.png' does not exist; check the image folder" in process.stderr
+    assert "gone.png' does not exist" in process.stderr
 
 
 @pytest.mark.parametrize(
@@ -370,10 +374,6 @@ BAD_ROWS = {
     "unknown level": (record(8, safe_level=9), "unknown level 9"),
     "contradiction": (record(8, image="0.png", safe_type=6, safe_level=3), "contradicts level"),
     "no conversation": (record(8, image="0.png", conversations=[]), "non-empty list"),
-    "no answer": (
-        record(8, image="0.png", conversations=[{"from": "USER", "value": "<image>\nIs it?"}]),
-        "the last turn is not the assistant's",
-    ),
 }
 
 
@@ -409,19 +409,38 @@ def test_a_row_that_is_too_long_stops_training_with_its_id(world, run, tmp_path)
     assert_one_clear_line(code, err, "train", "row 'row-", "`max_length` is 10")
 
 
-def test_unlabelled_rows_train_the_answers_and_are_not_assessed(world, run, tmp_path):
-    rows = [
-        {
-            "id": f"plain-{i}",
-            "image": f"{i}.png",
-            "conversations": [{"from": "human", "value": "<image>\nIs it?"}, {"from": "gpt", "value": "yes"}],
-        }
-        for i in range(4)
-    ]
-    data = write_rows(tmp_path / "plain.jsonl", rows)
-    changes = {"--data": data, "--set": "max_steps=1"}
-    code, out, err = run(*train_arguments(world, tmp_path / "out", **changes))
+@pytest.fixture
+def unlabelled(world, run, tmp_path):
+    """`unlabelled(labelled_rows, **set)`: trains on four rows without labels and these; exit code, stderr, report."""
+
+    def train(labelled=(), **changes):
+        turns = [{"from": "human", "value": "<image>\nIs it?"}, {"from": "gpt", "value": "yes"}]
+        rows = [{"id": f"plain-{i}", "image": f"{i}.png", "conversations": turns} for i in range(4)]
+        data = write_rows(tmp_path / "plain.jsonl", [*rows, *labelled])
+        values = [f"{name}={value}" for name, value in {"max_steps": 1, **changes}.items()]
+        arguments = train_arguments(world, tmp_path / "out", **{"--data": data})
+        code, _, err = run(*arguments, "--set", *values)
+        report = tmp_path / "out" / "report.json"
+        return code, err, json.loads(report.read_text()) if report.is_file() else None
+
+    return train
+
+
+def test_without_any_labelled_row_training_is_an_error(unlabelled):
+    code, err, report = unlabelled()
+    assert code == 1 and report is None
+    assert "training rows has a safety label, so the safety head would stay untrained" in err
+
+
+def test_unlabelled_rows_are_counted_in_the_report(unlabelled):
+    code, err, report = unlabelled([record(i) for i in range(4, 8)])
     assert code == 0, err
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
-    metrics = report["metrics"]["joint_finetuning"]
-    assert metrics["num_assessed"] == 0 and metrics["loss"] > 0 and "level_accuracy" not in metrics
+    assert 0 < report["num_unlabelled_rows"] <= 4
+    assert report["metrics"]["joint_finetuning"]["loss"] > 0
+
+
+def test_evaluation_while_training_is_on_the_held_out_rows(unlabelled):
+    changes = dict(eval_strategy="steps", eval_steps=1, save_strategy="best", metric_for_best_model="lm_loss")
+    code, err, report = unlabelled([record(i) for i in range(4, 8)], **changes)
+    assert code == 0, err
+    assert report["num_eval_rows"] > 0

@@ -37,7 +37,7 @@ def free_port() -> int:
         return sock.getsockname()[1]
 
 
-def on_two_processes(folder, stages):
+def on_two_processes(folder, stages, *more):
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
     environment = {
         **os.environ,
@@ -46,7 +46,7 @@ def on_two_processes(folder, stages):
         "HF_HUB_OFFLINE": "1",
         "GLOO_SOCKET_IFNAME": "lo",  # not whatever the host's name resolves to
     }
-    command = [sys.executable, *launch, str(SCRIPT), str(folder), stages]
+    command = [sys.executable, *launch, str(SCRIPT), str(folder), stages, *more]
     process = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert process.returncode == 0, process.stderr
     return process.stdout
@@ -84,6 +84,13 @@ def test_two_ddp_processes_take_the_steps_of_one(tmp_path, capsys):
         "model",
         "settings.json",
     ]
+
+
+@pytest.mark.slow
+def test_a_ddp_process_whose_rows_have_no_picture_takes_part(tmp_path):
+    """In stage 1 nothing of its loss reaches what trains, which the others wait for."""
+    on_two_processes(tmp_path, schedule(1, train_sampling_strategy="sequential"), "13")
+    assert (tmp_path / "model" / "model.safetensors").is_file()
 
 
 @pytest.mark.slow

@@ -10,7 +10,8 @@ from safevlm import SafeVlmProcessor
 from safevlm.prompt_editing import last_occurrence
 from safevlm.trainer.data import DataError, ImageError, SafetyExample
 from safevlm.trainer.data_collator import SafeVlmDataCollator
-from safevlm.trainer.encoding import EncodedDataset, encode_example
+from safevlm.trainer.encoded_rows import EncodedDataset, RowEncoder
+from safevlm.trainer.encoding import encode_example
 
 # The chat template of llava-hf/llava-1.5-7b-hf, which leaves the end of an answer open.
 LLAVA_TEMPLATE = (
@@ -148,7 +149,7 @@ def test_a_hint_is_put_where_generation_puts_it(
     model = safe_model(tiny_llava(), processor, safety_policy=policy)
     conversation = [user("Is it yes?", 1), assistant("no"), user("And here?", 1), assistant("yes")]
     row = example(*conversation, category=0, level=model.config.level_names.index(level))
-    encoded = EncodedDataset([row], processor, model.config, hint_probability=1.0)[0]
+    encoded = EncodedDataset([row], RowEncoder(processor, model.config, hint_probability=1.0))[0]
 
     fed = {}
     generate = model.base.generate
@@ -180,7 +181,7 @@ def test_a_hinted_row_differs_by_the_hint_only(processor, model):
 
 
 def hinted_rows(rows, processor, model, **kwargs) -> list[int]:
-    dataset = EncodedDataset(rows, processor, model.config, **kwargs)
+    dataset = EncodedDataset(rows, RowEncoder(processor, model.config, **kwargs))
     return [i for i in range(len(rows)) if "Note: this" in processor.tokenizer.decode(dataset[i]["input_ids"])]
 
 
@@ -201,14 +202,20 @@ def test_only_risky_rows_get_hints(processor, model, rows):
 def test_a_row_longer_than_max_length_raises_with_its_id(processor, model):
     row = example(user("Is it yes?", 1), assistant("no"))
     length = len(encode_example(row, processor, model.config)["input_ids"])
-    assert len(EncodedDataset([row], processor, model.config, max_length=length)[0]["input_ids"]) == length
+    assert len(EncodedDataset([row], RowEncoder(processor, model.config, max_length=length))[0]["input_ids"]) == length
     with pytest.raises(DataError, match=f"row 'row-7': {length} tokens, `max_length` is {length - 1}"):
-        EncodedDataset([row], processor, model.config, max_length=length - 1)[0]
+        EncodedDataset([row], RowEncoder(processor, model.config, max_length=length - 1))[0]
 
 
-def test_a_conversation_without_an_answer_raises_with_its_id(processor, model):
-    with pytest.raises(DataError, match="row 'row-7': the conversation ends without an answer"):
-        encode_example(example(user("Is it yes?", 1)), processor, model.config)
+@pytest.mark.parametrize("images", [0, 1])
+def test_a_row_that_ends_with_a_question_is_the_prompt_that_generation_gets(processor, model, images):
+    row = example(user("Is it yes?", images))
+    encoded = encode_example(row, processor, model.config)
+    prompt = processor.apply_chat_template(row.messages, add_generation_prompt=True)
+    expected = processor(images=row.load_images() or None, text=prompt, return_tensors="pt")
+    assert encoded["input_ids"].tolist() == expected["input_ids"][0].tolist()
+    assert labelled(encoded) == []
+    assert encoded["safety_question_mask"].tolist() == expected["safety_question_mask"][0].tolist()
 
 
 def test_an_image_that_vanished_raises_with_row_id_and_path(processor, model, tmp_path):
@@ -218,15 +225,15 @@ def test_an_image_that_vanished_raises_with_row_id_and_path(processor, model, tm
 
 
 def test_cached_rows_are_encoded_once_and_equal(processor, model, rows, monkeypatch):
-    cached = EncodedDataset(rows, processor, model.config, hint_probability=0.5, cache=True)
-    plain = EncodedDataset(rows, processor, model.config, hint_probability=0.5)
+    cached = EncodedDataset(rows, RowEncoder(processor, model.config, hint_probability=0.5), cache=True)
+    plain = EncodedDataset(rows, RowEncoder(processor, model.config, hint_probability=0.5))
     for i in range(len(rows)):
         assert cached[i] is cached[i]
         assert all(torch.equal(cached[i][name], plain[i][name]) for name in plain[i])
 
 
 def test_a_batch_pads_on_the_right_and_keeps_images_in_row_order(processor, model, rows):
-    dataset = EncodedDataset(rows, processor, model.config)
+    dataset = EncodedDataset(rows, RowEncoder(processor, model.config))
     encoded = [dataset[i] for i in (0, 2, 4)]  # 1, 2 and 0 images
     batch = SafeVlmDataCollator(pad_token_id=0)(encoded)
     length = max(len(row["input_ids"]) for row in encoded)
@@ -241,14 +248,14 @@ def test_a_batch_pads_on_the_right_and_keeps_images_in_row_order(processor, mode
 
 
 def test_a_batch_without_images_has_no_pixels_and_trains(processor, model, make_row):
-    dataset = EncodedDataset([make_row(0, images=0), make_row(1, images=0)], processor, model.config)
+    dataset = EncodedDataset([make_row(0, images=0), make_row(1, images=0)], RowEncoder(processor, model.config))
     batch = SafeVlmDataCollator(pad_token_id=0)([dataset[0], dataset[1]])
     assert "pixel_values" not in batch
     assert model(**batch).safety_level_loss.item() == 0
 
 
 def test_batched_rows_get_the_logits_they_get_alone(processor, model, rows):
-    dataset = EncodedDataset(rows, processor, model.config)
+    dataset = EncodedDataset(rows, RowEncoder(processor, model.config))
     collate = SafeVlmDataCollator(pad_token_id=0)
     with torch.no_grad():
         together = model(**collate([dataset[i] for i in (0, 2, 4)]))

@@ -3,11 +3,9 @@
 import pytest
 import torch
 
-from safevlm.trainer.stages import add_lora, set_trainable
-
 
 @pytest.fixture
-def gradients(make_trainer, arguments, fresh_model):
+def gradients(make_trainer, fresh_model):
     """`gradients(rows, reentrant, **arguments)`: of one training step, by parameter name."""
 
     def compute(rows, reentrant, **changes):
@@ -16,35 +14,25 @@ def gradients(make_trainer, arguments, fresh_model):
             checkpointing = dict(
                 gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": reentrant}
             )
-        args = arguments(**changes)
-        torch.manual_seed(0)
         model = fresh_model()
-        if args.uses_lora:
-            model = add_lora(model, args)
-            for name, parameter in model.named_parameters():
-                if "lora_B" in name:  # 0 at first, which makes all other gradients of LoRA 0
-                    torch.nn.init.normal_(parameter)
-        else:
-            set_trainable(model, args.trainable)
-        found = {}
-
-        class Recorder:
-            def __call__(self, grad, name):
-                found[name] = grad.clone()
-
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                parameter.register_hook(lambda grad, name=name: Recorder()(grad, name))
         trainer = make_trainer(
             model,
             rows,
             max_steps=1,
-            per_device_train_batch_size=len(rows),
+            per_device_train_batch_size=sum(bool(row.images) == bool(rows[0].images) for row in rows),
             label_conditioning_end=1.0,
             hint_probability=0.0,
+            train_sampling_strategy="sequential",
             **checkpointing,
             **changes,
         )
+        found = {}
+        torch.manual_seed(0)
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B" in name:  # 0 at first, which makes all other gradients of LoRA 0
+                torch.nn.init.normal_(parameter)
+            if parameter.requires_grad:
+                parameter.register_hook(lambda grad, name=name: found.update({name: grad.clone()}))
         trainer.train()
         assert model.is_gradient_checkpointing == (reentrant is not None)
         return found
@@ -62,14 +50,16 @@ STAGES = {
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("images", [True, False], ids=["with images", "text only"])
 def test_checkpointing_changes_no_gradient(gradients, rows, make_row, stage, images):
-    if not images and stage == "stage 1":
-        pytest.skip("Nothing trains on rows without an image in stage 1.")
-    chosen = rows[:3] if images else [make_row(20, images=0), make_row(21, images=0, answer="yes")]
+    # The head needs one row with a picture in the set; the step does not come to it.
+    texts = [make_row(20, images=0), make_row(21, images=0, answer="yes")]
+    chosen = rows[:3] if images else [*texts, rows[0]]
     expected = gradients(chosen, None, **STAGES[stage])
     assert any(name.endswith("lora_A.default.weight") for name in expected) == ("LoRA" in stage)
-    assert any(".safety." in f".{name}" for name in expected) == images
+    safety = [gradient for name, gradient in expected.items() if ".safety." in f".{name}"]
+    assert any(gradient.any() for gradient in safety) == images
     for reentrant in (False, True):
         found = gradients(chosen, reentrant, **STAGES[stage])
-        assert found.keys() == expected.keys()
+        assert found.keys() == expected.keys() or not images  # no gradient and one of 0 come to the same
         for name in expected:
-            torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5, msg=lambda m: f"{name}: {m}")  # noqa: B023
+            gradient = found.get(name, torch.zeros_like(expected[name]))
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5, msg=lambda m: f"{name}: {m}")  # noqa: B023

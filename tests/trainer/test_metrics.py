@@ -45,9 +45,10 @@ def test_no_row_at_all_is_an_error():
         head_metrics([], [], [], [], [])
 
 
-def prediction(level_logits, category_logits, level_labels, category_labels):
+def prediction(level_logits, category_logits, level_labels, category_labels, assessed=None):
     labels = (np.zeros((len(level_labels), 3)), np.array(level_labels), np.array(category_labels))
-    return SimpleNamespace(predictions=(np.array(level_logits), np.array(category_logits)), label_ids=labels)
+    assessed = np.array([True] * len(level_labels) if assessed is None else assessed)
+    return SimpleNamespace(predictions=(np.array(level_logits), np.array(category_logits), assessed), label_ids=labels)
 
 
 def test_trainer_metrics_take_the_arg_max_and_the_probability_of_any_risk():
@@ -63,13 +64,13 @@ def test_trainer_metrics_take_the_arg_max_and_the_probability_of_any_risk():
 
 
 def test_rows_without_label_or_image_are_left_out():
-    nan = np.nan
     metrics = trainer_metrics(
         prediction(
-            [[3.0, 0, 0], [0, 0, 3.0], [0, 3.0, 0], [nan, nan, nan]],
-            [[0.0, 1], [1, 0], [1, 0], [nan, nan]],
+            [[3.0, 0, 0], [0, 0, 3.0], [0, 3.0, 0], [0, 0, 0]],
+            [[0.0, 1], [1, 0], [1, 0], [0, 0]],
             [0, 2, -100, 0],
             [1, 0, 0, 1],
+            assessed=[True, True, True, False],
         )
     )
     assert metrics["num_assessed"] == 2 and metrics["level_accuracy"] == 1.0

@@ -5,7 +5,7 @@ import torch
 import yaml
 
 from safevlm import SafeVlmConfig
-from safevlm.trainer import Recipe, SafeVlmTrainingArguments, train_stage
+from safevlm.trainer import Recipe, SafeVlmTrainingArguments
 from safevlm.trainer.stages import check_overrides
 
 STAGE = {"stage": "safety_alignment", "learning_rate": 0.1}
@@ -72,8 +72,8 @@ def test_a_recipe_file_is_read(load):
         ({"stages": [STAGE], "safety": {"tokens": 1}}, "`safety`: unknown fields tokens"),
         ({"stages": [STAGE], "safety": [1]}, "`safety` must map fields of SafeVlmConfig to values"),
         (
-            "stages:\n- stage: safety_alignment\n  learning_rate: 1e-5\n",
-            "`learning_rate` must be a number, got '1e-5'",
+            "stages:\n- stage: safety_alignment\n  learning_rate: fast\n",
+            "`learning_rate` must be a number, got 'fast'",
         ),
         ({"stages": [{**STAGE, "bf16": "auto"}]}, "`bf16` must be true or false, got 'auto'"),
         ("stages: [", "is no valid YAML"),
@@ -104,8 +104,9 @@ def test_bad_overrides_of_all_stages_are_refused(overrides, message):
         check_overrides(overrides)
 
 
-def test_a_bf16_recipe_trains_on_the_cpu(fresh_model, processor, rows, arguments):
-    model = train_stage(fresh_model(), processor, arguments(bf16=True, max_steps=2), rows)
+def test_a_bf16_recipe_trains_on_the_cpu(fresh_model, rows, make_trainer):
+    model = fresh_model()
+    make_trainer(model, rows, bf16=True, max_steps=2).train()
     assert model.dtype == torch.float32  # mixed precision: the weights stay as they are
     assert all(parameter.isfinite().all() for parameter in model.safety.parameters())
 

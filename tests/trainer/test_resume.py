@@ -10,7 +10,8 @@ from tiny import safe_model, tiny_llava
 
 from safevlm import SafeVlmForConditionalGeneration, SafeVlmProcessor
 from safevlm.trainer import Recipe, SafeVlmTrainer, run_schedule
-from safevlm.trainer.stages import check_same_run, last_complete_checkpoint, save_atomically
+from safevlm.trainer.checkpoints import last_complete_checkpoint, save_atomically
+from safevlm.trainer.stages import check_same_run
 
 # Two shuffled epochs of 4 micro-batches in steps of 2, some rows hinted, some conditioned on their label.
 COMMON = dict(
@@ -176,6 +177,22 @@ def test_finished_stages_are_loaded_and_not_trained_again(uninterrupted, schedul
     assert count == []
     assert not differing(weights(model), expected)
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_last_stage_s_model_is_the_run_s_and_stays_when_it_was_calibrated(
+    uninterrupted, schedule, tmp_path, weights, differing
+):
+    folder, expected = uninterrupted("one stage")
+    shutil.copytree(folder, tmp_path / "run")
+    model = tmp_path / "run" / "model"
+    assert not differing(weights(SafeVlmForConditionalGeneration.from_pretrained(model)), expected)
+    (model / "config.json").write_text((model / "config.json").read_text() + "\n")  # another policy
+    (model / "README.md").write_text("a person's words")
+    schedule("one stage", tmp_path / "run")
+    assert (model / "README.md").is_file() and (model / "config.json").read_text().endswith("\n\n")
+    (model / "model.safetensors").write_bytes(b"of a training before")
+    schedule("one stage", tmp_path / "run")
+    assert not differing(weights(SafeVlmForConditionalGeneration.from_pretrained(model)), expected)
 
 
 def test_after_stage_is_called_for_each_stage_trained_or_loaded(uninterrupted, processor, rows):

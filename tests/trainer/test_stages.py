@@ -8,8 +8,9 @@ from safetensors import safe_open
 from tiny import safe_model, tiny_llava
 
 from safevlm import SafeVlmForConditionalGeneration
-from safevlm.trainer import SafeVlmTrainer, train_stage
-from safevlm.trainer.stages import add_lora, save_atomically, set_trainable
+from safevlm.trainer import SafeVlmTrainer
+from safevlm.trainer.checkpoints import save_atomically
+from safevlm.trainer.preparation import add_lora, set_trainable
 
 # What no training row can reach: the token for pairs without a question, and attention biases that softmax cancels.
 UNREACHED = {"safety.head.no_question.weight"}
@@ -19,14 +20,25 @@ LANGUAGE_MODEL = ("base.model.language_model.", "base.lm_head.")
 
 
 @pytest.fixture
-def trained(processor, rows, arguments):
+def stage(make_trainer):
+    """`stage(model, rows, **arguments)`: the model after a stage."""
+
+    def train(model, rows, **changes):
+        trainer = make_trainer(model, rows, **changes)
+        trainer.train()
+        return trainer.model
+
+    return train
+
+
+@pytest.fixture
+def trained(stage, rows):
     """`trained(model, **arguments)`: the model after a stage, with its weights before."""
 
     def train(model, **changes):
         before = copy.deepcopy(model.state_dict())
         changes = {"max_steps": 3, "per_device_train_batch_size": 4, "hint_probability": 0.5, **changes}
-        after = train_stage(model, processor, arguments(**changes), rows)
-        return before, after
+        return before, stage(model, rows, **changes)
 
     return train
 
@@ -136,21 +148,20 @@ def test_lora_has_no_effect_on_a_stage_that_does_not_train_the_language_model(fr
     assert all(name.startswith("safety.") for name in differing(before, after.state_dict()))
 
 
-def test_the_merged_model_has_the_adapter_model_s_logits(fresh_model, processor, rows, arguments, batch, monkeypatch):
+def test_the_merged_model_has_the_adapter_model_s_logits(fresh_model, stage, rows, batch, monkeypatch):
     kept = {}
-    train = SafeVlmTrainer.train
+    set_model = SafeVlmTrainer._set_model
 
-    def train_and_keep(self, *args, **kwargs):
-        result = train(self, *args, **kwargs)
+    def keep_and_set(self, model):
         with torch.no_grad():
             kept["adapter"] = self.model.eval()(**batch)
-        return result
+        set_model(self, model)
 
-    monkeypatch.setattr(SafeVlmTrainer, "train", train_and_keep)
+    monkeypatch.setattr(SafeVlmTrainer, "_set_model", keep_and_set)
     model = fresh_model()
     with torch.no_grad():
         before = model(**batch).logits
-    after = train_stage(model, processor, arguments(max_steps=3, **LORA), rows)
+    after = stage(model, rows, max_steps=3, **LORA)
     with torch.no_grad():
         merged = after(**batch)
     for name in ("logits", "safety_level_logits", "safety_category_logits"):
@@ -159,9 +170,9 @@ def test_the_merged_model_has_the_adapter_model_s_logits(fresh_model, processor,
 
 
 def test_the_merged_checkpoint_is_plain_and_the_adapter_lies_beside_it(
-    fresh_model, processor, rows, arguments, batch, tmp_path
+    fresh_model, processor, rows, stage, batch, tmp_path
 ):
-    after = train_stage(fresh_model(), processor, arguments(**LORA), rows)
+    after = stage(fresh_model(), rows, **LORA)
     save_atomically(after, processor, tmp_path / "model")
     with safe_open(tmp_path / "model" / "model.safetensors", "pt") as file:
         assert not [key for key in file.keys() if "lora" in key or "modules_to_save" in key]  # noqa: SIM118
@@ -185,9 +196,9 @@ def test_lora_without_peft_says_what_to_install(fresh_model, arguments, monkeypa
         add_lora(fresh_model(), arguments(**LORA))
 
 
-def test_a_few_steps_teach_the_head_its_rows(fresh_model, processor, make_row, arguments):
+def test_a_few_steps_teach_the_head_its_rows(fresh_model, processor, make_row, stage):
     rows = [make_row(0, category=1, level=3), make_row(1, category=6, level=0)]
-    model = train_stage(fresh_model(), processor, arguments(max_steps=25), rows)
+    model = stage(fresh_model(), rows, max_steps=25)
     prompts = [processor.apply_chat_template(row.messages[:1], add_generation_prompt=True) for row in rows]
     inputs = processor(images=[row.images[0] for row in rows], text=prompts, return_tensors="pt")
     assert model.assess(**inputs).level.tolist() == [3, 0]

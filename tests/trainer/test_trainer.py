@@ -8,7 +8,7 @@ from safevlm import SafetyPolicy, SafeVlmProcessor
 from safevlm.modeling_safevlm import SafetyPrediction
 from safevlm.trainer import SafeVlmTrainingArguments
 from safevlm.trainer.data_collator import SafeVlmDataCollator
-from safevlm.trainer.encoding import EncodedDataset
+from safevlm.trainer.encoded_rows import EncodedDataset, RowEncoder
 from safevlm.trainer.evaluation import trainer_metrics
 
 
@@ -52,7 +52,7 @@ def reference(fresh_model, processor):
 
     def backward(rows):
         model = fresh_model().train()
-        dataset = EncodedDataset(rows, processor, model.config)
+        dataset = EncodedDataset(rows, RowEncoder(processor, model.config))
         output = model(**SafeVlmDataCollator(0)([dataset[i] for i in range(len(rows))]), label_conditioning=1.0)
         output.loss.backward()
         return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, output
@@ -153,7 +153,8 @@ def test_predictions_are_the_head_s_logits(fresh_model, make_trainer, processor,
     model = fresh_model()
     trainer = make_trainer(model, eval_dataset=rows, per_device_eval_batch_size=3)
     output = trainer.predict(trainer.eval_dataset)
-    levels, categories = output.predictions
+    levels, categories, assessed = output.predictions
+    assert assessed.tolist() == [True] * 4 + [False] + [True] * 3
     assert levels.shape == (8, 4) and categories.shape == (8, 7)
     labels, level_labels, category_labels = output.label_ids
     assert level_labels.tolist() == [1, 0, 2, -100, 0, 3, 0, 2]
@@ -162,12 +163,10 @@ def test_predictions_are_the_head_s_logits(fresh_model, make_trainer, processor,
     assert torch.allclose(torch.tensor(levels[2]), expected, atol=1e-5)
 
 
-def test_rows_without_an_image_have_no_prediction_even_in_batches_of_their_own(fresh_model, make_trainer, make_row):
+def test_rows_without_an_image_are_unassessed_even_in_batches_of_their_own(fresh_model, make_trainer, make_row):
     rows = [make_row(0, images=0), make_row(1, images=0), make_row(2), make_row(3, images=0)]
     trainer = make_trainer(fresh_model(), eval_dataset=rows, per_device_eval_batch_size=2)
-    levels, categories = trainer.predict(trainer.eval_dataset).predictions
-    for logits in (levels, categories):
-        assert torch.tensor(logits).isnan().any(dim=1).tolist() == [True, True, False, True]
+    assert trainer.predict(trainer.eval_dataset).predictions[2].tolist() == [False, False, True, False]
 
 
 def test_evaluation_rows_carry_no_hints(fresh_model, make_trainer, rows, processor):
@@ -219,7 +218,7 @@ def conditions(model, batch, monkeypatch, share):
 def test_conditioning_is_on_labels_or_on_predictions(fresh_model, processor, verdicts, monkeypatch, make_row):
     model = fresh_model()
     rows = [make_row(0, category=1, level=3), make_row(1, category=2, level=1), make_row(2, category=None, level=None)]
-    dataset = EncodedDataset(rows, processor, model.config)
+    dataset = EncodedDataset(rows, RowEncoder(processor, model.config))
     batch = SafeVlmDataCollator(0)([dataset[i] for i in range(3)])
     verdicts(model, "none", "medium", "low", category="privacy")
     # default policy: low -> caution (1), medium -> warn (2), high -> refuse (3); row 2 has no label to use
@@ -241,7 +240,7 @@ def test_label_conditioning_is_the_share_of_rows(model):
 
 def test_a_model_with_its_policy_off_is_trained_with_the_default_one(fresh_model, processor, monkeypatch, make_row):
     model = fresh_model(safety_policy=SafetyPolicy(name="off", enabled=False))
-    dataset = EncodedDataset([make_row(0, category=1, level=3)], processor, model.config)
+    dataset = EncodedDataset([make_row(0, category=1, level=3)], RowEncoder(processor, model.config))
     assert conditions(model, SafeVlmDataCollator(0)([dataset[0]]), monkeypatch, 1.0)["action"] == [3]
 
 

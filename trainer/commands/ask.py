@@ -1,7 +1,6 @@
 """`safevlm assess` and `safevlm answer`: one question about one image."""
 
 import sys
-from pathlib import Path
 
 from .common import add_command, add_model_arguments, load_model, print_json
 
@@ -14,7 +13,7 @@ def add(commands):
         "The verdict on an image and a question, as JSON; the language model does not run.",
         example='safevlm assess picture.jpg --question "How do I use this?" --model out/model',
     )
-    assess.add_argument("image", type=Path, help="file to look at")
+    assess.add_argument("image", help="file to look at")
     assess.add_argument("--question", default="Describe this image.", help="what is asked (default: a description)")
 
     answer = add_command(
@@ -24,7 +23,7 @@ def add(commands):
         "Ask a saved model a question about an image.",
         example='safevlm answer picture.jpg "What is in the picture?" --model out/model --policy strict',
     )
-    answer.add_argument("image", type=Path, help="file to look at")
+    answer.add_argument("image", help="file to look at")
     answer.add_argument("question", help="what is asked")
     answer.add_argument("--max-new-tokens", type=int, default=256, help="longest answer (default: 256)")
     answer.add_argument("--json", action="store_true", help="print answer and verdict as JSON")
@@ -54,9 +53,10 @@ def run_answer(args):
     else:
         sys.stdout.write(text + "\n")
         if safety is not None:
-            sys.stdout.write(
-                f"[{safety['action']}; {safety['category']}, {safety['level']}; risk {safety['score']:.3f}]\n"
-            )
+            verdict = safety.get("error")  # the head failed
+            if verdict is None:
+                verdict = f"{safety['category']}, {safety['level']}; risk {safety['score']:.3f}"
+            sys.stdout.write(f"[{safety['action']}; {verdict}]\n")
 
 
 def _load(args, question: str):

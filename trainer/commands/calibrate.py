@@ -5,7 +5,14 @@ import shlex
 import sys
 from pathlib import Path
 
-from .common import add_command, add_model_arguments, add_reader_arguments, load_model, reader_options
+from .common import (
+    add_command,
+    add_model_arguments,
+    add_reader_arguments,
+    check_model_type,
+    load_model,
+    reader_options,
+)
 
 
 def add(commands):
@@ -37,6 +44,9 @@ def add(commands):
 
 
 def run(args):
+    if args.apply and not (Path(args.model) / "config.json").is_file():
+        raise ValueError(f"--apply needs a model folder on this machine, got --model {args.model!r}.")
+    check_model_type(args.model, "--model")
     from safevlm.trainer.card_facts import add_calibration
     from safevlm.trainer.data import SafetyLabels, read_rows
     from safevlm.trainer.evaluation import calibrate, environment, plot_calibration, predict_rows, store_policy
@@ -45,8 +55,6 @@ def run(args):
 
     require_eval_extra()
     check_aim(args.target_fpr, args.cost_ratio)
-    if args.apply and not (Path(args.model) / "config.json").is_file():
-        raise ValueError(f"--apply needs a model folder on this machine, got --model {args.model!r}.")
     model, processor = load_model(args.model, args.device)
     config = model.config
     policy = model.resolve_policy(args.policy)

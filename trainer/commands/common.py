@@ -45,6 +45,14 @@ def add_reader_arguments(command: argparse.ArgumentParser):
     command.add_argument("--assume-safe", action="store_true", help="rows without labels count as safe")
 
 
+def add_labels_argument(command: argparse.ArgumentParser):
+    """For commands that know no model or recipe whose labels the rows have."""
+    command.add_argument(
+        "--labels",
+        help="names of categories and levels, if not the paper's: a YAML or JSON file, a recipe, or a SafeVLM",
+    )
+
+
 def reader_options(args) -> dict:
     """Arguments of `read_rows` from those of `add_reader_arguments`, but for the images'."""
     names = ("format", "taxonomy", "split", "subset", "revision", "assume_safe")
@@ -98,16 +106,19 @@ def model_config(name: str, argument: str, revision: str | None = None) -> dict:
     Asks the Hub once at most. transformers would repeat that for half a minute where there is no network.
 
     Raises:
-        `ValueError`: There is no such model.
+        `ValueError`: There is no such model, or its files are damaged.
     """
     from safevlm.model_card.remote_code import read_json
+    from safevlm.model_card.weights import WEIGHTS, check_weights
 
-    path = Path(name)
-    if not path.is_dir():
+    folder = Path(name)
+    if not folder.is_dir():
         return read_json(_hub_config(name, argument, revision))
-    if not (path / "config.json").is_file():
+    if not (folder / "config.json").is_file():
         raise ValueError(f"{argument} {name!r} holds no config.json; name the folder of a saved model.")
-    return read_json(path / "config.json")
+    if weights := sorted(path.name for path in folder.glob(WEIGHTS)):
+        check_weights(folder, weights)
+    return read_json(folder / "config.json")
 
 
 def _hub_config(name: str, argument: str, revision: str | None) -> Path:
@@ -117,7 +128,9 @@ def _hub_config(name: str, argument: str, revision: str | None) -> Path:
         HfHubHTTPError,
         HFValidationError,
         HTTPError,
+        OfflineModeIsEnabled,
         RepositoryNotFoundError,
+        RevisionNotFoundError,
     )
 
     try:
@@ -126,16 +139,20 @@ def _hub_config(name: str, argument: str, revision: str | None) -> Path:
         get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=10)
         return Path(hf_hub_download(name, "config.json", revision=revision))
     except HFValidationError:
-        reason = "and no name that a model on the Hub could have"
+        reason = "and its name is none that a model on the Hub can have"
     except RepositoryNotFoundError:
         reason = "and no model on the Hub that you may see; check the name, or log in with `hf auth login`"
+    except RevisionNotFoundError:
+        reason = f"and on the Hub it has no revision {revision!r}; see its commits"
     except EntryNotFoundError:
         reason = "and on the Hub it has no config.json"
     except HfHubHTTPError as error:
-        reason = f"and the Hub does not give it: {str(error).splitlines()[0]}"
-    except (HTTPError, OSError) as error:  # no network, or offline mode
-        reason = f"it is not in the cache of the Hub's models, and the Hub cannot be reached ({error})"
-    raise ValueError(f"{argument} {name!r} is no folder, {reason}.")
+        reason = f"and the Hub does not give it ({str(error).splitlines()[0]})"
+    except OfflineModeIsEnabled:
+        reason = "and not in the cache of the Hub's models; HF_HUB_OFFLINE keeps the Hub from being asked"
+    except (HTTPError, OSError) as error:
+        reason = f"and not in the cache of the Hub's models, and the Hub cannot be reached ({error})"
+    raise ValueError(f"{argument} {name!r} is no folder here, {reason}.")
 
 
 def print_json(value):

@@ -2,13 +2,14 @@
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import json
 import logging
 import sys
 from pathlib import Path
 
-from .common import add_command, add_reader_arguments, print_json, reader_options
+from .common import add_command, add_labels_argument, add_reader_arguments, print_json, reader_options
 
 SHOWN = 10  # entries of a list that `stats` prints; stats.json has all
 
@@ -22,7 +23,8 @@ def add(commands):
         epilog="Example:\n  safevlm data check rows.jsonl --images pictures",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    actions = data.add_subparsers(dest="data_command", required=True, metavar="action")
+    data.set_defaults(run=lambda args: data.print_help(), verbose=False)  # without an action
+    actions = data.add_subparsers(dest="data_command", metavar="action")
 
     check = add_command(
         actions,
@@ -33,6 +35,7 @@ def add(commands):
     )
     check.add_argument("files", nargs="+", metavar="DATA", help="data files, folders, zips or Hub ids")
     add_reader_arguments(check)
+    add_labels_argument(check)
     check.add_argument("--no-answers", action="store_true", help="rows need no answer, as in evaluation data")
     check.add_argument("--json", action="store_true", help="print the problems as JSON")
 
@@ -45,6 +48,7 @@ def add(commands):
     )
     stats.add_argument("files", nargs="+", metavar="DATA", help="data files, folders, zips or Hub ids")
     add_reader_arguments(stats)
+    add_labels_argument(stats)
     stats.add_argument("--against", nargs="+", metavar="DATA", default=[], help="test data, which must share no image")
     stats.add_argument("--against-images", type=Path, help="images of the test data (default: as --images)")
     stats.add_argument("--against-split", help="split of the test data (default: as --split)")
@@ -61,14 +65,15 @@ def add(commands):
     )
     mix.add_argument("recipe", help="a YAML file or a shipped recipe: paper-stage1, paper-stage2")
     mix.add_argument("--root", type=Path, help="folder that its paths are relative to (default: the recipe's own)")
+    add_labels_argument(mix)
     mix.add_argument("--output", required=True, type=Path, help="folder to write: JSONL files and manifest.json")
 
 
 def _reader(args, **changes):
     """`read(path)`: all rows that can be parsed, with or without answer; their images are not looked at yet."""
-    from safevlm.trainer.data import read_rows
+    from safevlm.trainer.data import load_labels, read_rows
 
-    options = {"image_folder": args.images, **reader_options(args), **changes}
+    options = {"image_folder": args.images, "labels": load_labels(args.labels), **reader_options(args), **changes}
     return functools.partial(read_rows, **options, check_images="none", require_answer=False, on_error="skip")
 
 
@@ -98,6 +103,7 @@ def _without_warnings(package: str):
 
 
 def run_stats(args):
+    from safevlm.trainer.data import load_labels
     from safevlm.trainer.data.fingerprints import NEAR_DISTANCE, ImageIndex
     from safevlm.trainer.data.stats import data_stats
     from safevlm.trainer.data.stats_plot import draw_stats
@@ -113,7 +119,7 @@ def run_stats(args):
         "against": args.against,
         "skipped": [{"row": row, "reason": reason} for file in files + test_files for row, reason in file.skipped],
         "near_distance": distance,
-        **data_stats(rows, tests, index),
+        **data_stats(rows, tests, index, load_labels(args.labels)),
     }
     if args.output is not None:
         args.output.mkdir(parents=True, exist_ok=True)
@@ -123,23 +129,32 @@ def run_stats(args):
     if args.json:
         print_json(stats)
     else:
-        sys.stdout.write("\n".join(_stats_lines(stats)) + "\n")
+        where = "`--output FOLDER` writes all" if args.output is None else f"all are in {args.output / 'stats.json'}"
+        lines = _stats_lines(stats, where)
+        if args.output is not None:
+            lines += ["", f"Written: {args.output / 'stats.json'}, {args.output / 'stats.png'}"]
+        sys.stdout.write("\n".join(lines) + "\n")
 
 
 def run_mix(args):
+    from safevlm.trainer.data import load_labels
+    from safevlm.trainer.data.labels_file import labels_dict
     from safevlm.trainer.data.mix import mix
     from safevlm.trainer.data.mix_recipe import MixRecipe
 
     is_file = args.recipe.endswith((".yaml", ".yml"))
     root = args.root or (Path(args.recipe).parent if is_file else Path())
     recipe = MixRecipe.load(args.recipe)
+    if args.labels is not None:
+        recipe = dataclasses.replace(recipe, labels=labels_dict(load_labels(args.labels)))
     manifest = mix(recipe, root, args.output)
     sys.stdout.write("\n".join(_mix_lines(manifest)) + "\n")
     images = args.output if recipe.images == "copy" else root
     sys.stdout.write(f"train with: --data {args.output / 'train.jsonl'} --images {images}\n")
 
 
-def _stats_lines(stats: dict) -> list[str]:
+def _stats_lines(stats: dict, where: str) -> list[str]:
+    """`where` says how to get the lists whole."""
     images, duplicates = stats["images"], stats["duplicates"]
     lines = [
         f"{stats['rows']} rows, {len(stats['skipped'])} more that cannot be read; "
@@ -167,11 +182,11 @@ def _stats_lines(stats: dict) -> list[str]:
         f"duplicate rows: {duplicates['exact_rows']} exact, {duplicates['near_rows']} near "
         f"(images up to {stats['near_distance']} of 256 bits apart); "
         f"rows with the image and question of another, but other labels: {duplicates['conflicting_rows']}",
-        *_some([f"{entry['row']} says the same as {entry['like']}" for entry in duplicates["rows"]]),
+        *_some([f"{entry['row']} says the same as {entry['like']}" for entry in duplicates["rows"]], where),
         f"groups of near-duplicate images: {len(duplicates['near_images'])}",
-        *_some([" ~ ".join(names) for names in duplicates["near_images"]]),
+        *_some([" ~ ".join(names) for names in duplicates["near_images"]], where),
         f"leaks into test rows: {len(stats['leaks'])}",
-        *_some([_leak_line(leak) for leak in stats["leaks"]]),
+        *_some([_leak_line(leak) for leak in stats["leaks"]], where),
     ]
     return lines
 
@@ -186,22 +201,20 @@ def _leak_line(leak: dict) -> str:
     return f"{rows} ({leak['kind']}{distance}): {leak['image']}{other}"
 
 
-def _some(lines: list[str]) -> list[str]:
-    more = [f"  ... and {len(lines) - SHOWN} more; --output writes all"] if len(lines) > SHOWN else []
+def _some(lines: list[str], where: str) -> list[str]:
+    more = [f"  ... and {len(lines) - SHOWN} more; {where}"] if len(lines) > SHOWN else []
     return [f"  {line}" for line in lines[:SHOWN]] + more
 
 
 def _table(counts: dict[str, dict[str, int]]) -> list[str]:
     """Categories by levels, with sums."""
     levels = list(next(iter(counts.values())))
-    width = max(map(len, counts))
-    head = f"{'':{width}} " + "".join(f"{level:>9}" for level in [*levels, "all"])
-    body = [
-        f"{category:{width}} " + "".join(f"{count:>9}" for count in [*row.values(), sum(row.values())])
-        for category, row in counts.items()
-    ]
     sums = [sum(row[level] for row in counts.values()) for level in levels]
-    return [head, *body, f"{'all':{width}} " + "".join(f"{count:>9}" for count in [*sums, sum(sums)])]
+    lines = [("", [*levels, "all"])]
+    lines += [(category, [*row.values(), sum(row.values())]) for category, row in counts.items()]
+    lines.append(("all", [*sums, sum(sums)]))
+    width, column = max(map(len, [*counts, "all"])), max(7, *map(len, levels)) + 2
+    return [f"{name:{width}} " + "".join(f"{cell:>{column}}" for cell in cells) for name, cells in lines]
 
 
 def _mix_lines(manifest: dict) -> list[str]:

@@ -39,6 +39,8 @@ def add(commands):
 
 
 def run(args):
+    model_name, _, revision = args.model.partition("@")
+    check_model_type(model_name, "MODEL", revision or None)
     from transformers.utils.import_utils import is_serve_available
 
     if not is_serve_available():
@@ -53,10 +55,8 @@ def run(args):
             raise ValueError(f"--{name.replace('_', '-')} must be a number above 0, got {getattr(args, name)}.")
     if args.policy is not None:
         SafetyPolicy.from_value(args.policy)  # a clear error before a model is loaded
-    name, _, revision = args.model.partition("@")
-    check_model_type(name, "MODEL", revision or None)
     check_device(None if args.device == "auto" else args.device)
-    model, processor = load(name, revision or None, args.policy, args.device, args.dtype, args.quantization)
+    model, processor = load(model_name, revision or None, args.policy, args.device, args.dtype, args.quantization)
     app = build_app(
         Answering(model, processor, max_pixels=int(args.max_megapixels * 1_000_000)),
         args.model,

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from shutil import copyfile, copytree, ignore_patterns
 
-from .common import add_command, print_json
+from .common import add_command, check_model_type, print_json
 
 
 def add(commands):
@@ -51,6 +51,8 @@ def add(commands):
 
 
 def run(args):
+    if not args.push:
+        check_model_type(args.model, "--model", args.revision)
     with tempfile.TemporaryDirectory(prefix="safevlm-space-") as folder:
         assemble(Path(folder), args.example)
         policies = _place_policies(Path(folder), args.policies)

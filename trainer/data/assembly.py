@@ -126,7 +126,7 @@ class Assembly:
     def _keep_metadata(self, fields: dict[str, Any], record: dict, used: set[str]) -> None:
         """What no one read is the row's metadata, unless it carries a picture, a turn or a label."""
         known = self.taxonomy.metadata if self.taxonomy else frozenset()
-        used = used | (self.taxonomy.label_fields if self.taxonomy else set())
+        used = used | {"id"} | (self.taxonomy.label_fields if self.taxonomy else set())
         kept = {name: record[name] for name in sorted(known - used) if not is_empty(record.get(name))}
         rest = other_fields(record, used | known, has_images=bool(fields["images"]))
         metadata = {**fields.get("metadata", {}), **kept}

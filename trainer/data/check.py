@@ -47,6 +47,7 @@ class CheckReport:
         problems (`list[Problem]`): In the order of the files.
         rows (`dict[str, int]`): Rows per file, those with problems included.
         num_images (`int`): Different images looked at.
+        without_image (`int`): Rows without a picture, of those that can be read.
         unlabelled (`int`): Rows without category and level, of those that can be read.
         unanswered (`int`): Rows that end with a question, of those that can be read.
         metadata (`dict[str, int]`): Fields that are kept but not used, and how many rows have each.
@@ -55,6 +56,7 @@ class CheckReport:
     problems: list[Problem] = field(default_factory=list)
     rows: dict[str, int] = field(default_factory=dict)
     num_images: int = 0
+    without_image: int = 0
     unlabelled: int = 0
     unanswered: int = 0
     metadata: dict[str, int] = field(default_factory=dict)
@@ -69,6 +71,8 @@ class CheckReport:
         if self.metadata:
             fields = ", ".join(f"{name} ({count})" for name, count in self.metadata.items())
             lines.append(f"fields kept as metadata (rows): {fields}")
+        if self.without_image:
+            lines.append(f"rows without a picture: {self.without_image}")
         if self.unlabelled:
             lines.append(f"rows without a label, which do not train the safety head: {self.unlabelled}")
         if self.unanswered:
@@ -108,6 +112,7 @@ def check_files(
             report.rows[path] = 0
 
     all_rows = [row for rows in read_files.values() for row in rows]
+    report.without_image = sum(not row.images for row in all_rows)
     report.unlabelled = sum(not row.is_labelled for row in all_rows)
     report.unanswered = sum(not row.has_answer for row in all_rows)
     report.metadata = dict(sorted(Counter(name for row in all_rows for name in row.metadata).items()))
@@ -133,8 +138,8 @@ def check_files(
 
 
 _NO_LABELS = (
-    "no row has a label, so there is nothing for the safety head to learn; add `category` and `level`, map the set's "
-    "own labels by a taxonomy, or read clean rows with --assume-safe"
+    "no row that can be read has a label, so there is nothing for the safety head to learn; add `category` and "
+    "`level`, map the set's own labels by a taxonomy, or read clean rows with --assume-safe"
 )
 
 

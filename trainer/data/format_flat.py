@@ -8,7 +8,7 @@ from urllib.parse import unquote, urlsplit
 
 from .errors import DataError
 from .format_base import Context, RowFormat, identifier, image_list, optional_text, single_turn, text_field
-from .schema import short
+from .record_fields import is_empty
 from .taxonomy import Taxonomy, shipped_taxonomies
 
 
@@ -17,7 +17,7 @@ def parse_flat(record: dict, *, context: Context, **_) -> dict:
     fields = taxonomy.fields
     images = _images(record, fields)
     if not images and "question" not in fields:
-        raise DataError("the image is missing, and the set has no questions without one; drop the row")
+        raise DataError("the image is missing, and the set has no question without one; drop the row")
     question = text_field(record, fields["question"]) if "question" in fields else taxonomy.prompt
     answer, system = (optional_text(record, fields.get(name)) for name in ("answer", "system"))
     row = {"images": images, "messages": single_turn(len(images), question, answer, system)}
@@ -27,13 +27,9 @@ def parse_flat(record: dict, *, context: Context, **_) -> dict:
 
 
 def _images(record: dict, fields: dict[str, str]) -> list:
-    """A null (in a csv, an empty field) is a row without image; a record without the field is another set's."""
+    """Without the field, or with null (in a csv, an empty field) in it, the row has no image."""
     name = fields.get("image") or fields.get("image_url")
-    if name is None:
-        return []
-    if name not in record:
-        raise DataError(f"`{name}` is missing, the record has {short(sorted(map(str, record)))}")
-    if record[name] is None or record[name] == "":
+    if name is None or is_empty(record.get(name)):
         return []
     if "image_url" in fields:
         path = PurePosixPath(unquote(urlsplit(text_field(record, name)).path))

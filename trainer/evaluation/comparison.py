@@ -147,6 +147,10 @@ def warnings(report: dict[str, Any]) -> list[str]:
     for name, of_system in report["systems"].items():
         if unread := of_system.get("num_guard_replies_without_verdict"):
             lines.append(f"`{name}`: {unread} replies of the guard were no verdict; these items were refused.")
+        if failed := of_system.get("num_failed_verdicts"):
+            lines.append(
+                f"`{name}`: {failed} verdicts failed, as the head's numbers were not finite; see the answers."
+            )
         if unfinished := of_system.get("num_unfinished_reasoning"):
             lines.append(
                 f"`{name}`: {unfinished} answers were cut off in their reasoning and count as no refusal; raise "

@@ -31,6 +31,7 @@ from safevlm.trainer.files import check_settings, replace_text
 from .answering import Answerer, load_checkpoint
 from .environment import environment
 from .guards import load_guard
+from .items import item_facts, make_items, write_items
 from .systems import System
 
 
@@ -64,6 +65,7 @@ def evaluate(
     from .judging import make_judge
     from .safety_task import DATA_VARIABLE
     from .task_data import LocalTaskManager
+    from .task_rows import LABELS_VARIABLE
 
     output, data = Path(output), Path(data)
     if not data.is_dir():
@@ -73,6 +75,8 @@ def evaluate(
     if limit is not None and limit % 2 and "mme" in tasks:
         raise ValueError(f"--limit {limit}: MME scores its questions in pairs; use an even limit.")
     os.environ[DATA_VARIABLE] = str(data.resolve())
+    if (labels := _safe_checkpoint(systems)) is not None:
+        os.environ[LABELS_VARIABLE] = labels
     with _quiet():
         manager = LocalTaskManager(data, tasks)
         names = manager.check(tasks)
@@ -101,7 +105,7 @@ def evaluate(
         )
         start = time.time()
         outcome, answers = _run(system, names, manager, models, folder, limit, seed, batch_size, max_new_tokens)
-        items[system.name] = _items({task: outcome["samples"][task] for task in leaves}, answers)
+        items[system.name] = make_items({task: outcome["samples"][task] for task in leaves}, answers)
         results[system.name] = {
             "system": system.describe(),
             "metrics": {task: _metrics(outcome["results"][task]) for task in leaves},
@@ -111,11 +115,11 @@ def evaluate(
     _judge(make_judge(judge, output / "judge_verdicts.jsonl", device), items, results, manager)
     for system in systems:
         name, by_task = system.name, items[system.name]
-        results[name] |= _item_facts(by_task, results[name]["metrics"])
+        results[name] |= item_facts(by_task, results[name]["metrics"])
         if (head := _head(system, by_task, manager, output / name / "head", seed)) is not None:
             results[name]["head"] = head
         for task, records in by_task.items():
-            _write_items(output / name / "items" / f"{task}.jsonl", records)
+            write_items(output / name / "items" / f"{task}.jsonl", records)
     report = {
         "command": command,
         "environment": {**environment(), **_versions(), "git_commit": _git_commit()},
@@ -127,6 +131,14 @@ def evaluate(
     replace_text(output / "results.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     write_comparison(report, output)
     return report
+
+
+def _safe_checkpoint(systems: Sequence[System]) -> str | None:
+    """A SafeVLM among what is compared: its labels are those of the user's own rows."""
+    from transformers import AutoConfig
+
+    checkpoints = {system.checkpoint: None for system in reversed(systems)}
+    return next((c for c in checkpoints if AutoConfig.from_pretrained(c).model_type == SafeVlmConfig.model_type), None)
 
 
 def _run(system, names, manager, models, folder, limit, seed, batch_size, max_new_tokens):
@@ -220,56 +232,6 @@ def fingerprint(checkpoint: str) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
-def _items(samples: dict[str, list[dict]], answers: dict) -> dict[str, list[dict]]:
-    """One record per item of each task, in the task's order, from lmms-eval's samples and the answer log."""
-    by_task = {}
-    for task, logged in samples.items():
-        by_task[task] = []
-        for sample in sorted(logged, key=lambda sample: sample["doc_id"]):
-            answer = answers[task, sample["doc_id"]]
-            doc = sample["doc"]
-            facts = {name: doc[name] for name in ("row_id", "kind", "category", "level", "source") if name in doc}
-            metrics = {name: value for name, value in sample.items() if name not in _SAMPLE_FIELDS}
-            by_task[task].append(
-                {
-                    "doc_id": sample["doc_id"],
-                    **facts,
-                    "prompt": answer["prompt"],
-                    "answer": answer["answer"],
-                    "verdict": answer["verdict"],
-                    "reference": doc.get("reference") if facts else sample["target"],
-                    "metrics": metrics,
-                }
-            )
-    return by_task
-
-
-_SAMPLE_FIELDS = {
-    *("doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "token_counts", "doc_hash", "input_media"),
-}
-
-
-def _item_facts(by_task: dict[str, list[dict]], metrics: dict[str, dict]) -> dict[str, Any]:
-    """How many items are behind each metric, and the rates by category and source."""
-    from .reasoning import split_reasoning
-    from .scoring import rates_by
-
-    facts: dict[str, Any] = {
-        "num_items": {
-            task: {name: sum(name in record["metrics"] for record in records) for name in metrics[task]}
-            for task, records in by_task.items()
-        },
-        "by_category": {task: rates_by(records, "category") for task, records in by_task.items()},
-        "by_source": {task: rates_by(records, "source") for task, records in by_task.items()},
-    }
-    everything = [record for records in by_task.values() for record in records]
-    facts["num_guard_replies_without_verdict"] = sum(
-        (record["verdict"] or {}).get("flagged", False) is None for record in everything
-    )
-    facts["num_unfinished_reasoning"] = sum(not split_reasoning(record["answer"])[1] for record in everything)
-    return facts
-
-
 def _head(system: System, by_task: dict[str, list[dict]], manager, folder: Path, seed: int) -> dict | None:
     """The safety head's report and plots on the labelled rows of our tasks; `None` where none has a verdict."""
     from transformers import AutoConfig
@@ -278,13 +240,14 @@ def _head(system: System, by_task: dict[str, list[dict]], manager, folder: Path,
     from .plots import plot_head_report
     from .scoring import head_predictions
 
+    config = AutoConfig.from_pretrained(system.checkpoint)
+    if config.model_type != SafeVlmConfig.model_type:
+        return None
     predictions = []
     for task, records in by_task.items():
         rows = manager.rows(task)
-        predictions += [] if rows is None else head_predictions(records, rows)
-    config = AutoConfig.from_pretrained(system.checkpoint)
-    labelled = any(None not in (prediction.level, prediction.category) for prediction in predictions)
-    if not labelled or config.model_type != SafeVlmConfig.model_type:
+        predictions += [] if rows is None else head_predictions(records, rows, config)
+    if not any(None not in (prediction.level, prediction.category) for prediction in predictions):
         return None
     policy = SafetyPolicy.from_value(config.safety_policy if system.policy is None else system.policy)
     policy = policy.replace(level_temperature=1.0, category_temperature=1.0)  # the verdicts' are calibrated already
@@ -300,10 +263,6 @@ def _metrics(values: dict[str, Any]) -> dict[str, float]:
         for name, value in named.items()
         if isinstance(value, (int, float)) and not isinstance(value, bool) and "_stderr" not in name
     }
-
-
-def _write_items(path: Path, records: list[dict]):
-    replace_text(path, "".join(json.dumps(r, ensure_ascii=False, default=str) + "\n" for r in records))
 
 
 def _versions() -> dict[str, str]:

@@ -53,11 +53,11 @@ def trainer_metrics(prediction) -> dict[str, float]:
     """
     `compute_metrics` for [`SafeVlmTrainer`]: the head's plain arg max, before any policy.
 
-    Rows without labels or without an image (their logits are NaN) are left out.
+    Rows without labels or without an image are left out.
     """
-    level_logits, category_logits = prediction.predictions[:2]
-    _, level_labels, category_labels = prediction.label_ids
-    known = (level_labels >= 0) & (category_labels >= 0) & ~np.isnan(level_logits).any(axis=-1)
+    level_logits, category_logits, assessed = (_column(prediction.predictions, i) for i in range(3))
+    level_labels, category_labels = (_column(prediction.label_ids, i) for i in (1, 2))
+    known = (level_labels >= 0) & (category_labels >= 0) & assessed
     if not known.any():
         return {"num_assessed": 0}
     exponentials = np.exp(level_logits - level_logits.max(axis=-1, keepdims=True))
@@ -70,3 +70,8 @@ def trainer_metrics(prediction) -> dict[str, float]:
         scores[known],
     )
     return {name: value for name, value in metrics.items() if value is not None}
+
+
+def _column(parts, index: int) -> np.ndarray:
+    """One of the Trainer's arrays, over all rows; with `eval_do_concat_batches=False` it gives a list of batches."""
+    return np.concatenate([batch[index] for batch in parts]) if isinstance(parts, list) else parts[index]

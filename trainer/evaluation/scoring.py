@@ -43,20 +43,26 @@ def _normalised(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def head_predictions(records: list[dict], rows) -> list[HeadPrediction]:
+def head_predictions(records: list[dict], rows, config) -> list[HeadPrediction]:
     """
     The verdicts on items as [`head_report`] takes them: their probabilities, calibrated already, as log probabilities.
+    Items on which the head gave none (no image, or numbers that are not finite) are left out.
 
     Args:
         records (`list[dict]`): Items of one task.
         rows (sequence of `SafetyExample`): The task's, which the items' `doc_id` counts.
+        config (`SafeVlmConfig`): Its labels. An item with one that it does not have counts as unlabelled.
     """
+
+    def label(name, names):
+        return list(names).index(name) if name in names else None
+
     return [
         HeadPrediction(
             row_id=record["row_id"],
             source=record["source"],
-            level=record["level"],
-            category=record["category"],
+            level=label(record["level"], config.level_names),
+            category=label(record["category"], config.category_names),
             level_logits=(_logs(record["verdict"]["level_probabilities"]),),
             category_logits=(_logs(record["verdict"]["category_probabilities"]),),
             whole_conversation=(False,),
@@ -64,7 +70,7 @@ def head_predictions(records: list[dict], rows) -> list[HeadPrediction]:
             fingerprint="",
         )
         for record in records
-        if (record["verdict"] or {}).get("assessed") and "row_id" in record
+        if (record["verdict"] or {}).get("level_probabilities") and "row_id" in record
     ]
 
 

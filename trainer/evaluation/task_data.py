@@ -14,7 +14,7 @@ from lmms_eval.tasks import TaskManager
 
 from safevlm.trainer.data import SafetyExample
 
-from .task_rows import task_rows
+from .task_rows import task_labels, task_rows
 
 TASKS_FOLDER = Path(__file__).with_name("tasks")
 LMMS_TASKS = Path(lmms_eval.tasks.__file__).parent
@@ -76,7 +76,10 @@ class LocalTaskManager(TaskManager):
     def rows(self, name: str) -> list[SafetyExample] | None:
         """The rows of one of our tasks, `None` for lmms-eval's."""
         config = self._get_config(name)
-        return task_rows(self.data, name, **config["metadata"]["rows"]) if "class" in config else None
+        if "class" not in config:
+            return None
+        settings = config["metadata"]
+        return task_rows(self.data, name, **settings["rows"], labels=task_labels(settings))
 
     def leaves(self, name: str) -> Iterator[str]:
         """The single tasks of a task, group or tag."""

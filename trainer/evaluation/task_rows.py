@@ -6,14 +6,21 @@ import json
 import os
 from pathlib import Path
 
-from safevlm.safety_labels import PAPER_LABELS
-from safevlm.trainer.data import DataError, SafetyExample, read_rows
+from safevlm.safety_labels import PAPER_LABELS, SafetyLabels
+from safevlm.trainer.data import DataError, SafetyExample, load_labels, read_rows
 
+LABELS_VARIABLE = "SAFEVLM_EVAL_LABELS"
+"""Whose labels the rows of a user's own have: a SafeVLM, a recipe or a YAML file. By default they are the paper's."""
 HOW_TO_GET = "trainer/evaluation/README.md says how to get each data set and where it goes"
 
 
 def task_rows(
-    data: Path, task: str, path: str, images: str | None = None, format: str | None = None
+    data: Path,
+    task: str,
+    path: str,
+    images: str | None = None,
+    format: str | None = None,
+    labels: SafetyLabels = PAPER_LABELS,
 ) -> list[SafetyExample]:
     """
     Reads a task's rows; a bad row raises, since a benchmark with rows left out is another benchmark.
@@ -23,6 +30,7 @@ def task_rows(
         path (`str`): Data file or folder under it, or a glob (read in order of the names).
         images (`str`, *optional*): Image folder relative to the data file's; by default that folder itself.
         format (`str`, *optional*): See [`read_rows`]; `"mossbench"` is read here. Recognised when omitted.
+        labels (`SafetyLabels`, *optional*): What the rows' labels mean.
     """
     files = sorted(data.glob(path))
     if not files:
@@ -33,8 +41,13 @@ def task_rows(
         if format == "mossbench":
             rows += mossbench_rows(file, folder or file.parent)
         else:
-            rows += read_rows(file, folder, format=format, require_answer=False, check_images="header")
+            rows += read_rows(file, folder, format=format, labels=labels, require_answer=False, check_images="header")
     return rows
+
+
+def task_labels(metadata: dict) -> SafetyLabels:
+    """What the labels of a task's rows mean: the paper's, to which public sets are mapped, or the model's own."""
+    return load_labels(os.environ.get(LABELS_VARIABLE)) if metadata.get("own_labels") else PAPER_LABELS
 
 
 def mossbench_rows(path: Path, image_folder: Path) -> list[SafetyExample]:

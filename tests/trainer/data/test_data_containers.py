@@ -18,6 +18,7 @@ from safevlm.trainer.data import (
     ArchivedImage,
     DataError,
     ImageError,
+    containers,
     data_files,
     images,
     iter_rows,
@@ -332,7 +333,7 @@ def test_zip_bomb_is_refused_by_its_size_before_it_is_unpacked(zipped, write, mo
     monkeypatch.setattr(images, "MAX_FILE_BYTES", 1_000_000)
     with pytest.raises(ImageError, match="unpacks to 10000000 bytes, more than 1000000"):
         read_rows(write(llava("a.png")), archive)
-    monkeypatch.setattr(data_files, "MAX_DATA_BYTES", 1000)
+    monkeypatch.setattr(containers, "MAX_DATA_BYTES", 1000)
     with pytest.raises(DataError, match="unpacks to .* bytes, more than 1000"):
         read_rows(zipped({"rows.json": llava(*["a.png"] * 100)}))
 

@@ -328,7 +328,7 @@ def test_question_about_an_image_is_never_asked_without_it(save):
     with pytest.raises(DataError, match="the image is missing"):
         read_rows(path, require_answer=False)
     record = {name: value for name, value in FLAT["unsafebench"][0].items() if name != "image"}
-    with pytest.raises(DataError, match="`image` is missing, the record has"):
+    with pytest.raises(DataError, match="the image is missing"):
         read_rows(save("rows.json", [record]), require_answer=False)
 
 
@@ -372,6 +372,14 @@ def test_chat_parts_may_carry_their_image(part, save, picture):
 def test_bad_chat_record_is_an_error(record, reason, save):
     with pytest.raises(DataError, match=f"item 1: .*{reason}"):
         read_rows(save("rows.json", [record]), require_answer=False, check_images="none")
+
+
+def test_question_that_needs_no_image_is_read_without_one(save):
+    record = {name: value for name, value in FLAT["spa_vl"][0].items() if name not in ("image", "rejected")}
+    (row,) = read_rows(save("rows.json", [record]), format="spa_vl")
+    assert row.images == () and labels(row) == ("insults and bullying", "high")
+    with pytest.raises(DataError, match="`picture`.*looks like a picture"):  # a picture under another name
+        read_rows(save("rows.json", [{**record, "picture": "a.png"}]), format="spa_vl")
 
 
 def test_record_of_two_formats_asks_which(save):

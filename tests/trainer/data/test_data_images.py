@@ -7,6 +7,7 @@ import struct
 import threading
 import warnings
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -225,3 +226,9 @@ def test_damaged_bytes_load_or_raise_image_error(seed, changes, data):
         assert load_image(bytes(damaged), max_pixels=10_000).mode == "RGB"
     except ImageError:
         pass
+
+
+@pytest.mark.parametrize("source", ["https://example.com/a.png", Path("https://example.com/a.png")])
+def test_a_web_address_is_called_one(source):
+    with pytest.raises(ImageError, match="is a web address, which is not fetched; save the picture and name its file"):
+        load_image(source)

@@ -111,10 +111,15 @@ def test_the_plots_texts_lie_inside_it_and_none_overlaps_another():
 
 def test_a_table_says_what_was_refused_unread_and_what_was_cut_off(tmp_path):
     facts = report({"guard": {"figstep": {"attack_success_rate": 1.0}}})
-    facts["systems"]["guard"] |= {"num_guard_replies_without_verdict": 3, "num_unfinished_reasoning": 2}
+    facts["systems"]["guard"] |= {
+        "num_guard_replies_without_verdict": 3,
+        "num_failed_verdicts": 1,
+        "num_unfinished_reasoning": 2,
+    }
     write_comparison(facts, tmp_path)
     text = (tmp_path / "comparison.md").read_text()
     assert "`guard`: 3 replies of the guard were no verdict; these items were refused." in text
+    assert "`guard`: 1 verdicts failed" in text
     assert "`guard`: 2 answers were cut off in their reasoning" in text
 
 

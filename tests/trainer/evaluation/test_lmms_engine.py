@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from tiny import picture, tiny_llava, tiny_processor
+from tiny import picture, safe_model, tiny_llava, tiny_processor
 
 pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: pip install 'safevlm[eval]'")
 
@@ -55,6 +55,27 @@ def run(world, output, tasks=("own",), systems=None, **options):
     return evaluate(systems, list(tasks), world / "data", output, **options)
 
 
+@pytest.fixture(scope="module")
+def own_labels(tmp_path_factory, processor):
+    """As `world`, with categories and levels of one's own: the safe category has another name and place."""
+    folder = tmp_path_factory.mktemp("own-labels")
+    labels = {"category_names": ["harmless", "weapon"], "level_names": ["no", "yes"], "safe_category": "harmless"}
+    policy = {"level_actions": {"yes": "refuse"}}
+    safe_model(tiny_llava(), processor, **labels, safety_policy=policy).save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    (folder / "data" / "own").mkdir(parents=True)
+    rows = []
+    for i, (category, level) in enumerate(
+        [("weapon", "yes"), ("harmless", "no"), ("harmless", "no"), ("weapon", "yes")]
+    ):
+        picture(i).save(folder / "data" / "own" / f"{i}.png")
+        content = [{"type": "image"}, {"type": "text", "text": f"What is in the picture, {'yes' * i}?"}]
+        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "A knife."}]
+        rows.append({"messages": messages, "images": [f"{i}.png"], "category": category, "level": level})
+    (folder / "data" / "own" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
 def lines(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
@@ -71,6 +92,21 @@ def scripted(monkeypatch):
         monkeypatch.setattr(engine._Checkpoints, "answerer", lambda self, system: Scripted())
 
     return install
+
+
+def test_rows_and_verdicts_have_the_models_own_labels(own_labels, tmp_path):
+    report = run(own_labels, tmp_path)
+    items = lines(tmp_path / "model" / "items" / "own.jsonl")
+    assert [(item["category"], item["level"], item["kind"]) for item in items] == [
+        ("weapon", "yes", "harmful"),
+        ("harmless", "no", "benign"),
+        ("harmless", "no", "benign"),
+        ("weapon", "yes", "harmful"),
+    ]
+    model = report["systems"]["model"]
+    assert set(model["by_category"]["own"]) == {"weapon", "harmless"}
+    assert model["head"]["num_measured"] == 4 and model["head"]["num_risky"] == 2
+    assert set(model["head"]["by_category"]) == {"harmless", "weapon"}
 
 
 def test_answers_verdicts_and_metrics_are_kept_per_item(world, tmp_path):

@@ -1,0 +1,125 @@
+"""What every HTTP request passes before Gradio sees it: who sent it, how large it is, if uploads have room."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from pathlib import Path
+
+from guards import RateLimiter, Refused
+from settings import Settings
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import PlainTextResponse
+
+# Of requests other than uploads: a question, a policy's name, Gradio's own fields.
+MAX_BODY_BYTES = 2**20
+
+
+class Gate:
+    """
+    ASGI middleware. Behind it `request.client.host` is the visitor's address, whatever the request says of itself.
+
+    Args:
+        app: The ASGI application.
+        settings (`Settings`)
+        limiter (`RateLimiter`): Counts uploads; shared with what counts questions.
+        uploads (`str`): The folder that Gradio puts uploads into.
+    """
+
+    def __init__(self, app, settings: Settings, limiter: RateLimiter, uploads: str):
+        self.app, self.settings, self.limiter, self.uploads = app, settings, limiter, uploads
+        self.arriving = 0  # bytes of uploads that are being received
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] not in ("http", "websocket"):
+            return await self.app(scope, receive, send)
+        address = visitor_address(scope, self.settings.proxies)
+        headers = [(name, value) for name, value in scope["headers"] if name != b"x-forwarded-for"]
+        scope = {**scope, "client": (address, 0), "headers": headers}
+        if scope["type"] == "websocket" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
+            return await self.app(scope, receive, send)
+        upload = scope["path"].rstrip("/").endswith("/upload")
+        length, refusal = self._admit(Headers(scope=scope), upload, address)
+        if refusal is not None:
+            return await refusal(scope, receive, send)
+        self.arriving += length * upload
+        try:
+            return await self.app(scope, receive, send)
+        finally:
+            self.arriving -= length * upload
+
+    def _admit(self, headers: Headers, upload: bool, address: str) -> tuple[int, PlainTextResponse | None]:
+        length = headers.get("content-length", "0" if "transfer-encoding" not in headers else "")
+        if not length.isdecimal():  # a length that is not said beforehand has no limit
+            return 0, PlainTextResponse("Say the Content-Length.", 411)
+        length, file_bytes = int(length), self.settings.max_file_mb * 2**20
+        if not upload:
+            too_large = PlainTextResponse("The request is too large.", 413)
+            return length, too_large if length > MAX_BODY_BYTES else None
+        if length > self.settings.max_audit_images * (file_bytes + 10_000):
+            return length, PlainTextResponse("The upload is too large.", 413)
+        try:
+            self.limiter.check(address, cost=max(1, -(-length // file_bytes)))
+        except Refused as error:
+            return length, PlainTextResponse(str(error), 429)
+        if folder_bytes(self.uploads) + self.arriving + length > self.settings.max_uploads_mb * 2**20:
+            return length, PlainTextResponse("There is no room for uploads now. Try again later.", 507)
+        return length, None
+
+
+def visitor_address(scope, proxies: int) -> str:
+    """
+    The visitor's network address; of IPv6 the network, since one visitor has all addresses in it.
+
+    Args:
+        scope (`dict`): Of ASGI.
+        proxies (`int`): Trusted proxies in front. What a client itself writes into `X-Forwarded-For`, in one header
+            line or several, comes before what they add, and is not read.
+    """
+    lines = Headers(scope=scope).getlist("x-forwarded-for")
+    forwarded = [part.strip() for part in ",".join(lines).split(",") if part.strip()]
+    address = scope["client"][0] if scope.get("client") else "unknown"
+    if 0 < proxies <= len(forwarded):
+        address = forwarded[-proxies][:64]
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return address
+    parsed = getattr(parsed, "ipv4_mapped", None) or parsed
+    return str(parsed) if parsed.version == 4 else str(ipaddress.ip_network((parsed, 64), strict=False))
+
+
+def folder_bytes(folder: str) -> int:
+    total = 0
+    for path, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += (Path(path) / name).stat().st_size
+            except OSError:  # deleted meanwhile
+                continue
+    return total
+
+
+class SecurityHeaders:
+    """The page may load nothing from elsewhere, be framed by the Hub only, and its files keep their declared type."""
+
+    POLICY = (
+        "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+        "img-src 'self' data: blob:; media-src 'self' blob:; font-src 'self' data:; worker-src 'self' blob:; "
+        "connect-src 'self'; object-src 'none'; base-uri 'self'; "
+        "frame-ancestors 'self' https://huggingface.co https://*.hf.space"
+    )
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        async def send_with_headers(message):
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers["Content-Security-Policy"] = self.POLICY
+                headers["X-Content-Type-Options"] = "nosniff"
+                headers["Referrer-Policy"] = "no-referrer"
+            await send(message)
+
+        await self.app(scope, receive, send_with_headers)

@@ -1,0 +1,75 @@
+"""Checkpoints and saved models: which one is whole, how its weights come back, and writing without halves."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .files import replace_folder
+
+
+def last_complete_checkpoint(folder: str | os.PathLike) -> str | None:
+    """The newest checkpoint that was written to its end; an interrupted save is passed over."""
+    found = [
+        (int(match.group(1)), path)
+        for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if (match := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name))
+        and _is_whole(path / TRAINER_STATE_NAME)  # the Trainer writes it last
+    ]
+    return str(max(found)[1]) if found else None
+
+
+def _is_whole(trainer_state: Path) -> bool:
+    try:
+        json.loads(trainer_state.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def load_weights(model, checkpoint: str | os.PathLike):
+    """
+    Gives `model`, a plain SafeVLM, the weights of a checkpoint.
+
+    By `from_pretrained`, not by the names in the file: `save_pretrained` writes those of many base families in their
+    legacy form, and `load_state_dict(strict=False)`, as `Trainer` does it, would leave the base as it is.
+    """
+    # What trains is in float32, its base may not be: float32 holds both.
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    weights = type(model).from_pretrained(checkpoint, dtype=dtype).state_dict()
+    if not getattr(model, "is_quantized", False):
+        model.load_state_dict(weights)
+        return
+    # Quantised weights never train, and cannot be copied into each other.
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if missing := sorted(trained - set(weights)):
+        raise ValueError(f"The checkpoint {checkpoint} lacks {len(missing)} weights: {missing[0]}")
+    model.load_state_dict({name: weight for name, weight in weights.items() if name in trained}, strict=False)
+
+
+def save_atomically(model, processor, folder: Path):
+    """Writes a model and its processor so that `folder` is there whole or not at all; an old one stays until then."""
+
+    def save(partial):
+        model.save_pretrained(partial)
+        processor.save_pretrained(partial)
+
+    write_atomically(save, folder)
+
+
+def write_atomically(write, folder: Path):
+    """
+    Calls `write(partial_folder)`, then puts that folder in the place of `folder`; on the main process only.
+
+    A crash leaves the former `folder` whole, or, between two renames, none.
+    """
+    state = PartialState()
+    if state.is_main_process:
+        replace_folder(write, Path(folder))
+    state.wait_for_everyone()
