@@ -14,6 +14,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from posixpath import dirname, join, normpath
 
+from safevlm.safety_labels import PAPER_LABELS
+from safevlm.safety_policy import SafetyPolicy
+
 FOLDERS = [Path(find_spec(package).origin).parent for package in ("safevlm", "safevlm.processing")]
 # Of a model, of another model that config.json points to by version, of the processor and its parts, of the tokenizer.
 CONFIGS = ("config*.json", "*processor_config.json", "tokenizer_config.json")
@@ -60,12 +63,14 @@ class Review:
         elsewhere (`list[str]`): What names code that is not in the folder: another repository's, or nobody's.
         not_loaded (`list[str]`): Python files that would not run.
         saved_by (`str`, *optional*): The release of safevlm that wrote the configuration.
+        weaknesses (`list[str]`): In which ways the model's policy is milder than the preset "default".
     """
 
     files: list[CodeFile]
     elsewhere: list[str]
     not_loaded: list[str]
     saved_by: str | None
+    weaknesses: list[str]
 
     @property
     def others(self) -> list[CodeFile]:
@@ -130,6 +135,7 @@ def review_code(folder: Path) -> Review:
         elsewhere,
         [name for name in found if name not in names],
         read_json(folder / "config.json").get("safevlm_version"),
+        _weaknesses(read_json(folder / "config.json")),
     )
 
 
@@ -227,6 +233,17 @@ def _released(name: str, content: bytes) -> bytes | None:
     paths = [folder / name for folder in FOLDERS if "/" not in name and (folder / name).is_file()]
     found = [path.read_bytes() for path in paths]
     return content if content in found else next(iter(found), None)
+
+
+def _weaknesses(config: dict) -> list[str]:
+    labels = {name: config.get(f"{name}_names") for name in ("category", "level")}
+    try:
+        policy = SafetyPolicy.from_value(config.get("safety_policy", "default"), files=False)
+        return policy.weaknesses(
+            labels["category"] or PAPER_LABELS.category_names, labels["level"] or PAPER_LABELS.level_names
+        )
+    except (ValueError, TypeError) as error:
+        return [f"it is none: {error}"]
 
 
 def _values(value) -> list:

@@ -41,6 +41,8 @@ class Backbone:
     language_model_parts: tuple[str, ...] = ("model.language_model", "lm_head")
     # The safety projector that fits: "c_abstractor" where an image is always one square grid of patches.
     projector_type: str = "resampler"
+    # Whether a prompt's tokens are read without what follows them, so that a longer prompt leaves them as they were.
+    reads_forwards: bool = True
 
     def __init__(self, config):
         self.config = config
@@ -70,6 +72,10 @@ class Backbone:
     def tokens(self, output) -> list[int]:
         """Image tokens per unit. By default `pooler_output` has one entry per unit."""
         return [len(unit) for unit in output.pooler_output]
+
+    def units(self, **image_inputs) -> list[tuple[torch.Tensor, ...]]:
+        """What describes each unit, to tell it from others. By default each input has one entry per unit."""
+        return list(zip(*image_inputs.values(), strict=True))
 
 
 class LlavaBackbone(Backbone):
@@ -123,8 +129,17 @@ class LlavaOnevisionBackbone(LlavaNextBackbone):
         tiles = super()._tiles_per_image(image_sizes)
         if batch_num_images is None:
             return tiles
-        alone = [int(n) == 1 for n in batch_num_images for _ in range(int(n))]
+        alone = [n == 1 for n in self._images_beside(batch_num_images)]
         return [n if is_alone else 1 for n, is_alone in zip(tiles, alone, strict=True)]
+
+    def units(self, batch_num_images=None, **image_inputs):
+        if batch_num_images is not None:
+            image_inputs["images_beside"] = self._images_beside(batch_num_images)
+        return super().units(**image_inputs)
+
+    def _images_beside(self, batch_num_images) -> list[int]:
+        """For each image, how many its prompt has."""
+        return [int(n) for n in batch_num_images for _ in range(int(n))]
 
 
 class QwenVLBackbone(Backbone):
@@ -141,6 +156,9 @@ class QwenVLBackbone(Backbone):
     def patches(self, output, image_grid_thw=None, **image_inputs):
         return list(output.last_hidden_state.split(image_grid_thw.prod(-1).tolist()))
 
+    def units(self, pixel_values, image_grid_thw):
+        return list(zip(pixel_values.split(image_grid_thw.prod(-1).tolist()), image_grid_thw, strict=True))
+
 
 class Gemma3Backbone(Backbone):
     """Gemma 3: SigLIP's square grid; pan-and-scan adds crops as further units of an image."""
@@ -150,6 +168,7 @@ class PaliGemmaBackbone(Backbone):
     """PaliGemma: SigLIP's square grid; the prompt is read in both directions, the answer forwards."""
 
     projector_type = "c_abstractor"
+    reads_forwards = False
 
     def training_inputs(self, labels):
         return {"token_type_ids": (labels != IGNORE_INDEX).long()}
@@ -164,6 +183,10 @@ class Idefics3Backbone(Backbone):
     def tokens(self, output):
         num_tiles = len(output.last_hidden_state)
         return [sum(len(row) for row in output.pooler_output) // num_tiles] * num_tiles
+
+    def units(self, **image_inputs):
+        tiles = super().units(**{name: value.flatten(0, 1) for name, value in image_inputs.items()})
+        return [tile for tile in tiles if tile[0].any()]  # the others pad rows that have fewer
 
 
 class InternVLBackbone(Backbone):

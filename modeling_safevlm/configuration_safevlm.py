@@ -38,7 +38,8 @@ class SafeVlmConfig(PreTrainedConfig):
         category_names, level_names (`list[str]`): Labels, in the order of their ids. `safe_category` is the one
             without risk; level 0 is "no risk".
         safety_level_loss_coef, safety_category_loss_coef (`float`): Weights of the classification losses (paper: 10).
-        safety_policy (`SafetyPolicy`, `dict` or preset name): The policy in force unless a call names another.
+        safety_policy (`SafetyPolicy`, `dict` or preset name): The policy in force unless a call names another. No
+            path: a downloaded model must not name files here.
         safety_token_id (`int`): Token id of the `<safety>` placeholder.
         policy_token_ids (`dict[str, str]`): The policy's texts as token ids (space separated), made by `from_base`, so
             that the model can write hints and refusals without a tokenizer.
@@ -106,7 +107,7 @@ class SafeVlmConfig(PreTrainedConfig):
         self.safe_category = labels.safe_category
         self.safety_level_loss_coef = safety_level_loss_coef
         self.safety_category_loss_coef = safety_category_loss_coef
-        self.safety_policy = SafetyPolicy.from_value(safety_policy).to_dict()
+        self.safety_policy = SafetyPolicy.from_value(safety_policy, files=False).to_dict()
         self.safety_token_id = safety_token_id
         self.policy_token_ids = dict(policy_token_ids or {})
         self.generation_prompt_token_ids = list(generation_prompt_token_ids or [])
@@ -142,7 +143,7 @@ class SafeVlmConfig(PreTrainedConfig):
             raise ValueError(
                 f"`safety_projector_type` must be 'c_abstractor' or 'resampler', got {self.safety_projector_type!r}."
             )
-        SafetyPolicy.from_value(self.safety_policy).check_labels(self.category_names, self.level_names)
+        SafetyPolicy.from_value(self.safety_policy, files=False).check_labels(self.category_names, self.level_names)
 
     @classmethod
     def paper(cls, base_config=None, **kwargs) -> "SafeVlmConfig":

@@ -22,6 +22,9 @@ class Placement:
         values (`torch.FloatTensor` of shape `(num_placeholders, hidden_size)`)
         token_id (`int`): The placeholder's; no other token is ever replaced.
         slots (`torch.LongTensor` of shape `(batch_size, prompt_length)`): Index into `values`, or -1.
+        placed (`torch.LongTensor` of shape `(num_placeholders,)`): How often each value was placed.
+        used (`bool`): Whether the base ran.
+        start (`int`): What a cache held before the prompt's first token.
         offset (`int` or scalar `torch.LongTensor`): Prompt position of the first token that the embedding sees next.
             It moves on in chunked prefill. Static caches give a tensor, which is never read back to the host.
     """
@@ -30,6 +33,9 @@ class Placement:
     values: torch.Tensor
     token_id: int
     slots: torch.Tensor
+    placed: torch.Tensor
+    used: bool = False
+    start: int = 0
     offset: int | torch.Tensor = 0
 
 
@@ -47,45 +53,65 @@ def placeholder_slots(input_ids: torch.Tensor, safety_token_id: int) -> torch.Te
 
 
 @contextmanager
-def place_embeddings(base: nn.Module, values: torch.Tensor, input_ids: torch.Tensor, token_id: int | None):
+def place_embeddings(
+    base: nn.Module,
+    values: torch.Tensor | None,
+    input_ids: torch.Tensor,
+    token_id: int | None,
+    num_cached: int = 0,
+    start: int = 0,
+):
     """
-    Inside this context the base's token embedding returns `values` at the placeholders of the prompt `input_ids`.
+    Inside this context the base's token embedding returns `values` at the placeholders of the prompt `input_ids`, and
+    nothing else: what an outer context places (this one may be opened by a logits processor) waits for its end.
 
     Args:
-        values (`torch.FloatTensor` of shape `(num_placeholders, hidden_size)`): In the order of the prompt's rows.
+        values (`torch.FloatTensor` of shape `(num_placeholders, hidden_size)`, *optional*): In the order of the
+            prompt's rows.
         token_id (`int`): The placeholder's.
+        num_cached (`int`): How many of the prompt's tokens a cache holds already.
+        start (`int`): How many tokens a cache holds that come before the prompt.
+
+    Raises:
+        `RuntimeError`: The base ran, and a placeholder went through without its embedding.
     """
-    if len(values) == 0:  # a model without safety tokens
-        yield
-        return
-    _install_hooks(base)
-    before = _ACTIVE.placement
-    _ACTIVE.placement = Placement(
-        base.get_input_embeddings(), values, token_id, placeholder_slots(input_ids, token_id)
-    )
+    before, placement = _ACTIVE.placement, None
+    if values is not None and len(values):
+        _install_hooks(base)
+        slots = placeholder_slots(input_ids, token_id)
+        placed = torch.zeros(len(values), dtype=torch.long, device=slots.device)
+        placement = Placement(base.get_input_embeddings(), values, token_id, slots, placed, start=start)
+    _ACTIVE.placement = placement
     try:
         yield
     finally:
         _ACTIVE.placement = before
+    if placement is not None and placement.used:
+        expected = slots[:, num_cached:]
+        missing = int((placement.placed[expected[expected >= 0]] == 0).sum())
+        if missing:
+            raise RuntimeError(
+                f"{missing} of {len(values)} safety embeddings did not reach the base model's input: something else "
+                f"computes its embeddings. Call the SafeVLM's `generate` or `forward`, with the base as it was loaded."
+            )
 
 
 def _install_hooks(base: nn.Module):
     """Once per module; the embedding may be another one than last time (after a resize, say)."""
     embedding = base.get_input_embeddings()
-    for module, register in (
-        (base, lambda m: m.register_forward_pre_hook(_note_offset, with_kwargs=True)),
-        (embedding, lambda m: m.register_forward_hook(_replace_placeholders)),
-    ):
-        if not getattr(module, "_safevlm_hooked", False):
-            register(module)
-            module._safevlm_hooked = True
+    # Another copy of this code (a model's own beside the package's) has hooks of its own, which know nothing of ours.
+    if _note_offset not in base._forward_pre_hooks.values():
+        base.register_forward_pre_hook(_note_offset, with_kwargs=True)
+    if _replace_placeholders not in embedding._forward_hooks.values():
+        embedding.register_forward_hook(_replace_placeholders)
 
 
 def _note_offset(base, args, kwargs):
     placement = _ACTIVE.placement
     if placement is not None and placement.embedding is base.get_input_embeddings():
         cache = kwargs.get("past_key_values")
-        placement.offset = 0 if cache is None else cache.get_seq_length()
+        placement.used = True
+        placement.offset = 0 if cache is None else cache.get_seq_length() - placement.start
 
 
 def _replace_placeholders(embedding, args, output):
@@ -96,6 +122,8 @@ def _replace_placeholders(embedding, args, output):
     prompt_length = slots.shape[1]
     if isinstance(offset, int) and offset >= prompt_length:  # decoding: every placeholder is in the cache already
         return output
+    if output.shape[0] % slots.shape[0]:  # somebody's own pass over other rows
+        return output
     columns = offset + torch.arange(output.shape[1], device=output.device)
     # Tokens after the prompt are no placeholders; beams and several sequences per prompt repeat each row.
     slots = torch.where(columns < prompt_length, slots[:, columns.clamp(max=prompt_length - 1)], -1)
@@ -103,4 +131,7 @@ def _replace_placeholders(embedding, args, output):
     values = placement.values.to(output.device, output.dtype)
     # Passes over other tokens at these positions (classifier-free guidance has its own cache) keep their embeddings.
     placed = (slots >= 0) & (args[0].to(output.device) == placement.token_id)
-    return torch.where(placed.unsqueeze(-1), values[slots.clamp(min=0)], output)
+    slots = slots.clamp(min=0)
+    counts = placement.placed
+    placement.placed = counts.index_add(0, slots.flatten().to(counts.device), placed.flatten().to(counts))
+    return torch.where(placed.unsqueeze(-1), values[slots], output)

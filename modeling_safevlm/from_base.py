@@ -14,6 +14,7 @@ from .configuration_safevlm import SafeVlmConfig
 from .devices import compute_device
 from .quantization import keep_output_layer, share_quantization
 from .safety_adapter import adapter_config, adapter_folder, load_adapter_weights
+from .safety_policy import SafetyPolicy
 
 # What a SafeVlmConfig says beside its base: the options of `from_base`.
 SAFETY_FIELDS = [name for name in inspect.signature(SafeVlmConfig).parameters if name not in ("base_config", "kwargs")]
@@ -39,18 +40,26 @@ def from_base(
     Returns:
         `SafeVlmForConditionalGeneration`
     """
+    if "safety_policy" in safety:  # here it may be a file; in a configuration, which travels, it may not
+        safety["safety_policy"] = SafetyPolicy.from_value(safety["safety_policy"])
     if isinstance(base, PreTrainedModel):
         name = base.config._name_or_path
+    elif type(base).__module__.startswith("peft."):
+        _refuse_peft(type(base).__name__)
     elif not isinstance(base, (str, Path)):
         raise TypeError(f"`base` must be a Hub id, a folder or a loaded model, got {type(base).__name__}.")
     else:
         name = str(base)
+        if (Path(name) / "adapter_config.json").is_file():
+            _refuse_peft(name)
         get_backbone(AutoConfig.from_pretrained(name))  # a clear error before gigabytes are read
         base_kwargs = dict(base_kwargs or {})
         if base_kwargs.get("quantization_config") is not None:
             base_kwargs["quantization_config"] = keep_output_layer(base_kwargs["quantization_config"])
         base = AutoModelForImageTextToText.from_pretrained(name, **base_kwargs)
     get_backbone(base.config)
+    if any(type(module).__module__.startswith("peft.") for module in base.modules()):
+        _refuse_peft(name)
     if safety_adapter is not None:
         safety_adapter = adapter_folder(safety_adapter)
         config = adapter_config(safety_adapter, base.config)
@@ -69,6 +78,13 @@ def from_base(
         _make_room_for_placeholder(model)
         model = load_adapter_weights(model, safety_adapter)
     return model.train(was_training)
+
+
+def _refuse_peft(name: str):
+    raise ValueError(
+        f"The base {name!r} carries a PEFT adapter (LoRA, say), with which a SafeVLM could not be loaded again. "
+        f"Merge it first: `base = PeftModel.from_pretrained(base, adapter).merge_and_unload()`."
+    )
 
 
 def wrap(cls, base: PreTrainedModel, config: SafeVlmConfig):

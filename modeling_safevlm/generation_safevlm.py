@@ -7,20 +7,39 @@ back is [the caller's input ids; new tokens]: hints never show.
 """
 
 import copy
+from dataclasses import dataclass
 
 import torch
 from transformers import GenerationMixin, LogitsProcessorList
 
-from .cached_prompt import remember_prompt, reuse_cache, uncached_features
+from .cached_prompt import picture_digests, remember_prompt, reuse_cache, uncached_features
 from .embedding_hook import place_embeddings
-from .policy_enforcement import EnforcePolicy, PromptStreamer
-from .prompt_editing import edit_prompt, hint_column, open_answers
+from .policy_enforcement import EnforcePolicy, PromptStreamer, check_text_ids
+from .policy_texts import answer_opening_token_ids
+from .prompt_editing import edit_prompt, hint_column, open_answers, per_token
 from .question_reading import PromptParts, prompt_parts
+from .request_checks import check_attention, check_generation, check_inputs
 from .safety_assessment import SafetyAssessment
 from .safety_policy import ACTIONS, SafetyPolicy
 
 REFUSE = ACTIONS.index("refuse")
 POLICY_OFF = (-1, -1)  # in place of a row's action and category
+
+
+@dataclass
+class GuardedRequest:
+    """
+    What [`guard`] found out about a batch of prompts.
+
+    Args:
+        features (`ImageFeatures`, *optional*): `None` if there are no images.
+        parts (`PromptParts`): Which tokens are questions.
+        assessment (`SafetyAssessment`): The verdict on each row.
+    """
+
+    features: object | None
+    parts: PromptParts
+    assessment: SafetyAssessment
 
 
 class SafeVlmGenerationMixin(GenerationMixin):
@@ -49,9 +68,32 @@ class SafeVlmGenerationMixin(GenerationMixin):
         check_inputs(input_ids, **image_inputs)
         policy = self.resolve_policy(safety_policy)
         attention_mask = self._attention_mask(input_ids, attention_mask)
+        return self.guard(input_ids, attention_mask, policy, safety_question_mask, **image_inputs).assessment
+
+    @torch.no_grad()
+    def guard(
+        self, input_ids, attention_mask, policy: SafetyPolicy, safety_question_mask=None, **image_inputs
+    ) -> GuardedRequest:
+        """
+        The half that `assess` and `generate` share: from a batch of prompts to a verdict on each.
+
+        Raises:
+            `ValueError`: The language model would see what the head does not.
+        """
+        check_attention(input_ids, attention_mask, self.backbone.image_token_id)
         features = self.encode_images(input_ids, **image_inputs)
         parts = self.prompt_parts(input_ids, attention_mask, safety_question_mask)
-        return self._assess_readings(input_ids, attention_mask, features, parts, policy)
+        readings = self.predict_readings(input_ids, attention_mask, features, parts, policy.whole_conversation)
+        return GuardedRequest(features, parts, self.apply_policy(readings, policy))
+
+    def prompt_parts(self, input_ids, attention_mask, question_mask) -> PromptParts:
+        """Which tokens of the prompts the head may read."""
+        return prompt_parts(input_ids, attention_mask, question_mask, self.config.generation_prompt_token_ids)
+
+    def predict_readings(self, input_ids, attention_mask, features, parts, whole_conversation=True):
+        """What the head says in each of its readings of the prompts (see question_reading.py), before any policy."""
+        readings = [None] if features is None else parts.readings(whole_conversation)
+        return [self.predict_safety(input_ids, attention_mask, features, reading) for reading in readings]
 
     @torch.no_grad()
     def generate(
@@ -69,14 +111,15 @@ class SafeVlmGenerationMixin(GenerationMixin):
         Like the base model's `generate`, under a safety policy.
 
         Logits processors and stopping criteria see the language model's own prompt: with the hint, if there is one,
-        and without placeholders under the policy `"off"`.
+        left-padded, and without placeholders under the policy `"off"`.
 
         Args:
             safety_policy (`SafetyPolicy`, `dict`, file or preset name, *optional*):
                 Defaults to the model's own policy. `"off"` gives the base model's output, bit for bit.
             safety_question_mask (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): As in
                 [`assess`].
-            tokenizer (*optional*): Only needed for policies with texts that were not saved with the model.
+            tokenizer (*optional*): Only needed for policies with texts that were not saved with the model; checks the
+                others.
             streamer (*optional*): As in `GenerationMixin.generate`. One with a method `put_safety` gets the
                 [`SafetyAssessment`] before the first token.
             inputs, generation_config, logits_processor, kwargs: As in `GenerationMixin.generate`. With
@@ -87,118 +130,123 @@ class SafeVlmGenerationMixin(GenerationMixin):
             Input ids as they were passed, followed by the new tokens. With `return_dict_in_generate=True` the output
             also has `safety`, a [`SafetyAssessment`].
         """
+        if inputs is not None and kwargs.get("input_ids") is not None:
+            raise ValueError(
+                "`generate` got both `inputs` and `input_ids`, two names for one thing: pass one of them."
+            )
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        kwargs.pop("input_ids", None)
         check_inputs(input_ids, **kwargs)
-        check_generation(generation_config, kwargs)
         policy = self.resolve_policy(safety_policy)
         call = dict(kwargs, generation_config=generation_config, logits_processor=logits_processor)
+        check_generation(call, self._setting, self.backbone.image_inputs, policy.enabled)
         attention_mask = self._attention_mask(input_ids, call.pop("attention_mask", None), call)
         if tokenizer is not None:
             call["tokenizer"] = tokenizer
         if streamer is not None:
-            call["streamer"] = PromptStreamer(streamer, input_ids)
+            streamer = call["streamer"] = PromptStreamer(streamer, input_ids)
         if getattr(getattr(call.get("assistant_model"), "config", None), "model_type", None) == "safevlm":
             call["assistant_model"] = call["assistant_model"].base  # it only drafts; what counts is decided here
-        # Tensors with one entry per prompt token (token types and the like) move along with the tokens.
-        per_token = {
-            name: value
-            for name, value in call.items()
-            if isinstance(value, torch.Tensor) and value.shape == input_ids.shape and "negative_prompt" not in name
-        }
-        image_inputs = {name: call[name] for name in self.backbone.image_inputs if name in call}
+        image_inputs = {name: call[name] for name in self.backbone.image_inputs if call.get(name) is not None}
 
-        features = assessment = enforcement = None
+        guarded = enforcement = assessment = None
         verdicts = [POLICY_OFF] * len(input_ids)
         if policy.enabled:
-            features = self.encode_images(input_ids, **image_inputs)
-            parts = self.prompt_parts(input_ids, attention_mask, safety_question_mask)
-            assessment = self._assess_readings(input_ids, attention_mask, features, parts, policy)
-            if hasattr(streamer, "put_safety"):
-                streamer.put_safety(assessment)
+            guarded = self.guard(input_ids, attention_mask, policy, safety_question_mask, **image_inputs)
+            assessment = guarded.assessment
             verdicts = list(zip(assessment.action.tolist(), assessment.category.tolist(), strict=True))
-            hints, refusals = self._policy_texts(assessment, policy, tokenizer)
-            prompts = [row[mask.bool()].tolist() for row, mask in zip(input_ids, attention_mask, strict=True)]
-            opened = self.config.generation_prompt_token_ids, self.config.answer_opening_token_ids
-            refusals = open_answers(refusals, prompts, *opened)
-            prompt = edit_prompt(input_ids, attention_mask, per_token, hints, self._hint_columns(input_ids, parts))
-            self._keep_answer_length(call, added=prompt["input_ids"].shape[1] - input_ids.shape[1])
-            enforcement = EnforcePolicy(
-                refusals,
-                prompt_length=prompt["input_ids"].shape[1],
-                end_token_id=next(iter(self._end_token_ids(call)), None),
-                forbidden_token_ids=[self.config.safety_token_id, self.backbone.image_token_id],
-            )
-            call["logits_processor"] = LogitsProcessorList([*(logits_processor or []), enforcement])
+            enforcement = self._enforce(call, input_ids, attention_mask, guarded, policy)
+            if streamer is not None:
+                streamer.start(enforcement, assessment)
         else:
-            prompt = edit_prompt(input_ids, attention_mask, per_token, drop_id=self.config.safety_token_id)
-        call.update(prompt)
+            self._drop_placeholders(call, input_ids, attention_mask)
 
-        cache = call.get("past_key_values")
-        num_cached = reuse_cache(
-            cache, prompt["input_ids"], prompt["attention_mask"], verdicts, self.config.safety_token_id
-        )
-        self._hand_over_images(call, features, image_inputs, num_cached)
-        output = self._generate_with_base(call, features, assessment)
+        num_cached, pictures = self._continue(call, guarded, image_inputs, verdicts)
+        embeddings = None
+        if guarded is not None and guarded.features is not None:
+            embeddings = self.condition(guarded.features, assessment.action, assessment.category)
+        prompt, mask, placeholder = call["input_ids"], call["attention_mask"], self.config.safety_token_id
+        with place_embeddings(self.base, embeddings, prompt, placeholder, num_cached):
+            output = self.base.generate(**call)
 
-        sequences = output if isinstance(output, torch.Tensor) else output.sequences
+        is_dict = not isinstance(output, torch.Tensor)
+        sequences = output.sequences if is_dict else output
         if enforcement is not None:
             enforcement.verify(sequences)
-        cache = cache if isinstance(output, torch.Tensor) else output.get("past_key_values")
+        cache = output.get("past_key_values") if is_dict else call.get("past_key_values")
         if cache is not None:
-            num_beams = self._setting("num_beams", call) or 1
-            remember_prompt(cache, sequences, prompt["attention_mask"], verdicts, num_beams)
+            knowable = self.backbone.reads_forwards and (self._setting("num_beams", call) or 1) == 1
+            remember_prompt(cache, sequences, mask, pictures, verdicts, knowable)
         # The caller's prompt goes back in front of the new tokens.
         originals = input_ids.to(sequences.device).repeat_interleave(len(sequences) // len(input_ids), dim=0)
-        sequences = torch.cat([originals, sequences[:, prompt["input_ids"].shape[1] :]], dim=1)
-        if isinstance(output, torch.Tensor):
+        sequences = torch.cat([originals, sequences[:, prompt.shape[1] :]], dim=1)
+        if not is_dict:
             return sequences
         output.sequences = sequences
         output["safety"] = assessment
         return output
 
-    def generate_batch(self, *args, **kwargs):
+    def _no_continuous_batching(self, *args, **kwargs):
         raise NotImplementedError(
-            "`generate_batch` (continuous batching with a paged cache) ignores images and would by-pass the safety "
-            "head. Call `generate` with a batch of inputs instead."
+            "Continuous batching (`generate_batch`, a paged cache) ignores images and would by-pass the safety head. "
+            "Call `generate` with a batch of inputs instead."
         )
 
-    # -- the verdict -------------------------------------------------------------------------------------------------
+    generate_batch = init_continuous_batching = continuous_batching_context_manager = _no_continuous_batching
 
-    def prompt_parts(self, input_ids, attention_mask, question_mask) -> PromptParts:
-        """Which tokens of the prompts the head may read."""
-        return prompt_parts(input_ids, attention_mask, question_mask, self.config.generation_prompt_token_ids)
+    # -- carrying the verdict out ------------------------------------------------------------------------------------
 
-    def _assess_readings(self, input_ids, attention_mask, features, parts, policy) -> SafetyAssessment:
-        readings = self.predict_readings(input_ids, attention_mask, features, parts, policy.whole_conversation)
-        return self.apply_policy(readings, policy)
+    def _enforce(self, call: dict, input_ids, attention_mask, guarded: GuardedRequest, policy) -> EnforcePolicy:
+        """Puts hints into the call's prompt and adds what writes forced refusals."""
+        hints, refusals = self._policy_texts(guarded.assessment, policy, call.get("tokenizer"))
+        prompts = [row[mask.bool()].tolist() for row, mask in zip(input_ids, attention_mask, strict=True)]
+        opened = self.config.generation_prompt_token_ids, self.config.answer_opening_token_ids
+        refusals = open_answers(refusals, prompts, *opened)
+        rows = zip(input_ids.tolist(), guarded.parts.questions.tolist(), strict=True)
+        columns = [hint_column(ids, mask, self.config.generation_prompt_token_ids) for ids, mask in rows]
+        prompt = edit_prompt(input_ids, attention_mask, per_token(call, input_ids), hints, columns)
+        added = prompt["input_ids"].shape[1] - input_ids.shape[1]
+        self._keep_answer_length(call, added)
+        call.update(prompt)
+        enforcement = EnforcePolicy(
+            refusals,
+            prompt_length=prompt["input_ids"].shape[1],
+            end_token_ids=self._end_token_ids(call),
+            pad_token_id=self._setting("pad_token_id", call),
+            forbidden_token_ids=[self.config.safety_token_id, self.backbone.image_token_id],
+            vocab_size=self.config.get_text_config().vocab_size,
+        )
+        call["logits_processor"] = LogitsProcessorList([*(call["logits_processor"] or []), enforcement])
+        return enforcement
 
-    def predict_readings(self, input_ids, attention_mask, features, parts, whole_conversation=True):
-        """What the head says in each of its readings of the prompts (see question_reading.py), before any policy."""
-        readings = [None] if features is None else parts.readings(whole_conversation)
-        return [self.predict_safety(input_ids, attention_mask, features, reading) for reading in readings]
+    def _drop_placeholders(self, call: dict, input_ids, attention_mask):
+        """The base's own prompt, padded on the side that it came padded on."""
+        right = bool((attention_mask[:, -1] == 0).any())
+        tensors = per_token(call, input_ids)
+        call.update(edit_prompt(input_ids, attention_mask, tensors, drop_id=self.config.safety_token_id, right=right))
 
-    def _hint_columns(self, input_ids, parts) -> list[int]:
-        rows = zip(input_ids.tolist(), parts.questions.tolist(), strict=True)
-        return [hint_column(ids, mask, self.config.generation_prompt_token_ids) for ids, mask in rows]
-
-    # -- handing over to the base ------------------------------------------------------------------------------------
-
-    def _hand_over_images(self, call: dict, features, image_inputs: dict, num_cached: int):
-        """The base gets features rather than pixels where those were encoded here or are partly in the cache."""
-        if features is None and (not num_cached or image_inputs.get("pixel_values") is None):
-            return
-        call.pop("pixel_values")  # what else describes the images (grids, sizes) the base may need
-        vision = self.backbone.encode(self.base, **image_inputs) if features is None else features.vision
-        needed = uncached_features(vision.mm_encoder_outputs, self.base.config, call["input_ids"], num_cached)
-        if needed:
-            call["mm_encoder_outputs"] = needed
-
-    def _generate_with_base(self, call: dict, features, assessment):
-        if features is None:
-            return self.base.generate(**call)
-        embeddings = self.condition(features, assessment.action, assessment.category)
-        with place_embeddings(self.base, embeddings, call["input_ids"], self.config.safety_token_id):
-            return self.base.generate(**call)
+    def _continue(self, call: dict, guarded, image_inputs: dict, verdicts) -> tuple[int, torch.Tensor]:
+        """
+        Cuts the call's cache to what fits, and hands the base features where pixels were encoded here, or are partly
+        in the cache. Returns how many tokens the cache holds, and what [`picture_digests`] says of the prompt.
+        """
+        cache, input_ids = call.get("past_key_values"), call["input_ids"]
+        vision = None if guarded is None or guarded.features is None else guarded.features.vision
+        if vision is None and cache is not None and "pixel_values" in image_inputs:
+            vision = self.backbone.encode(self.base, **image_inputs)
+        units = tokens = None
+        if vision is not None and (cache is not None or self._setting("return_dict_in_generate", call)):
+            units, tokens = self.backbone.units(**image_inputs), vision.tokens
+        pictures = picture_digests(input_ids, self.backbone.image_token_id, units, tokens)
+        num_cached = reuse_cache(
+            cache, input_ids, call["attention_mask"], pictures, verdicts, self.config.safety_token_id
+        )
+        if vision is not None:
+            call.pop("pixel_values")  # what else describes the images (grids, sizes) the base may need
+            needed = uncached_features(vision.mm_encoder_outputs, self.base.config, input_ids, num_cached)
+            if needed:
+                call["mm_encoder_outputs"] = needed
+        return num_cached, pictures
 
     def _attention_mask(self, input_ids, attention_mask, call=None) -> torch.Tensor:
         if attention_mask is not None:
@@ -237,11 +285,15 @@ class SafeVlmGenerationMixin(GenerationMixin):
                 call[name] = length + added
 
     def _policy_texts(self, assessment: SafetyAssessment, policy: SafetyPolicy, tokenizer):
-        """Token ids of each row's hint and forced refusal, `None` where there is none."""
+        """
+        Token ids of each row's hint and forced refusal, `None` where there is none. What the head could not judge is
+        refused under every policy: nobody knows what a hint would have to say.
+        """
         hints, refusals = [], []
-        for action, category in zip(assessment.action.tolist(), assessment.category.tolist(), strict=True):
+        verdicts = (assessment.action.tolist(), assessment.category.tolist(), assessment.failed.tolist())
+        for action, category, failed in zip(*verdicts, strict=True):
             name = self.config.category_names[category]
-            forced = action == REFUSE and policy.forced_refusal
+            forced = failed or (action == REFUSE and policy.forced_refusal)
             hint = None if forced else policy.hint(ACTIONS[action], name)
             hints.append(None if hint is None else self._text_ids(hint, tokenizer))
             refusals.append(self._text_ids(policy.refusal(name), tokenizer) if forced else None)
@@ -249,46 +301,40 @@ class SafeVlmGenerationMixin(GenerationMixin):
 
     def _text_ids(self, text: str, tokenizer) -> list[int]:
         if (ids := self.config.policy_token_ids.get(text)) is not None:
-            return [int(i) for i in ids.split()]
-        if tokenizer is not None:
+            ids = [int(i) for i in ids.split()]
+        elif tokenizer is not None:
             space = "" if self.config.answer_opening_token_ids else " "
-            return tokenizer(space + text, add_special_tokens=False)["input_ids"]
-        raise ValueError(
-            f"The policy's text {text!r} has no token ids in this model. Pass `tokenizer=processor.tokenizer` to "
-            f"`generate`, or store the policy with `model.set_safety_policy(policy, processor)`."
-        )
+            ids = tokenizer(space + text, add_special_tokens=False)["input_ids"]
+        else:
+            raise ValueError(
+                f"The policy's text {text!r} has no token ids in this model. Pass `tokenizer=processor.tokenizer` to "
+                f"`generate`, or store the policy with `model.set_safety_policy(policy, processor)`."
+            )
+        self._check_text(text, ids, tokenizer)
+        return ids
 
+    def _check_text(self, text: str, ids: list[int], tokenizer=None):
+        control = {self.config.safety_token_id, self.backbone.image_token_id, *self._end_token_ids({})}
+        check_text_ids(text, ids, self.config.get_text_config().vocab_size, control, tokenizer)
 
-def check_inputs(input_ids, inputs_embeds=None, mm_encoder_outputs=None, **kwargs):
-    """Raises if a prompt does not come as token ids and pixels, which is what the safety head reads."""
-    if inputs_embeds is not None:
-        raise ValueError(
-            "`inputs_embeds` cannot be passed: the safety head reads the prompt's token ids. "
-            "Pass `input_ids` (and `pixel_values`) from the processor."
-        )
-    if mm_encoder_outputs is not None:
-        raise ValueError(
-            "`mm_encoder_outputs` cannot be passed: the safety head needs the vision tower's features. "
-            "Pass `pixel_values` from the processor."
-        )
-    for name, value in kwargs.items():
-        if value is not None and ("video" in name or name == "input_features"):
-            raise ValueError(f"`{name}` cannot be passed: the safety head reads images only, no video or sound.")
-    if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
-        got = repr(input_ids)
-        if isinstance(input_ids, torch.Tensor):
-            got = f"a {input_ids.dtype} tensor of shape {tuple(input_ids.shape)}"
-        raise ValueError(
-            f"`input_ids` must be a tensor of token ids of shape (batch_size, sequence_length), got {got}."
-        )
-
-
-def check_generation(generation_config, kwargs: dict):
-    """Raises for what cannot work under a policy."""
-    if "paged" in (kwargs.get("cache_implementation"), getattr(generation_config, "cache_implementation", None)):
-        raise ValueError("`cache_implementation='paged'` by-passes the safety head. Use 'dynamic' or 'static'.")
-    if kwargs.get("position_ids") is not None:
-        raise ValueError(
-            "`position_ids` cannot be passed to `generate`: hints and placeholders move tokens. Leave them out; they "
-            "follow from `attention_mask`."
-        )
+    def check_policy_texts(self, processor=None):
+        """
+        Raises `ValueError` if the token ids that the model has for its policy's texts cannot be right. Only with a
+        `processor` (or tokenizer) can it be told whether they say what the texts say, and whether its placeholder is
+        the model's.
+        """
+        tokenizer = getattr(processor, "tokenizer", processor)
+        placeholder = getattr(processor, "safety_token_id", self.config.safety_token_id)
+        if placeholder != self.config.safety_token_id:
+            raise ValueError(
+                f"The processor's placeholder has the token id {placeholder}, the model's "
+                f"{self.config.safety_token_id}: use the processor that was saved with the model."
+            )
+        opening = self.config.answer_opening_token_ids
+        if opening and hasattr(processor, "chat_template") and opening != answer_opening_token_ids(processor):
+            raise ValueError(
+                "`answer_opening_token_ids` are not what the processor's template writes before an answer: store the "
+                "policy once more with `model.set_safety_policy(policy, processor)`."
+            )
+        for text, ids in self.config.policy_token_ids.items():
+            self._check_text(text, [int(i) for i in ids.split()], tokenizer)

@@ -14,19 +14,22 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
 
 from .backbones import VisionFeatures, get_backbone, patches_of_images, units_of_images
 from .configuration_safevlm import SafeVlmConfig
 from .devices import compute_device
 from .embedding_hook import place_embeddings
-from .generation_safevlm import SafeVlmGenerationMixin, check_inputs
+from .generation_safevlm import SafeVlmGenerationMixin
 from .losses import IGNORE_INDEX, combine_losses, safety_losses
 from .policy_texts import answer_opening_token_ids, generation_prompt_token_ids, policy_token_ids
 from .quantization import forget_quantization, keep_safety_modules, share_quantization, unpack
+from .request_checks import check_inputs
 from .safety_assessment import SafetyAssessment, assess_rows, worst_images
-from .safety_modules import SafetyEmbeddings, SafetyModules, SafetyTokens
+from .safety_modules import SafetyEmbeddings, SafetyModules, SafetyTokens, check_safety_weights
 from .safety_policy import POLICY_PRESETS, SafetyPolicy
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -161,6 +164,12 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
             kwargs["quantization_config"] = keep_safety_modules(kwargs["quantization_config"])
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         share_quantization(model)
+        model.check_policy_texts()
+        if "generate" in vars(model):
+            raise ValueError(
+                f"{str(pretrained_model_name_or_path)!r} has a custom_generate/ folder, whose `generate` would answer "
+                f"instead of the safe one: remove the folder."
+            )
         if output_loading_info:
             return model, info
         missing, mismatched = sorted(info["missing_keys"]), sorted(info.get("mismatched_keys") or [])
@@ -174,6 +183,9 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
                 f"would look safe and not be it. To add fresh safety modules to a base model, use "
                 f"`SafeVlmForConditionalGeneration.from_base` of the package safevlm."
             )
+        check_safety_weights(model.safety, str(pretrained_model_name_or_path))
+        for weakness in model.policy_weaknesses():
+            logger.warning_once(f"The policy saved with {str(pretrained_model_name_or_path)!r} is weak: {weakness}.")
         return model
 
     def save_pretrained(self, save_directory, *args, **kwargs):
@@ -197,21 +209,27 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
         Args:
             policy (`SafetyPolicy`, `dict`, file or preset name)
             processor (*optional*): Needed when the policy brings texts that the model has no token ids for.
+
+        Raises:
+            `ValueError`: The policy does not fit the model's labels, or a text of it has no tokens that say it.
         """
         policy = SafetyPolicy.from_value(policy)
         policy.check_labels(self.config.category_names, self.config.level_names)
         if processor is not None:
+            texts = policy_token_ids(processor, policy.texts(self.config.category_names))
+            for text, ids in texts.items():
+                self._check_text(text, [int(i) for i in ids.split()], getattr(processor, "tokenizer", processor))
             self.config.generation_prompt_token_ids = generation_prompt_token_ids(processor)
             self.config.answer_opening_token_ids = answer_opening_token_ids(processor)
-            self.config.policy_token_ids = {
-                **self.config.policy_token_ids,
-                **policy_token_ids(processor, policy.texts(self.config.category_names)),
-            }
+            self.config.policy_token_ids = {**self.config.policy_token_ids, **texts}
         self.config.safety_policy = policy.to_dict()
 
     def resolve_policy(self, policy=None) -> SafetyPolicy:
-        """The policy a call asks for, or the model's own. A preset keeps the model's temperatures, its calibration."""
-        own = SafetyPolicy.from_value(self.config.safety_policy)
+        """
+        The policy a call asks for, or the model's own. A preset's name means the preset, whatever the model's own
+        policy is called or says; only the head's calibration (the temperatures, which have bounds) is the model's.
+        """
+        own = SafetyPolicy.from_value(self.config.safety_policy, files=False)
         if isinstance(policy, str) and policy in POLICY_PRESETS:
             policy = POLICY_PRESETS[policy].replace(
                 level_temperature=own.level_temperature, category_temperature=own.category_temperature
@@ -219,6 +237,10 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
         policy = own if policy is None else SafetyPolicy.from_value(policy)
         policy.check_labels(self.config.category_names, self.config.level_names)
         return policy
+
+    def policy_weaknesses(self) -> list[str]:
+        """In which ways the model's own policy is milder than the preset `"default"`; see `SafetyPolicy`."""
+        return self.resolve_policy().weaknesses(self.config.category_names, self.config.level_names)
 
     # -- the safety path ---------------------------------------------------------------------------------------------
 
@@ -269,7 +291,7 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
         """
         batch_size = len(input_ids)
         head = self.safety.head
-        device, dtype = compute_device(head), head.level_classifier.weight.dtype
+        device, dtype = compute_device(head), next(head.parameters()).dtype
         if features is None:
             empty = [
                 torch.zeros(n, len(names), device=device, dtype=dtype)
@@ -292,8 +314,8 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
         assessed = worst >= 0
         pick = worst.clamp(min=0)
         return SafetyPrediction(
-            level_logits[pick] * assessed.unsqueeze(1),
-            category_logits[pick] * assessed.unsqueeze(1),
+            level_logits[pick].where(assessed.unsqueeze(1), 0.0),
+            category_logits[pick].where(assessed.unsqueeze(1), 0.0),
             assessed,
             level_logits,
             category_logits,
@@ -349,6 +371,9 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
         **kwargs: Unpack[TransformersKwargs],
     ) -> SafeVlmOutput:
         """
+        One pass, for training and for measuring. It carries out no policy: a decoding loop written around it is not
+        guarded, `generate` is.
+
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): With `<safety>` placeholders.
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`): Token ids of answers, -100 elsewhere.
@@ -386,7 +411,8 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
             )
             base_inputs["mm_encoder_outputs"] = features.vision.mm_encoder_outputs
             embeddings = self.condition(features, action, category)
-            with place_embeddings(self.base, embeddings, input_ids, self.config.safety_token_id):
+            start = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+            with place_embeddings(self.base, embeddings, input_ids, self.config.safety_token_id, start=start):
                 output = self.base(**base_inputs)
 
         losses = safety_losses(

@@ -1,5 +1,7 @@
 """Carries a policy out while the base model writes: forced refusals, no placeholders, no hints on a streamer."""
 
+import unicodedata
+
 import torch
 from transformers import LogitsProcessor
 
@@ -14,44 +16,54 @@ class EnforcePolicy(LogitsProcessor):
     Args:
         refusals (`list[list[int] | None]`): One entry per prompt; `None` lets the model answer.
         prompt_length (`int`): Number of prompt tokens.
-        end_token_id (`int`): Written after the refusal.
+        end_token_ids (`list[int]`): What ends an answer; the first is written after the refusal.
+        pad_token_id (`int`, *optional*): What follows the end.
         forbidden_token_ids (`list[int]`): Placeholders. In an answer they would stand for images that are not there
             (prompt-lookup decoding copies them from the prompt).
+        vocab_size (`int`): Of the model that answers.
     """
 
     def __init__(
         self,
         refusals: list[list[int] | None],
         prompt_length: int,
-        end_token_id: int | None,
+        end_token_ids: list[int],
+        pad_token_id: int | None,
         forbidden_token_ids: list[int | None],
+        vocab_size: int,
     ):
-        self.prompt_length, self.end_token_id = prompt_length, end_token_id
+        self.prompt_length, self.end_token_ids, self.pad_token_id = prompt_length, end_token_ids, pad_token_id
         self.forbidden_token_ids = [i for i in forbidden_token_ids if i is not None]
-        self.script = None
-        if any(refusal is not None for refusal in refusals):
-            if end_token_id is None:
+        if wrong := [i for i in end_token_ids if not 0 <= i < vocab_size]:
+            raise ValueError(
+                f"`eos_token_id` {wrong[0]} is no token of this model, whose ids are below {vocab_size}. For answers "
+                f"of full length use `min_new_tokens`."
+            )
+        self.refused = torch.tensor([refusal is not None for refusal in refusals])
+        self.script = torch.zeros(len(refusals), 0, dtype=torch.long)
+        if self.refused.any():
+            if not end_token_ids:
                 raise ValueError("A forced refusal needs an end: set `eos_token_id` in the generation config.")
             length = max(len(refusal) for refusal in refusals if refusal is not None) + 1
-            self.script = torch.tensor(
-                [
-                    [-1] * length if refusal is None else refusal + [end_token_id] * (length - len(refusal))
-                    for refusal in refusals
-                ]
-            )
+            rows = [refusal or [] for refusal in refusals]
+            self.script = torch.tensor([row + end_token_ids[:1] * (length - len(row)) for row in rows])
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         scores = scores.clone()
+        vocab_size = scores.shape[1]
         for token_id in self.forbidden_token_ids:
-            if token_id < scores.shape[1]:  # an assistant model may have fewer tokens, and count the prompt in its own
+            if token_id < vocab_size:  # an assistant model may have fewer tokens, and count the prompt in its own
                 scores[:, token_id] = float("-inf")
-        if self.script is None:
+        if not self.refused.any():
             return scores
-        self.script = self.script.to(scores.device)
         step = min(max(input_ids.shape[1] - self.prompt_length, 0), self.script.shape[1] - 1)
-        forced = self.script[:, step].repeat_interleave(len(scores) // len(self.script)).unsqueeze(1)
-        only = torch.full_like(scores, float("-inf")).scatter(1, forced.clamp(min=0), 0.0)
-        return torch.where(forced >= 0, only, scores)
+        copies = len(scores) // len(self.script)
+        token = self.script[:, step].to(scores.device).repeat_interleave(copies).unsqueeze(1)
+        refused = self.refused.to(scores.device).repeat_interleave(copies).unsqueeze(1)
+        # What an assistant cannot write it need not draft: the model itself has every token of the script.
+        forced = refused & (token < vocab_size)
+        only = torch.full_like(scores, float("-inf")).scatter(1, token.clamp(max=vocab_size - 1), 0.0)
+        return torch.where(forced, only, scores)
 
     def verify(self, sequences: torch.LongTensor):
         """
@@ -59,17 +71,23 @@ class EnforcePolicy(LogitsProcessor):
             sequences (`torch.LongTensor` of shape `(batch_size * copies, sequence_length)`): Prompts and answers.
 
         Raises:
-            `RuntimeError`: A row that was to be refused has another text: the decoding method (a `custom_generate`)
-                did not apply its logits processors.
+            `RuntimeError`: A row that was to be refused has another text, or one after its refusal: the decoding
+                method (a `custom_generate`) did not apply its logits processors.
         """
-        if self.script is None:
+        if not self.refused.any():
             return
-        written = sequences[:, self.prompt_length :][:, : self.script.shape[1]]
-        script = self.script.to(written.device)[:, : written.shape[1]]
-        script = script.repeat_interleave(len(written) // len(script), dim=0)
-        # After its end a shorter refusal is followed by padding.
-        ended = (script == self.end_token_id).cumsum(dim=1) > 1
-        if bool(((written != script) & (script >= 0) & ~ended).any()):
+        copies = len(sequences) // len(self.script)
+        written = sequences[:, self.prompt_length :].cpu()[self.refused.repeat_interleave(copies)]
+        script = self.script[self.refused].repeat_interleave(copies, dim=0)
+        ends = torch.tensor([*self.end_token_ids, *[self.pad_token_id] * (self.pad_token_id is not None)])
+        length = min(written.shape[1], script.shape[1])
+        as_told = torch.zeros_like(written, dtype=torch.bool)
+        as_told[:, :length] = written[:, :length] == script[:, :length]
+        # The first end token ends the answer (a caller's may be in the midst of the text); only padding may follow.
+        ended = torch.isin(written, torch.tensor(self.end_token_ids)).cumsum(dim=1) > 0
+        after = torch.zeros_like(ended)
+        after[:, 1:] = ended[:, :-1]
+        if not torch.where(after, torch.isin(written, ends), as_told).all():
             raise RuntimeError(
                 "The decoding method wrote something else than the forced refusal: it ignores logits processors. "
                 "Use one that applies them, or the policy's hints only (`forced_refusal=False`)."
@@ -77,14 +95,66 @@ class EnforcePolicy(LogitsProcessor):
 
 
 class PromptStreamer:
-    """Hands a streamer the caller's prompt in place of the one with the hint; everything else goes through."""
+    """
+    Hands a streamer the caller's prompt in place of the one with the hint, and the answer once it is verified.
+
+    Args:
+        streamer: The caller's.
+        input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): The caller's prompts.
+    """
 
     def __init__(self, streamer, input_ids):
-        self.streamer, self.input_ids, self.started = streamer, input_ids, False
+        self.streamer, self.input_ids = streamer, input_ids
+        self.enforcement = self.sequence = None
+
+    def start(self, enforcement: EnforcePolicy, assessment):
+        """Hands the verdict on to a streamer that has a method for it; from here on answers are verified."""
+        self.enforcement = enforcement
+        if hasattr(self.streamer, "put_safety"):
+            self.streamer.put_safety(assessment)
 
     def put(self, value):
-        self.streamer.put(value if self.started else self.input_ids.cpu())
-        self.started = True
+        if self.sequence is None:
+            self.sequence = value.reshape(len(self.input_ids), -1)
+            self.streamer.put(self.input_ids.cpu())
+            return
+        self.sequence = torch.cat([self.sequence, value.reshape(len(self.sequence), -1).to(self.sequence)], dim=1)
+        if self.enforcement is not None:
+            self.enforcement.verify(self.sequence)
+        self.streamer.put(value)
 
     def end(self):
         self.streamer.end()
+
+
+def check_text_ids(text: str, ids: list[int], vocab_size: int, control_ids: set[int], tokenizer=None):
+    """
+    Raises `ValueError` if token ids cannot stand for a policy's text: a refusal must not be empty, or another text.
+
+    Args:
+        control_ids (`set[int]`): Ids that no text may have: ends, padding, placeholders.
+        tokenizer (*optional*): Without one nobody can tell what the ids say.
+    """
+    problem = None
+    if tokenizer is not None:
+        control_ids = control_ids | set(tokenizer.all_special_ids)
+    if not ids:
+        problem = "no tokens at all"
+    elif outside := [i for i in ids if not 0 <= i < vocab_size]:
+        problem = f"the token id {outside[0]}, outside the vocabulary of {vocab_size}"
+    elif control := [i for i in ids if i in control_ids]:
+        problem = f"the special token {control[0]}"
+    elif tokenizer is not None:
+        read = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if _letters(read) != _letters(text):
+            problem = f"tokens that say {read!r}"
+    if problem:
+        raise ValueError(
+            f"The policy's text {text!r} has {problem}. Use another text, or store the policy's own once more: "
+            f"`model.set_safety_policy(policy, processor)`."
+        )
+
+
+def _letters(text: str) -> str:
+    """What tokenizers keep of a text: not its white space, nor how its letters are composed."""
+    return "".join(unicodedata.normalize("NFKC", text).split())

@@ -10,9 +10,11 @@ def edit_prompt(
     insertions: list[list[int] | None] | None = None,
     columns: list[int] | None = None,
     drop_id: int | None = None,
+    right: bool = False,
 ) -> dict[str, torch.Tensor]:
     """
-    A left-padded batch of prompts with tokens inserted or dropped, row by row.
+    A left-padded batch of prompts with tokens inserted or dropped, row by row. What is inserted into is left-padded
+    without masked tokens, whatever it was before.
 
     Args:
         input_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, sequence_length)`)
@@ -20,15 +22,17 @@ def edit_prompt(
         insertions (`list[list[int] | None]`): Token ids to insert into each row.
         columns (`list[int]`): The column of `input_ids` before which each row's insertion goes (see [`hint_column`]).
         drop_id (`int`): Token id to drop everywhere.
+        right (`bool`): Whether to pad on the right.
 
     Returns:
         `dict` with the edited `input_ids`, `attention_mask` and `per_token` tensors; those passed if nothing changes.
     """
     per_token = per_token or {}
+    ragged = insertions is not None and bool((attention_mask[:, 1:] < attention_mask[:, :-1]).any())
     insertions = insertions or [None] * len(input_ids)
     columns = columns or [0] * len(input_ids)
     drops = drop_id is not None and bool((input_ids == drop_id).any())
-    if not drops and all(insertion is None for insertion in insertions):
+    if not drops and not ragged and all(insertion is None for insertion in insertions):
         return {"input_ids": input_ids, "attention_mask": attention_mask, **per_token}
 
     rows = []
@@ -46,7 +50,7 @@ def edit_prompt(
             values = tensor[row, kept]
             middle = torch.tensor(insertion if inserted is None else [inserted] * len(insertion)).to(values)
             values = torch.cat([values[:at], middle, values[at:]])
-            out[row, length - len(values) :] = values
+            out[row, slice(len(values)) if right else slice(length - len(values), None)] = values
         return out
 
     # Padding is masked, so any id in the vocabulary will do; the row's own padding id keeps it recognisable.
@@ -55,6 +59,16 @@ def edit_prompt(
         "input_ids": rebuild(input_ids, int(padded[0]) if len(padded) else 0, None),
         "attention_mask": rebuild(attention_mask, 0, 1),
         **{name: rebuild(tensor, 0, 0) for name, tensor in per_token.items()},
+    }
+
+
+def per_token(call: dict, input_ids) -> dict[str, torch.Tensor]:
+    """The call's tensors with one entry per prompt token (token types and the like), which move along with these."""
+    tensors = {name: value for name, value in call.items() if isinstance(value, torch.Tensor)}
+    return {
+        name: value
+        for name, value in tensors.items()
+        if value.shape == input_ids.shape and "negative_prompt" not in name
     }
 
 

@@ -54,7 +54,8 @@ def prompt_parts(
     """
     Args:
         question_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): The processor's
-            `safety_question_mask`. Without it, only the beginning of an answer can be told from the rest: what comes
+            `safety_question_mask`. It can hide answers only: what does not follow the opening of an assistant's turn
+            is read whatever it says. Without it, only the beginning of an answer can be told from the rest: what comes
             after the last `generation_prompt`. Where answers of earlier turns end, token ids do not say.
     """
     seen = attention_mask.bool()
@@ -67,12 +68,38 @@ def prompt_parts(
         )
     else:
         questions = seen & question_mask.bool().to(seen.device)
+        questions |= _hidden_without_an_opening(input_ids, seen, questions, generation_prompt)
     answers = seen & ~questions
     columns = torch.arange(input_ids.shape[1], device=seen.device)
     end = torch.where(questions, columns, -1).amax(dim=1, keepdim=True)  # the last question token
     prefill = answers & (columns > end)
     start = torch.where(answers & (columns < end), columns, -1).amax(dim=1, keepdim=True)
     return PromptParts(questions, questions & (columns > start), prefill)
+
+
+def _hidden_without_an_opening(input_ids, seen, questions, generation_prompt):
+    """
+    Spans that a mask hides though no assistant's turn opens before them: `generation_prompt`, or more than the
+    first half of it (in earlier turns templates leave out what opens thoughts).
+    """
+    hidden = torch.zeros_like(seen)
+    if not generation_prompt or torch.equal(seen, questions):
+        return hidden
+    lengths = range(len(generation_prompt), len(generation_prompt) // 2, -1)
+    for row, mask in enumerate(seen):
+        columns = mask.nonzero().squeeze(1)
+        ids, asked = input_ids[row, columns].tolist(), questions[row, columns].tolist()
+        opened = False
+        for at, column in enumerate(columns.tolist()):
+            if not asked[at] and (at == 0 or asked[at - 1]):
+                opened = any(ids[max(at - n, 0) : at] == generation_prompt[:n] for n in lengths)
+            hidden[row, column] = not asked[at] and not opened
+    if hidden.any():
+        logger.warning_once(
+            "`safety_question_mask` hides text that no assistant wrote; the safety head reads it all the same. Pass "
+            "the mask that the processor returns."
+        )
+    return hidden
 
 
 def _before_the_answer(input_ids, seen, generation_prompt):

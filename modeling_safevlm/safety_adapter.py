@@ -19,6 +19,7 @@ from transformers.integrations.accelerate import load_offloaded_parameter
 
 from .adapter_files import ADAPTER_WEIGHTS, LORA_WEIGHTS
 from .configuration_safevlm import SafeVlmConfig
+from .safety_modules import check_safety_weights
 
 
 def save_safety_adapter(model, save_directory):
@@ -74,6 +75,7 @@ def load_adapter_weights(model, folder: Path):
     """Loads an adapter's weights into a model that was made with its configuration; LoRA is merged. Returns it."""
     if not (folder / LORA_WEIGHTS).is_file():
         model.safety.load_state_dict(load_file(folder / ADAPTER_WEIGHTS))
+        check_safety_weights(model.safety, str(folder))
         return model
     if getattr(model.base, "is_quantized", False):
         raise ValueError(
@@ -82,10 +84,28 @@ def load_adapter_weights(model, folder: Path):
             f"`from_pretrained(saved, quantization_config=...)`."
         )
     try:
-        from peft import PeftModel
+        from peft import PeftModel, get_peft_model_state_dict
     except ImportError as error:
         raise ImportError(f"The safety adapter {str(folder)!r} holds LoRA: pip install 'safevlm[train]'.") from error
-    return PeftModel.from_pretrained(model, (folder / LORA_WEIGHTS).parent).merge_and_unload()
+    weights = load_file(folder / LORA_WEIGHTS)
+    _check_complete(folder, weights, {f"base_model.model.safety.{name}" for name in model.safety.state_dict()})
+    adapted = PeftModel.from_pretrained(model, (folder / LORA_WEIGHTS).parent)
+    lora = {name for name in get_peft_model_state_dict(adapted) if ".safety." not in name}
+    _check_complete(folder, weights, lora)  # PEFT only warns of those
+    if broken := [name for name, weight in weights.items() if not weight.isfinite().all()]:
+        raise ValueError(f"The safety adapter {str(folder)!r} is damaged: {broken[0]} is not finite.")
+    model = adapted.merge_and_unload()
+    check_safety_weights(model.safety, str(folder))
+    return model
+
+
+def _check_complete(folder: Path, weights: dict, expected: set[str]):
+    if missing := sorted(expected - set(weights)):
+        safety = sum(".safety." in name for name in missing)
+        raise ValueError(
+            f"The safety adapter {str(folder)!r} lacks {len(missing)} weights, {safety} of them safety weights "
+            f"({', '.join(missing[:3])}, ...): save it again."
+        )
 
 
 def whole_state_dict(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -1,4 +1,8 @@
-"""From logits to a verdict: calibrated probabilities, category, level, score and the policy's action."""
+"""From logits to a verdict: calibrated probabilities, category, level, score and the policy's action.
+
+The one place that decides. Where the head's numbers are not finite (weights or a picture that overflow, say) there is
+no verdict, and the action is the strictest there is, whatever the policy says.
+"""
 
 from dataclasses import dataclass, fields
 
@@ -7,6 +11,8 @@ from torch.nn.functional import logsigmoid
 
 from .configuration_safevlm import SafeVlmConfig
 from .safety_policy import ACTIONS, SafetyPolicy
+
+NOT_FINITE = "The safety head's numbers are not finite, so the request is refused."
 
 
 @dataclass(repr=False)
@@ -19,7 +25,8 @@ class SafetyAssessment:
         category_probabilities (`torch.FloatTensor` of shape `(batch_size, num_categories)`)
         score (`torch.FloatTensor` of shape `(batch_size,)`): Calibrated probability of any risk, in [0, 1].
         level, category (`torch.LongTensor` of shape `(batch_size,)`): Ids; they agree (no level without category).
-        action (`torch.LongTensor` of shape `(batch_size,)`): Ids into `ACTIONS`.
+        action (`torch.LongTensor` of shape `(batch_size,)`): Ids into `ACTIONS`. `"refuse"` where the head's numbers
+            are not finite; the score is NaN then, and the rest means nothing.
         assessed (`torch.BoolTensor` of shape `(batch_size,)`): `False` where no image was assessed; such a row's
             probabilities are 0 and its action is `"allow"`.
         category_names, level_names (`list[str]`)
@@ -47,33 +54,40 @@ class SafetyAssessment:
     def actions(self) -> list[str]:
         return [ACTIONS[i] for i in self.action.tolist()]
 
+    @property
+    def failed(self) -> torch.Tensor:
+        """`torch.BoolTensor` of shape `(batch_size,)`: Where the head's numbers are not finite, so are no verdict."""
+        return self.assessed & ~self.score.isfinite()
+
     def __repr__(self) -> str:
         """One line a row, for people; `to_list` has all the figures."""
         lines = []
         for i, row in enumerate(self.to_list()):
-            verdict = "not assessed"
-            if row["assessed"]:
+            verdict = row.get("error", "not assessed")
+            if row["level"] is not None:
                 verdict = f"{row['category']}, {row['level']}, risk {row['score']:.3f}"
             lines.append(f"  row {i}: {row['action']} ({verdict})")
         return "\n".join(["SafetyAssessment:", *lines])
 
     def to_list(self) -> list[dict]:
-        """One JSON-ready dict per row, probabilities in [0, 1]."""
+        """
+        One JSON-ready dict per row, probabilities in [0, 1]. Where there is no verdict, because no image was assessed
+        or because the head failed (then `"error"` says so), all but `"action"` is `None`.
+        """
         rows = []
-        for i, assessed in enumerate(self.assessed.tolist()):
-            rows.append(
-                {
-                    "assessed": assessed,
-                    "action": ACTIONS[self.action[i]],
-                    "category": self.category_names[self.category[i]] if assessed else None,
-                    "level": self.level_names[self.level[i]] if assessed else None,
-                    "score": self.score[i].item() if assessed else None,
-                    "level_probabilities": _named(self.level_names, self.level_probabilities[i]) if assessed else None,
-                    "category_probabilities": (
-                        _named(self.category_names, self.category_probabilities[i]) if assessed else None
-                    ),
-                }
-            )
+        for i, (assessed, failed) in enumerate(zip(self.assessed.tolist(), self.failed.tolist(), strict=True)):
+            verdict = {
+                "category": self.category_names[self.category[i]],
+                "level": self.level_names[self.level[i]],
+                "score": self.score[i].item(),
+                "level_probabilities": _named(self.level_names, self.level_probabilities[i]),
+                "category_probabilities": _named(self.category_names, self.category_probabilities[i]),
+            }
+            if not assessed or failed:
+                verdict = dict.fromkeys(verdict)
+            rows.append({"assessed": assessed, "action": ACTIONS[self.action[i]], **verdict})
+            if failed:
+                rows[-1]["error"] = NOT_FINITE
         return rows
 
 
@@ -114,6 +128,12 @@ def assess_logits(
     level = torch.where(risky, level_log_probs[:, 1:].argmax(dim=-1) + 1, 0)
     category = torch.where(risky, risky_category, safe)
     action = policy.action_table(config.category_names, config.level_names).to(level.device)[category, level]
+    # The logits, too: a temperature or a soft max can hide that one of them is infinite.
+    numbers = (level_logits, category_logits, level_probabilities, category_probabilities, score.unsqueeze(1))
+    failed = assessed & ~torch.stack([values.isfinite().all(dim=-1) for values in numbers]).all(dim=0)
+    score = score.masked_fill(failed, float("nan"))
+    category = torch.where(failed & (category == safe), int(safe == 0), category)  # of a refusal, so not the safe one
+    action = action.masked_fill(failed, len(ACTIONS) - 1)
     if not policy.enabled:
         action = torch.zeros_like(action)
     unassessed = ~assessed
@@ -182,7 +202,7 @@ def worst_images(level_logits: torch.Tensor, rows: torch.Tensor, batch_size: int
         rows (`torch.LongTensor` of shape `(num_images,)`): The row each image belongs to.
     """
     levels = torch.arange(level_logits.shape[1], device=level_logits.device, dtype=torch.float)
-    severity = level_logits.detach().float().softmax(dim=-1) @ levels
+    severity = (level_logits.detach().float().softmax(dim=-1) @ levels).nan_to_num(nan=float("inf"))
     belongs = rows.unsqueeze(0) == torch.arange(batch_size, device=rows.device).unsqueeze(1)  # (batch, images)
     best = severity.unsqueeze(0).masked_fill(~belongs, float("-inf")).argmax(dim=1)
     return torch.where(belongs.any(dim=1), best, -1)
@@ -200,7 +220,8 @@ def worst_verdicts(images: SafetyAssessment, rows: torch.Tensor, unassessed: Saf
     if not len(rows):
         return unassessed
     belongs = rows.unsqueeze(0) == torch.arange(len(unassessed), device=rows.device).unsqueeze(1)  # (batch, images)
-    rank = (2 * images.action + images.score).unsqueeze(0).masked_fill(~belongs, -1.0)
+    rank = 2 * images.action + images.score.nan_to_num(nan=1.5)  # a reading that failed is the strictest
+    rank = rank.unsqueeze(0).masked_fill(~belongs, -1.0)
     worst, assessed = rank.argmax(dim=1), belongs.any(dim=1)
     chosen = {}
     for field in fields(SafetyAssessment):

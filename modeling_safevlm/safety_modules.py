@@ -12,6 +12,7 @@ which never sees the question), and safety features reach the language model, to
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.integrations.accelerate import load_offloaded_parameter
 
 from .configuration_safevlm import SafeVlmConfig
 from .safety_policy import ACTIONS
@@ -28,6 +29,30 @@ class SafetyModules(nn.Module):
         self.projector = projector_class(config, vision_hidden_size, hidden_size)
         self.head = SafetyHead(config, text_hidden_size, hidden_size)
         self.embeddings = SafetyEmbeddings(config, hidden_size, text_hidden_size) if config.tokens_per_image else None
+
+
+def check_safety_weights(safety: nn.Module, source: str):
+    """
+    Raises `ValueError` if loaded safety weights are not finite, or zero: a head that cannot see calls nothing risky.
+    Biases may be zero. Weights that are nowhere yet (a model made on the meta device) cannot be checked.
+    """
+    for name, weight in safety.named_parameters():
+        if weight.is_meta:
+            try:
+                weight = load_offloaded_parameter(safety, name)
+            except ValueError:
+                continue
+        if not weight.isfinite().all():
+            problem = "not finite"
+        elif weight.numel() and not name.endswith("bias") and not weight.any():
+            problem = "all zero"
+        else:
+            continue
+        raise ValueError(
+            f"The safety weights of {source!r} are damaged: {name} is {problem}. A model with such weights would look "
+            f"safe and not be it. Load an undamaged copy; in another `dtype` if the weights do not fit the one asked "
+            f"for, {weight.dtype}."
+        )
 
 
 class CAbstractor(nn.Module):

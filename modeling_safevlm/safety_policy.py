@@ -8,14 +8,18 @@ The paper (arXiv 2405.13581, Algorithm 1) acts through text hints only, with the
 the preset `"paper"`, and the default also enforces refusals without the language model's goodwill.
 """
 
+import copy
 import json
-import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 ACTIONS = ("allow", "caution", "warn", "refuse")
 """What can follow from a verdict, mildest first. The index is the id used in tensors."""
+
+TEMPERATURE_RANGE = (0.1, 10.0)
+"""Where a calibration lies. Beyond, every score would be about 0, 1/2 or 1, whatever the head says."""
 
 _HINTS = {
     "caution": "Note: this request may involve {category}. Answer with caution.",
@@ -42,7 +46,9 @@ class SafetyPolicy:
         risk_threshold (`float` in [0, 1]): A request counts as risky when its calibrated probability of any risk
             reaches this. Below it the level is "none" and the action that of level "none".
         category_risk_thresholds (`dict[str, float]`): Overrides of `risk_threshold` for single categories.
-        level_actions (`dict[str, str]`): Action per level name. Levels left out keep `"allow"`.
+        level_actions (`dict[str, str]`): Action per level name. A level that is left out gets the action of the next
+            milder one that is named; where there is none, the policy is refused. Only level 0, which is no risk, may
+            be left out without that, and is allowed then.
         category_actions (`dict[str, dict[str, str]]`): Overrides of `level_actions` for single categories.
         hints (`dict[str, str]`): Text put before the generation prompt, per action (the paper's way). `{category}` is
             filled in. An action without an entry gets no hint.
@@ -52,8 +58,8 @@ class SafetyPolicy:
         language (`str`): Which of `refusals` to use. Set by the deployer, never derived from the prompt.
         whole_conversation (`bool`): Whether a verdict covers all user turns of a chat, beside the newest by itself.
             Then a request that is spread over turns is seen, but a chat stays guarded after a risky turn.
-        level_temperature, category_temperature (`float` > 0): Calibration of the head's probabilities; above 1 they
-            are less sure. See `level_log_probabilities` in safety_assessment.py.
+        level_temperature, category_temperature (`float` in [0.1, 10]): Calibration of the head's probabilities; above
+            1 they are less sure. See `level_log_probabilities` in safety_assessment.py.
     """
 
     name: str = "default"
@@ -80,12 +86,16 @@ class SafetyPolicy:
             value = getattr(self, name)
             if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
                 raise ValueError(f"Policy field `{name}` must be a mapping from names, got {value!r}.")
+            object.__setattr__(self, name, copy.deepcopy(value))  # whoever changes the original changes no policy
         for name, threshold in {"risk_threshold": self.risk_threshold, **self.category_risk_thresholds}.items():
             if not _is_number(threshold) or not 0 <= threshold <= 1:
                 raise ValueError(f"Policy threshold `{name}` must be a probability in [0, 1], got {threshold!r}.")
         for name in ("level_temperature", "category_temperature"):
-            if not _is_number(getattr(self, name)) or not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"Policy field `{name}` must be a number above 0, got {getattr(self, name)!r}.")
+            low, high = TEMPERATURE_RANGE
+            if not _is_number(getattr(self, name)) or not low <= getattr(self, name) <= high:
+                raise ValueError(
+                    f"Policy field `{name}` must be a number in [{low:g}, {high:g}], got {getattr(self, name)!r}."
+                )
         for where, actions in {"level_actions": self.level_actions, **self.category_actions}.items():
             if not isinstance(actions, dict):
                 raise ValueError(f"Policy entry `{where}` must map level names to actions, got {actions!r}.")
@@ -110,8 +120,13 @@ class SafetyPolicy:
             )
 
     @classmethod
-    def from_value(cls, value: "SafetyPolicy | dict | str | Path") -> "SafetyPolicy":
-        """A policy from a policy, a dict, a preset name (see [`POLICY_PRESETS`]) or a YAML/JSON file's path."""
+    def from_value(cls, value: "SafetyPolicy | dict | str | Path", files: bool = True) -> "SafetyPolicy":
+        """
+        A policy from a policy, a dict, a preset name (see [`POLICY_PRESETS`]) or a YAML/JSON file's path.
+
+        Args:
+            files (`bool`): `False` refuses paths. For what a model brings along, which must not name files here.
+        """
         # A model loaded from the Hub has its own copy of this class: recognise a policy by its fields.
         if isinstance(value, cls) or type(value).__name__ == cls.__name__:
             return value if isinstance(value, cls) else cls(**asdict(value))
@@ -124,22 +139,38 @@ class SafetyPolicy:
             return cls(**value)
         if isinstance(value, str) and value in POLICY_PRESETS:
             return POLICY_PRESETS[value]
-        if isinstance(value, Path) or (isinstance(value, str) and value.endswith((".yaml", ".yml", ".json"))):
+        is_file = isinstance(value, Path) or (isinstance(value, str) and value.endswith((".yaml", ".yml", ".json")))
+        if files and is_file:
             return cls.from_file(value)
         raise ValueError(
-            f"`safety_policy` must be a SafetyPolicy, a dict, the path of a .yaml or .json file, or one of the "
-            f"presets {', '.join(POLICY_PRESETS)}; got {value!r}."
+            f"`safety_policy` must be a SafetyPolicy, a dict, {'the path of a .yaml or .json file, ' * files}or one "
+            f"of the presets {', '.join(POLICY_PRESETS)}; got {value!r}."
+            + " A configuration holds the policy itself: read the file with `SafetyPolicy.from_file`."
+            * is_file
         )
 
     @classmethod
     def from_file(cls, path: str | Path) -> "SafetyPolicy":
-        """Reads a policy from a `.yaml`/`.yml` or `.json` file. Fields left out keep their defaults."""
+        """
+        Reads a policy from a `.yaml`/`.yml` or `.json` file. Fields left out keep their defaults.
+
+        Raises:
+            `ValueError`: The file is no valid YAML or JSON, has a key twice, or holds no policy.
+        """
         import yaml
+
+        class Loader(yaml.SafeLoader):
+            def construct_mapping(self, node, deep=False):
+                _unique((str(key.value), None) for key, _ in node.value)
+                return super().construct_mapping(node, deep)
 
         text = Path(path).read_text(encoding="utf-8")
         try:
-            data = json.loads(text) if str(path).endswith(".json") else yaml.safe_load(text)
-        except (json.JSONDecodeError, yaml.YAMLError) as error:
+            if str(path).endswith(".json"):
+                data = json.loads(text, object_pairs_hook=_unique)
+            else:
+                data = yaml.load(text, Loader)
+        except (ValueError, RecursionError, yaml.YAMLError) as error:
             raise ValueError(f"Policy file {path} is no valid {Path(path).suffix[1:].upper()}: {error}") from None
         if not isinstance(data, dict):
             raise ValueError(f"Policy file {path} must hold a mapping of policy fields, got {type(data).__name__}.")
@@ -163,7 +194,7 @@ class SafetyPolicy:
         return replace(self, **changes)
 
     def check_labels(self, category_names: list[str], level_names: list[str]):
-        """Raises if the policy speaks of a category or level that the model does not have."""
+        """Raises if the policy does not fit a model: it names what the model does not have, or too few levels."""
         for where, names, known in (
             ("level_actions", self.level_actions, level_names),
             ("category_actions", self.category_actions, category_names),
@@ -175,27 +206,77 @@ class SafetyPolicy:
                     f"Policy {self.name!r}: `{where}` names {', '.join(map(repr, unknown))}, which this model does "
                     f"not have. It has: {', '.join(known)}."
                 )
+        for category in category_names:
+            self._actions(category, level_names)
 
     def action_table(self, category_names: list[str], level_names: list[str]) -> "torch.LongTensor":  # noqa: F821
         """Action ids of shape `(num_categories, num_levels)`."""
         import torch  # here, since a policy is read, checked and published without torch, too
 
         self.check_labels(category_names, level_names)
-        return torch.tensor(
-            [
-                [
-                    ACTIONS.index(self.category_actions.get(c, {}).get(level, self.level_actions.get(level, "allow")))
-                    for level in level_names
-                ]
-                for c in category_names
-            ]
-        )
+        return torch.tensor([[*map(ACTIONS.index, self._actions(c, level_names))] for c in category_names])
+
+    def _actions(self, category: str, level_names: list[str]) -> list[str]:
+        """One action per level, mildest level first; a level that is not named gets that of the one before it."""
+        named = {level_names[0]: None, **self.level_actions, **self.category_actions.get(category, {})}
+        actions = []
+        for level in level_names:
+            actions.append(named.get(level, actions[-1] if actions else None))
+            if actions[-1] is None and level != level_names[0]:
+                raise ValueError(
+                    f"Policy {self.name!r}: `level_actions` names neither level {level!r} nor a milder one. Say what "
+                    f"follows from {level!r}: one of {', '.join(ACTIONS)}."
+                )
+        return ["allow" if action is None else action for action in actions]
+
+    def weaknesses(self, category_names: list[str], level_names: list[str], reference=None) -> list[str]:
+        """
+        In which ways the policy is milder than another: one sentence each, none if it is at least as strict.
+
+        Args:
+            category_names, level_names (`list[str]`): The model's labels.
+            reference (`SafetyPolicy`, *optional*): Defaults to the preset `"default"`. Where that does not know the
+                model's levels, only the highest has to be refused.
+        """
+        reference = reference or POLICY_PRESETS["default"]
+        if not self.enabled:
+            return ["it is off (`enabled: false`): nothing is assessed, nothing refused"] * reference.enabled
+        found = []
+        for flag in ("forced_refusal", "whole_conversation"):
+            if getattr(reference, flag) and not getattr(self, flag):
+                found.append(f"`{flag}` is false")
+        found += [f"no hint for {action!r}" for action in reference.hints if action not in self.hints]
+        limits = {c: (self._threshold(c), reference._threshold(c)) for c in category_names}
+        higher = {c: both for c, both in limits.items() if both[0] > both[1]}
+        if len(higher) == len(category_names) and len(set(higher.values())) == 1:
+            higher = {"every category": higher[category_names[0]]}
+        found += [f"`risk_threshold` of {c} is {mine:g}, above {its:g}" for c, (mine, its) in higher.items()]
+        if not set(reference.level_actions) <= set(level_names):
+            reference = SafetyPolicy(level_actions={level_names[0]: "allow", level_names[-1]: "refuse"})
+        milder = {}
+        for category in category_names:
+            both = zip(
+                level_names,
+                self._actions(category, level_names),
+                reference._actions(category, level_names),
+                strict=True,
+            )
+            for level, mine, its in both:
+                if ACTIONS.index(mine) < ACTIONS.index(its):
+                    milder.setdefault(f"level {level!r} leads to {mine!r}, not {its!r}", []).append(category)
+        for sentence, names in milder.items():
+            where = "" if len(names) == len(category_names) else f" (in {', '.join(names)})"
+            found.append(sentence + where)
+        return found
 
     def thresholds(self, category_names: list[str]) -> "torch.FloatTensor":  # noqa: F821
         """Risk thresholds of shape `(num_categories,)`, probabilities in [0, 1]."""
         import torch
 
-        return torch.tensor([float(self.category_risk_thresholds.get(c, self.risk_threshold)) for c in category_names])
+        return torch.tensor([self._threshold(c) for c in category_names])
+
+    def _threshold(self, category: str) -> float:
+        return float(self.category_risk_thresholds.get(category, self.risk_threshold))
 
     def hint(self, action: str, category: str) -> str | None:
         """The hint for the language model, or `None`."""
@@ -219,13 +300,37 @@ def _is_number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-POLICY_PRESETS = {
-    "default": SafetyPolicy(),
-    "paper": SafetyPolicy(name="paper", forced_refusal=False),
-    "strict": SafetyPolicy(
-        name="strict",
-        risk_threshold=0.2,
-        level_actions={"none": "allow", "low": "warn", "medium": "refuse", "high": "refuse"},
-    ),
-    "off": SafetyPolicy(name="off", enabled=False),
-}
+def _unique(pairs) -> dict:
+    """A mapping from pairs whose keys must differ: of two entries a reader could take either for the one in force."""
+    mapping = {}
+    for key, value in pairs:
+        if key in mapping:
+            raise ValueError(f"the key {key!r} is there twice.")
+        mapping[key] = value
+    return mapping
+
+
+class _Presets(Mapping):
+    """The presets by name. Each look-up makes a new policy, so nobody can change what the next one gets."""
+
+    _fields = {
+        "default": {},
+        "paper": {"forced_refusal": False},
+        "strict": {
+            "risk_threshold": 0.2,
+            "level_actions": {"none": "allow", "low": "warn", "medium": "refuse", "high": "refuse"},
+        },
+        "off": {"enabled": False},
+    }
+
+    def __getitem__(self, name: str) -> SafetyPolicy:
+        return SafetyPolicy(name=name, **self._fields[name])
+
+    def __iter__(self):
+        return iter(self._fields)
+
+    def __len__(self) -> int:
+        return len(self._fields)
+
+
+POLICY_PRESETS = _Presets()

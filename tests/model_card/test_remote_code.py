@@ -279,3 +279,17 @@ def test_help_ends_with_an_example(capsys):
     with pytest.raises(SystemExit):
         main(["code", "--help"])
     assert "Example:\n  safevlm code " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("policy", "says"), [("off", "it is off"), ("paper", "`forced_refusal` is false"), ("default", "")]
+)
+def test_a_weak_policy_is_told(saved, code, policy, says):
+    edit(saved / "config.json", safety_policy=policy)
+    told = [line for line in code(saved)[1] if "own policy is weak" in line]
+    assert len(told) == bool(says) and all(says in line for line in told)
+
+
+def test_a_policy_that_names_a_file_is_told(saved, code):
+    edit(saved / "config.json", safety_policy="/etc/policy.yaml")
+    assert any("own policy is weak: it is none" in line for line in code(saved)[1])

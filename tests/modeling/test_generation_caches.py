@@ -1,10 +1,12 @@
 """A chat carried on from a cache gives the answer that it gives without one."""
 
+import copy
+
 import pytest
 import torch
 from generation_case import FAMILIES, QUESTION, Case, answer
 from tiny import encode, picture
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StaticCache
 
 import safevlm.generation_safevlm as generation
 from safevlm.cached_prompt import uncached_features
@@ -168,30 +170,130 @@ def test_the_policy_may_change_between_turns(case, verdicts, policies):
     assert torch.equal(found, expected)
 
 
-def test_a_cache_of_a_text_made_elsewhere_is_used(case, verdicts, kept):
+def test_a_cache_made_elsewhere_is_emptied(case, verdicts, kept):
+    """Nobody knows what is in it."""
     verdicts(case.model, "none")
     prefix = case.processor.tokenizer("USER: hello there", return_tensors="pt")["input_ids"]
     with torch.no_grad():
-        cache = case.model.base(input_ids=prefix, use_cache=True).past_key_values
+        cache = case.model.base(input_ids=prefix + 1, use_cache=True).past_key_values  # other tokens
     inputs = encode(case.processor, [QUESTION], [1])
     joined = {name: value for name, value in inputs.items() if name != "safety_question_mask"}
     for name, value in (("input_ids", prefix), ("attention_mask", prefix * 0 + 1), ("mm_token_type_ids", prefix * 0)):
         if name in joined:
             joined[name] = torch.cat([value, joined[name]], dim=1)
-    expected = answer(case.model, joined)
-    assert torch.equal(answer(case.model, joined, past_key_values=cache), expected)
-    assert kept[-1] == prefix.shape[1]
+    for policy in (None, "off"):
+        expected = answer(case.model, joined, safety_policy=policy)
+        found = answer(case.model, joined, safety_policy=policy, past_key_values=copy.deepcopy(cache))
+        assert torch.equal(found, expected) and kept[-1] == 0
 
 
-def test_safety_embeddings_of_an_unknown_verdict_are_not_reused(case, verdicts, kept):
-    verdicts(case.model, "low")
-    inputs, output = first_turn(case)
-    del output.past_key_values.safevlm_prompt
-    inputs = next_turn(case, inputs, output.sequences, text="Is it? " * 20)
+def forward_more(case, cache, inputs):
+    ids = inputs["input_ids"][:, :1].expand(cache.batch_size if hasattr(cache, "batch_size") else 1, 3)
+    with torch.no_grad():
+        case.model.base(input_ids=ids, past_key_values=cache)
+
+
+def crop_and_forward(case, cache, inputs):
+    cache.crop(-3)
+    forward_more(case, cache, inputs)
+
+
+CHANGES = {
+    "forgotten": lambda case, cache, inputs: delattr(cache, "safevlm_prompt"),
+    "cropped": lambda case, cache, inputs: cache.crop(-5),
+    "cropped and refilled": crop_and_forward,
+    "filled on": forward_more,
+    "reordered": lambda case, cache, inputs: cache.reorder_cache(torch.tensor([0])),
+    "selected": lambda case, cache, inputs: cache.batch_select_indices(torch.tensor([0])),
+    "repeated": lambda case, cache, inputs: cache.batch_repeat_interleave(1),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_cache_that_something_else_changed_is_emptied(case, verdicts, kept, change):
     verdicts(case.model, "none")
+    inputs, output = first_turn(case)
+    inputs = next_turn(case, inputs, output.sequences, text="Is it? " * 9)
     expected = answer(case.model, inputs)
+    CHANGES[change](case, output.past_key_values, inputs)
     assert torch.equal(answer(case.model, inputs, past_key_values=output.past_key_values), expected)
-    assert kept[-1] == (inputs["input_ids"][0] == case.model.config.safety_token_id).nonzero()[0]
+    assert kept[-1] == 0
+
+
+def test_a_copy_of_a_cache_is_used(case, verdicts, kept):
+    verdicts(case.model, "none")
+    inputs, output = first_turn(case)
+    inputs = next_turn(case, inputs, output.sequences)
+    expected = answer(case.model, inputs)
+    for _ in range(2):
+        cache = copy.deepcopy(output.past_key_values)
+        assert torch.equal(answer(case.model, inputs, past_key_values=cache), expected) and kept[-1] > 0
+
+
+OTHER_CACHES = {
+    "dynamic": lambda config: DynamicCache(config=config),
+    "static": lambda config: StaticCache(config=config, max_cache_len=256),
+}
+
+
+@pytest.mark.parametrize("policy", [None, "off"])
+@pytest.mark.parametrize("kind", OTHER_CACHES)
+def test_another_picture_under_the_same_tokens_is_seen(case, kept, kind, policy):
+    cache = OTHER_CACHES[kind](case.model.base.config.get_text_config())
+    first, second = (encode(case.processor, [QUESTION], [1], seed=seed) for seed in (0, 1))
+    assert torch.equal(first["input_ids"], second["input_ids"])
+    for inputs in (first, second, first):
+        expected = answer(case.model, inputs, safety_policy=policy)
+        found = answer(case.model, inputs, safety_policy=policy, past_key_values=cache)
+        assert torch.equal(found, expected)
+        assert kept[-1] <= (inputs["input_ids"][0] == case.model.backbone.image_token_id).nonzero()[0]
+
+
+def test_a_cache_is_cut_at_the_first_picture_that_differs(case, verdicts, kept):
+    verdicts(case.model, "none")
+    inputs = encode(case.processor, [QUESTION], [2])
+    other = encode(case.processor, [QUESTION], [2])
+    other["pixel_values"] = torch.cat([other["pixel_values"][: len(other["pixel_values"]) // 2]] * 2)
+    output = case.model.generate(**inputs, max_new_tokens=8, return_dict_in_generate=True)
+    expected = answer(case.model, other)
+    assert torch.equal(answer(case.model, other, past_key_values=output.past_key_values), expected)
+    images = (inputs["input_ids"][0] == case.model.backbone.image_token_id).nonzero().flatten()
+    assert kept[-1] == images[len(images) // 2]
+
+
+def test_a_verdict_about_one_picture_never_goes_with_an_answer_about_another(case):
+    """A refused picture stays refused, whatever the cache was made with."""
+    for seed in range(3):
+        cache = DynamicCache(config=case.model.base.config.get_text_config())
+        case.model.generate(**encode(case.processor, [QUESTION], [1]), max_new_tokens=4, past_key_values=cache)
+        inputs = encode(case.processor, [QUESTION], [1], seed=seed + 5)
+        output = case.model.generate(**inputs, max_new_tokens=4, past_key_values=cache, return_dict_in_generate=True)
+        assert torch.equal(output.sequences, case.model.generate(**inputs, max_new_tokens=4))
+        assert output.safety.to_list() == case.model.assess(**inputs).to_list()
+
+
+def test_a_cache_that_an_error_left_behind_is_emptied(case, verdicts, kept):
+    class Failing(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            if input_ids.shape[1] > self.length + 3:
+                raise InterruptedError
+            return scores
+
+    verdicts(case.model, "none")
+    inputs = encode(case.processor, [QUESTION], [1])
+    expected, failing = answer(case.model, inputs), Failing()
+    failing.length = inputs["input_ids"].shape[1]
+    cache = DynamicCache(config=case.model.base.config.get_text_config())
+    for _ in range(2):
+        with pytest.raises(InterruptedError):
+            answer(case.model, inputs, past_key_values=cache, logits_processor=LogitsProcessorList([failing]))
+        assert torch.equal(answer(case.model, inputs, past_key_values=cache), expected) and kept[-1] == 0
+        answer(case.model, inputs, past_key_values=cache)
+
+
+def test_a_cache_that_is_none_is_refused(case):
+    with pytest.raises(ValueError, match="must be a `Cache` such as"):
+        case.model.generate(**case.inputs(1), past_key_values=((torch.zeros(1), torch.zeros(1)),))
 
 
 def test_new_tokens_alone_are_refused(case, verdicts):

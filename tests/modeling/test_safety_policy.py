@@ -1,6 +1,7 @@
 """The policy as data: what follows from a verdict, what a deployer may write, what is refused."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safevlm import ACTIONS, POLICY_PRESETS, SafetyPolicy, SafeVlmConfig
-from safevlm.safety_assessment import assess_logits
+from safevlm.safety_assessment import assess_logits, worst_verdicts
 from safevlm.safety_labels import PAPER_LABELS
 
 CATEGORY_NAMES, LEVEL_NAMES = PAPER_LABELS.category_names, PAPER_LABELS.level_names
@@ -108,13 +109,13 @@ POLICIES = st.builds(
     enabled=st.booleans(),
     risk_threshold=PROBABILITY,
     category_risk_thresholds=st.dictionaries(st.sampled_from(CATEGORY_NAMES), PROBABILITY),
-    level_actions=LEVEL_ACTIONS,
+    level_actions=LEVEL_ACTIONS.map(lambda actions: {"none": "allow", **actions}),
     category_actions=st.dictionaries(st.sampled_from(CATEGORY_NAMES), LEVEL_ACTIONS),
     hints=st.dictionaries(ACTION, TEXT),
     forced_refusal=st.booleans(),
     refusals=st.dictionaries(st.sampled_from(["no", "null", "1", "zh"]), TEXT).map(lambda d: {"en": "No.", **d}),
-    level_temperature=st.floats(0.01, 100),
-    category_temperature=st.floats(0.01, 100),
+    level_temperature=st.floats(0.1, 10),
+    category_temperature=st.floats(0.1, 10),
 )
 
 
@@ -134,7 +135,7 @@ def test_a_short_policy_file_keeps_the_other_defaults(tmp_path):
     policy = SafetyPolicy.from_file(path)
     assert policy.risk_threshold == 0.3 and policy.hints == SafetyPolicy().hints
     assert assess(policy, level_logits(0.4, 0.3, 0.2, 0.1)).actions == ["refuse"]
-    assert assess(policy, level_logits(0.4, 0.1, 0.2, 0.3)).actions == ["allow"]  # "high" was left out
+    assert assess(policy, level_logits(0.4, 0.1, 0.2, 0.3)).actions == ["refuse"]  # "high" was left out
 
 
 def test_a_policy_of_another_copy_of_the_class_is_understood():
@@ -181,7 +182,8 @@ def test_texts_fill_in_the_category():
         ({"language": "it"}, "language 'it' has no refusal text.*de, en, es, fr, zh"),
         ({"enabled": "off"}, "`enabled` must be true or false, got 'off'"),
         ({"forced_refusal": 1}, "`forced_refusal`"),
-        ({"level_temperature": 0}, "`level_temperature` must be a number above 0, got 0"),
+        ({"level_temperature": 0}, r"`level_temperature` must be a number in \[0.1, 10\], got 0"),
+        ({"level_temperature": 1e9}, "got 1000000000.0"),
         ({"category_temperature": float("inf")}, "inf"),
     ],
 )
@@ -197,6 +199,8 @@ def test_wrong_policies_are_refused_with_field_value_and_fix(value, message):
         ({"category_actions": {"weapons": {"high": "refuse"}}}, "`category_actions` names 'weapons'.*politics"),
         ({"category_actions": {"privacy": {"severe": "refuse"}}}, "'severe'"),
         ({"category_risk_thresholds": {"weapons": 0.1}}, "'weapons'"),
+        ({"level_actions": {"high": "refuse"}}, "names neither level 'low' nor a milder one"),
+        ({"level_actions": {}}, "names neither level 'low' nor a milder one"),
     ],
 )
 def test_labels_the_model_does_not_have_are_refused_everywhere(model, batch, policy, message):
@@ -223,6 +227,146 @@ def test_a_saved_policy_file_is_readable_yaml(tmp_path):
     text = (tmp_path / "policy.yaml").read_text()
     assert "risk_threshold: 0.2" in text and "抱歉" in text
     assert yaml.safe_load(text)["level_actions"]["medium"] == "refuse"
+
+
+@pytest.mark.parametrize(
+    ("actions", "expected"),
+    [
+        ({"none": "allow", "low": "warn"}, ["allow", "warn", "warn", "warn"]),
+        ({"none": "caution", "medium": "refuse"}, ["caution", "caution", "refuse", "refuse"]),
+        ({"low": "refuse"}, ["allow", "refuse", "refuse", "refuse"]),
+    ],
+)
+def test_a_level_that_is_not_named_gets_the_action_of_the_next_milder_one(actions, expected):
+    table = SafetyPolicy(level_actions=actions).action_table(CATEGORY_NAMES, LEVEL_NAMES)
+    assert [[ACTIONS[i] for i in row] for row in table.tolist()] == [expected] * len(CATEGORY_NAMES)
+
+
+def test_nobody_can_change_a_preset():
+    POLICY_PRESETS["default"].level_actions["high"] = "allow"
+    POLICY_PRESETS["default"].refusals["en"] = "Sure!"
+    assert POLICY_PRESETS["default"] == SafetyPolicy() and SafetyPolicy.from_value("default") == SafetyPolicy()
+    with pytest.raises(TypeError):
+        POLICY_PRESETS["default"] = SafetyPolicy(enabled=False)
+    given = {"none": "allow", "low": "refuse"}
+    policy = SafetyPolicy(level_actions=given)
+    given["low"] = "allow"
+    assert policy.level_actions["low"] == "refuse"
+
+
+@pytest.mark.parametrize("own", [{"enabled": False}, {"level_temperature": 10.0}, {"risk_threshold": 1.0}])
+def test_a_preset_is_the_preset_whatever_the_models_own_policy_is_called(model, own):
+    config = model.config.safety_policy
+    try:
+        model.set_safety_policy(SafetyPolicy(name="default", **own))
+        found = model.resolve_policy("default")
+        assert found.replace(level_temperature=1.0) == SafetyPolicy()
+    finally:
+        model.config.safety_policy = config
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("p.yaml", "risk_threshold: 0.1\nrisk_threshold: 0.9\n"),
+        ("p.yaml", "level_actions:\n  none: allow\n  high: refuse\n  high: allow\n"),
+        ("p.json", '{"risk_threshold": 0.1, "risk_threshold": 0.9}'),
+        ("p.json", '{"level_actions": {"high": "refuse", "high": "allow"}}'),
+    ],
+)
+def test_a_key_that_is_there_twice_is_refused(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match="(risk_threshold|high)' is there twice"):
+        SafetyPolicy.from_file(tmp_path / name)
+
+
+def test_a_policy_file_may_use_anchors(tmp_path):
+    (tmp_path / "p.yaml").write_text(
+        "level_actions: &all {none: allow, low: warn, high: refuse}\n"
+        "category_actions:\n  privacy:\n    <<: *all\n    low: refuse\n"
+    )
+    assert SafetyPolicy.from_file(tmp_path / "p.yaml").category_actions["privacy"]["low"] == "refuse"
+
+
+def test_a_models_configuration_cannot_name_a_policy_file(tmp_path):
+    SafetyPolicy(enabled=False).to_file(tmp_path / "off.yaml")
+    for path in (str(tmp_path / "off.yaml"), tmp_path / "off.yaml"):
+        with pytest.raises(ValueError, match="configuration holds the policy itself"):
+            SafeVlmConfig(safety_policy=path)
+
+
+@pytest.mark.parametrize("field", ["level_names", "category_names"])
+def test_labels_of_one_name_are_refused(field):
+    names = {"level_names": [*LEVEL_NAMES, "low"], "category_names": [*CATEGORY_NAMES, "privacy"]}[field]
+    with pytest.raises(ValueError, match=f"`{field}` has the same name more than once"):
+        SafeVlmConfig(**{field: names})
+
+
+@pytest.mark.parametrize(
+    ("policy", "sentences"),
+    [
+        ("default", []),
+        ("strict", []),
+        ({"risk_threshold": 0.3, "level_temperature": 3.0}, []),
+        ("off", ["it is off"]),
+        ("paper", ["`forced_refusal` is false"]),
+        ({"whole_conversation": False}, ["`whole_conversation` is false"]),
+        ({"risk_threshold": 0.9}, ["`risk_threshold` of every category is 0.9, above 0.5"]),
+        ({"category_risk_thresholds": {"privacy": 0.75}}, ["`risk_threshold` of privacy is 0.75, above 0.5"]),
+        (
+            {"level_actions": {"none": "allow", "low": "caution"}},
+            ["'medium' leads to 'caution', not 'warn'", "'high'"],
+        ),
+        ({"category_actions": {"fairness": {"high": "warn"}}}, ["'high' leads to 'warn', not 'refuse' (in fairness)"]),
+        ({"hints": {}}, ["no hint for 'caution'", "no hint for 'warn'", "no hint for 'refuse'"]),
+    ],
+)
+def test_a_policy_says_where_it_is_weaker_than_the_default(policy, sentences):
+    found = SafetyPolicy.from_value(policy).weaknesses(CATEGORY_NAMES, LEVEL_NAMES)
+    assert len(found) == len(sentences)
+    for sentence, part in zip(found, sentences, strict=True):
+        assert part in sentence
+
+
+def test_weakness_is_told_for_other_labels_too():
+    policy = SafetyPolicy(level_actions={"fine": "allow", "bad": "warn"})
+    assert policy.weaknesses(["x", "safe"], ["fine", "bad"]) == ["level 'bad' leads to 'warn', not 'refuse'"]
+
+
+# -- numbers that are none -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("preset", ["default", "paper", "strict"])
+@pytest.mark.parametrize("where", range(11))
+def test_logits_that_are_not_finite_give_the_strictest_action(value, preset, where):
+    numbers = [20.0, 0.0, 0.0, 0.0, *[0.0] * 6, 20.0]  # surely safe
+    numbers[where] = value
+    verdict = assess(preset, numbers[:4], numbers[4:])
+    assert verdict.actions == ["refuse"] and verdict.failed.tolist() == [True]
+    row = verdict.to_list()[0]
+    assert row["action"] == "refuse" and "not finite" in row["error"] and row["score"] is None
+    json.dumps(row, allow_nan=False)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.floats(width=32), min_size=4, max_size=4), st.lists(st.floats(width=32), min_size=7, max_size=7))
+def test_any_numbers_give_a_verdict_or_the_strictest_action(level, category):
+    verdict = assess({"level_temperature": 0.1, "category_temperature": 0.1}, level, category)
+    finite = all(math.isfinite(number) for number in (*level, *category))
+    assert finite or verdict.actions == ["refuse"]
+    assert verdict.failed[0] or 0 <= verdict.score[0] <= 1
+    json.dumps(verdict.to_list(), allow_nan=False)
+
+
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+def test_an_image_that_is_no_number_does_not_lift_anothers_refusal(order):
+    level = torch.tensor([[0.0, 0.0, 0.0, 9.0], [float("nan")] * 4])[order]
+    category = torch.tensor([[9.0, 0, 0, 0, 0, 0, 0], [0.0] * 7])[order]
+    images = assess_logits(level, category, torch.tensor([True, True]), SafetyPolicy(), PAPER_LABELS)
+    none = assess_logits(level[:1], category[:1], torch.tensor([False]), SafetyPolicy(), PAPER_LABELS)
+    assert worst_verdicts(images, torch.tensor([0, 0]), none).actions == ["refuse"]
+    assert none.actions == ["allow"] and not none.failed.any()
 
 
 def test_an_assessment_prints_as_one_line_a_row():

@@ -63,7 +63,9 @@ def _diffs(review, wanted: bool):
 
 def _summary(review):
     from safevlm import __version__
+    from safevlm.model_card.remote_code import printable
 
+    yield from (f"The model's own policy is weak: {printable(weakness)}" for weakness in review.weaknesses)
     total, others = len(review.files), len(review.others)
     if review.all_same:
         lines = sum(len(file.content.splitlines()) for file in review.files)

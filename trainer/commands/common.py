@@ -60,7 +60,7 @@ def reader_options(args) -> dict:
 
 
 def load_model(name: str, device: str | None = None):
-    """A saved SafeVLM, ready to use, and its processor."""
+    """A saved SafeVLM, ready to use, and its processor. A weak policy is told by the model itself, as a warning."""
     check_model_type(name, "--model")
     check_device(device)
     import torch
@@ -71,7 +71,9 @@ def load_model(name: str, device: str | None = None):
     transformers_logging.disable_progress_bar()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = SafeVlmForConditionalGeneration.from_pretrained(name, dtype="auto").to(device).eval()
-    return model, SafeVlmProcessor.from_pretrained(name)
+    processor = SafeVlmProcessor.from_pretrained(name)
+    model.check_policy_texts(processor)
+    return model, processor
 
 
 def check_device(device: str | None):

@@ -21,15 +21,13 @@ import numpy as np
 import torch
 
 from safevlm.safety_assessment import level_log_probabilities, risk_logits
-from safevlm.safety_policy import POLICY_PRESETS, SafetyPolicy
+from safevlm.safety_policy import POLICY_PRESETS, TEMPERATURE_RANGE, SafetyPolicy
 from safevlm.trainer.files import replace_text
 
 from .head_measures import HeadOutcomes, head_outcomes, readings, usable
 from .head_predictions import HeadPrediction
 from .head_report import head_report, operating_point
 from .thresholds import MIN_ROWS, check_aim, fit_thresholds
-
-TEMPERATURE_RANGE = (0.05, 20.0)
 
 
 @dataclass

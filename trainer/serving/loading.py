@@ -36,6 +36,7 @@ def load(
         options["quantization_config"] = BitsAndBytesConfig(**QUANTIZATIONS[quantization])
     processor = SafeVlmProcessor.from_pretrained(name, revision=revision)
     model = SafeVlmForConditionalGeneration.from_pretrained(name, **options).eval()
+    model.check_policy_texts(processor)
     if policy is not None:
         model.set_safety_policy(model.resolve_policy(policy), processor)
     return model, processor
