@@ -107,7 +107,7 @@ class SafeVlmConfig(PreTrainedConfig):
         self.safe_category = labels.safe_category
         self.safety_level_loss_coef = safety_level_loss_coef
         self.safety_category_loss_coef = safety_category_loss_coef
-        self.safety_policy = SafetyPolicy.from_value(safety_policy, files=False).to_dict()
+        self.safety_policy = SafetyPolicy.from_value(safety_policy, files=False).for_levels(self.level_names).to_dict()
         self.safety_token_id = safety_token_id
         self.policy_token_ids = dict(policy_token_ids or {})
         self.generation_prompt_token_ids = list(generation_prompt_token_ids or [])

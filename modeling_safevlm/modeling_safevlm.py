@@ -213,7 +213,7 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
         Raises:
             `ValueError`: The policy does not fit the model's labels, or a text of it has no tokens that say it.
         """
-        policy = SafetyPolicy.from_value(policy)
+        policy = SafetyPolicy.from_value(policy).for_levels(self.config.level_names)
         policy.check_labels(self.config.category_names, self.config.level_names)
         if processor is not None:
             texts = policy_token_ids(processor, policy.texts(self.config.category_names))
@@ -234,7 +234,7 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
             policy = POLICY_PRESETS[policy].replace(
                 level_temperature=own.level_temperature, category_temperature=own.category_temperature
             )
-        policy = own if policy is None else SafetyPolicy.from_value(policy)
+        policy = own if policy is None else SafetyPolicy.from_value(policy).for_levels(self.config.level_names)
         policy.check_labels(self.config.category_names, self.config.level_names)
         return policy
 
@@ -459,7 +459,7 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
         """Action and category ids per row: the labels' for a share of the labelled rows, else the prediction's."""
         policy = self.resolve_policy()
         if not policy.enabled:  # a model saved with policy "off" can still be trained
-            policy = SafetyPolicy()
+            policy = self.resolve_policy("default")
         verdict = self.apply_policy([prediction], policy)
         action, category = verdict.action, verdict.category
         if label_conditioning > 0 and level_labels is not None and category_labels is not None:

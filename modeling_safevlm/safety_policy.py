@@ -10,6 +10,7 @@ the preset `"paper"`, and the default also enforces refusals without the languag
 
 import copy
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -193,6 +194,20 @@ class SafetyPolicy:
         """A copy with some fields changed."""
         return replace(self, **changes)
 
+    def for_levels(self, level_names: list[str]) -> "SafetyPolicy":
+        """
+        The policy for a model whose levels have other names or another number. Only the presets' `level_actions` are
+        carried over, by rank: the first level keeps the first action, the last the last, and what falls between two
+        gets the stricter. Any other policy comes back as it is, for [`check_labels`] to judge.
+        """
+        known = list(self.level_actions)
+        presets = [preset.level_actions for preset in POLICY_PRESETS.values()]
+        if set(known) <= set(level_names) or self.level_actions not in presets:
+            return self
+        steps = (len(known) - 1) / (len(level_names) - 1)
+        actions = {name: self.level_actions[known[math.ceil(i * steps)]] for i, name in enumerate(level_names)}
+        return self.replace(level_actions=actions)
+
     def check_labels(self, category_names: list[str], level_names: list[str]):
         """Raises if the policy does not fit a model: it names what the model does not have, or too few levels."""
         for where, names, known in (
@@ -235,10 +250,9 @@ class SafetyPolicy:
 
         Args:
             category_names, level_names (`list[str]`): The model's labels.
-            reference (`SafetyPolicy`, *optional*): Defaults to the preset `"default"`. Where that does not know the
-                model's levels, only the highest has to be refused.
+            reference (`SafetyPolicy`, *optional*): Defaults to the preset `"default"`.
         """
-        reference = reference or POLICY_PRESETS["default"]
+        reference = (reference or POLICY_PRESETS["default"]).for_levels(level_names)
         if not self.enabled:
             return ["it is off (`enabled: false`): nothing is assessed, nothing refused"] * reference.enabled
         found = []
@@ -251,8 +265,6 @@ class SafetyPolicy:
         if len(higher) == len(category_names) and len(set(higher.values())) == 1:
             higher = {"every category": higher[category_names[0]]}
         found += [f"`risk_threshold` of {c} is {mine:g}, above {its:g}" for c, (mine, its) in higher.items()]
-        if not set(reference.level_actions) <= set(level_names):
-            reference = SafetyPolicy(level_actions={level_names[0]: "allow", level_names[-1]: "refuse"})
         milder = {}
         for category in category_names:
             both = zip(

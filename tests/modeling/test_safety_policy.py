@@ -1,5 +1,6 @@
 """The policy as data: what follows from a verdict, what a deployer may write, what is refused."""
 
+import copy
 import json
 import math
 
@@ -8,6 +9,7 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import safe_model
 
 from safevlm import ACTIONS, POLICY_PRESETS, SafetyPolicy, SafeVlmConfig
 from safevlm.safety_assessment import assess_logits, worst_verdicts
@@ -379,3 +381,32 @@ def test_an_assessment_prints_as_one_line_a_row():
         "  row 2: allow (not assessed)",
     ]
     assert str(assessment[1:2]) == "SafetyAssessment:\n  row 0: refuse (illegal risk, high, risk 1.000)"
+
+
+@pytest.mark.parametrize(
+    ("levels", "default", "strict"),
+    [
+        (["fine", "bad"], ["allow", "refuse"], ["allow", "refuse"]),
+        (["ok", "mild", "grave"], ["allow", "warn", "refuse"], ["allow", "refuse", "refuse"]),
+        (["0", "1", "2", "3"], ["allow", "caution", "warn", "refuse"], ["allow", "warn", "refuse", "refuse"]),
+        (
+            ["a", "b", "c", "d", "e"],
+            ["allow", "caution", "warn", "refuse", "refuse"],
+            ["allow", "warn", "refuse", "refuse", "refuse"],
+        ),
+    ],
+)
+def test_presets_work_on_levels_of_ones_own_by_rank(base, processor, levels, default, strict):
+    labels = {"level_names": levels, "category_names": ["harm", "fine"], "safe_category": "fine"}
+    model = safe_model(copy.deepcopy(base), processor, **labels)
+    for name, actions in (("default", default), ("strict", strict), ("paper", default)):
+        assert list(model.resolve_policy(name).level_actions.values()) == actions
+        model.set_safety_policy(name, processor)
+        assert model.policy_weaknesses() == (["`forced_refusal` is false"] if name == "paper" else [])
+    assert not model.resolve_policy("off").enabled
+
+
+def test_a_policy_of_ones_own_must_name_the_models_levels(base, processor):
+    model = safe_model(copy.deepcopy(base), processor, level_names=["ok", "mild", "grave"])
+    with pytest.raises(ValueError, match="`level_actions` names 'medium'"):
+        model.resolve_policy({"level_actions": {"ok": "allow", "medium": "refuse"}})

@@ -73,7 +73,7 @@ def calibrate(
         `ValueError`: Both or none of the two aims, an aim out of range, a policy that is off, or a half without risky
             or without clean rows.
     """
-    policy = SafetyPolicy.from_value(policy)
+    policy = SafetyPolicy.from_value(policy).for_levels(config.level_names)
     policy.check_labels(config.category_names, config.level_names)
     check_aim(target_fpr, cost_ratio)
     if not policy.enabled:
@@ -85,7 +85,11 @@ def calibrate(
     calibrated = calibrated.replace(name="calibrated")
     # As a call by their name gets them: with the temperatures of the model's own policy.
     now = {name: getattr(policy, name) for name in ("level_temperature", "category_temperature")}
-    compared = {name: preset.replace(**now) for name, preset in POLICY_PRESETS.items() if preset.enabled}
+    compared = {
+        name: preset.for_levels(config.level_names).replace(**now)
+        for name, preset in POLICY_PRESETS.items()
+        if preset.enabled
+    }
     compared |= {"present": policy, "calibrated": calibrated}
     report = {
         "aim": {"target_fpr": target_fpr} if cost_ratio is None else {"cost_ratio": cost_ratio},
@@ -115,7 +119,9 @@ def split_by_image(
     from sklearn.model_selection import StratifiedGroupKFold
 
     chosen = usable(predictions)
-    outcomes = head_outcomes(chosen, POLICY_PRESETS["default"], config)  # for labels and groups
+    outcomes = head_outcomes(
+        chosen, POLICY_PRESETS["default"].for_levels(config.level_names), config
+    )  # for labels and groups
     strata = outcomes.category_labels * len(config.level_names) + outcomes.level_labels
     if outcomes.num_images > 1 and np.bincount(strata).max() > 1:
         folds = StratifiedGroupKFold(n_splits=2, shuffle=True, random_state=seed)

@@ -250,7 +250,9 @@ def _head(system: System, by_task: dict[str, list[dict]], manager, folder: Path,
     if not any(None not in (prediction.level, prediction.category) for prediction in predictions):
         return None
     policy = SafetyPolicy.from_value(config.safety_policy if system.policy is None else system.policy)
-    policy = policy.replace(level_temperature=1.0, category_temperature=1.0)  # the verdicts' are calibrated already
+    policy = policy.for_levels(config.level_names).replace(
+        level_temperature=1.0, category_temperature=1.0
+    )  # the verdicts' are calibrated already
     plot_head_report(predictions, policy, config, folder)
     return head_report(predictions, policy, config, seed=seed)
 

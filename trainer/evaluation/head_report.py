@@ -53,7 +53,7 @@ def head_report(
     Raises:
         `ValueError`: No row has both labels and an image.
     """
-    policy = SafetyPolicy.from_value(policy)
+    policy = SafetyPolicy.from_value(policy).for_levels(config.level_names)
     outcomes = head_outcomes(predictions, policy, config)
     everything = np.arange(len(outcomes))
     slices = [("overall", "", _ROW_MEASURES, everything)]
@@ -105,7 +105,7 @@ def operating_point(
     predictions: Sequence[HeadPrediction], policy: SafetyPolicy | dict | str, config, num_resamples=1000, seed=0
 ) -> dict:
     """`recall` of risky rows and `false_positive_rate` on clean rows under a policy, as in [`head_report`]."""
-    outcomes = head_outcomes(predictions, SafetyPolicy.from_value(policy), config)
+    outcomes = head_outcomes(predictions, SafetyPolicy.from_value(policy).for_levels(config.level_names), config)
     kind = (("recall", "false_positive_rate"), risk_measures, resampled_risk_measures)
     everything = np.arange(len(outcomes))
     return _measure(outcomes, [("point", "", kind, everything)], num_resamples, seed)["point"][""]

@@ -34,7 +34,7 @@ def plot_head_report(
     Returns:
         `list[Path]`: The files.
     """
-    policy = SafetyPolicy.from_value(policy)
+    policy = SafetyPolicy.from_value(policy).for_levels(config.level_names)
     outcomes = head_outcomes(predictions, policy, config)
     plots = {"confusion_matrix": lambda path: plot_confusion(outcomes, config, path)}
     if 0 < outcomes.risky.sum() < len(outcomes):
