@@ -88,7 +88,7 @@ def test_two_ddp_processes_take_the_steps_of_one(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_ddp_process_whose_rows_have_no_picture_takes_part(tmp_path, capsys):
-    """In stage 1 nothing of its loss reaches what trains, which the others wait for; their safety losses stay whole."""
+    """In stage 1 nothing of its loss reaches what trains, which others wait for; their safety losses stay whole."""
     order = dict(train_sampling_strategy="sequential")
     losses = logged_losses(on_one_process(tmp_path / "one", schedule(2, **order), capsys, "13"))
     output = on_two_processes(tmp_path / "two", schedule(1, **order), "13")
