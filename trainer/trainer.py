@@ -31,7 +31,7 @@ from safevlm.losses import combine_losses
 from safevlm.model_card import write_card
 
 from .card_callback import CardCallback, read_measured
-from .checkpoints import last_complete_checkpoint, load_weights
+from .checkpoints import is_complete, last_complete_checkpoint, load_weights
 from .data_collator import SafeVlmDataCollator
 from .encoded_rows import EncodedDataset, EncodedStream, RowEncoder, encode_rows
 from .features import check_parts, check_trainer_options
@@ -42,6 +42,7 @@ from .row_checks import check_rows
 from .training_args import SafeVlmTrainingArguments
 
 ROW_IDS = "row_ids"
+WITH_ALL = " (with `save_only_model` none is complete: it lacks the optimizer)"
 
 
 class NonFiniteError(ValueError):
@@ -75,7 +76,7 @@ class SafeVlmTrainer(Trainer):
         callbacks=None,
         **kwargs,
     ):
-        check_parts(model, args, processing_class)
+        check_parts(model, args, processing_class, train_dataset)
         check_trainer_options(args, kwargs)
         config = model.config
         for name in ("safety_level_loss_coef", "safety_category_loss_coef"):
@@ -124,7 +125,9 @@ class SafeVlmTrainer(Trainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
-                raise ValueError(f"No complete checkpoint to resume from in {self.args.output_dir!r}.")
+                raise ValueError(f"No complete checkpoint to resume from in {self.args.output_dir!r}{WITH_ALL}.")
+        elif resume_from_checkpoint and not is_complete(resume_from_checkpoint):
+            raise ValueError(f"{str(resume_from_checkpoint)!r} is no complete checkpoint to resume from{WITH_ALL}.")
         empty = without_weights(self.model) if self.is_fsdp_enabled else None
         self._labelled = 0
         self._losses = MeanLosses()
@@ -248,11 +251,8 @@ class SafeVlmTrainer(Trainer):
         numbers = self._numbers.of_batch(inputs)
         # The LM loss is a sum over this micro-batch divided by the tokens of the accumulated batches of all processes,
         # whose gradients are averaged. The safety losses, means over this micro-batch, become the same over rows.
-        if (
-            num_items_in_batch is not None
-            and self.args.average_tokens_across_devices
-            and outputs.get("lm_loss") is not None
-        ):
+        whole = num_items_in_batch is not None and self.args.average_tokens_across_devices
+        if whole and losses["lm_loss"] is not None:
             losses["lm_loss"] = losses["lm_loss"] * self.accelerator.num_processes
         if model.training:
             for name in LOSS_NAMES[1:]:
@@ -317,7 +317,9 @@ class SafeVlmTrainer(Trainer):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         self._row_ids.clear()
         means = self._eval_losses.means(self.accelerator)
-        if means:  # `Trainer`'s own `loss`, a mean over batches, would depend on how the rows fall into them
+        # `Trainer`'s own `loss`, a mean over batches, depends on how the rows fall into them, and is 0 without labels.
+        output.metrics.pop(f"{metric_key_prefix}_loss", None)
+        if means:
             parts = (torch.tensor(means[name]) if name in means else None for name in LOSS_NAMES)
             means["loss"] = combine_losses(*parts, *self._coefs()).item()
         output.metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in means.items()})
