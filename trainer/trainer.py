@@ -38,7 +38,7 @@ from .features import check_parts, check_trainer_options
 from .mean_losses import LOSS_NAMES, MeanLosses, Numbers
 from .placement import check_sharding, merged_copy, quantized_base_allowed, without_weights
 from .preparation import StageModel
-from .row_checks import check_rows
+from .row_checks import check_sets
 from .training_args import SafeVlmTrainingArguments
 
 ROW_IDS = "row_ids"
@@ -118,8 +118,7 @@ class SafeVlmTrainer(Trainer):
         """As in `Trainer`; see this file's head for what it leaves behind."""
         if self.train_dataset is None:
             raise ValueError("`train_dataset` is missing: this trainer can only evaluate.")
-        trains_head = any(part.split(".")[0] == "safety" for part in self.args.trainable)
-        self._check_rows(trains_head)
+        check_sets(self.train_dataset, self.eval_dataset, self.args)
         if self._stage is None:
             self._begin_again()
         if resume_from_checkpoint is True:
@@ -132,7 +131,7 @@ class SafeVlmTrainer(Trainer):
         self._labelled = 0
         self._losses = MeanLosses()
         result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        if isinstance(self.train_dataset, EncodedStream) and trains_head and not resume_from_checkpoint:
+        if isinstance(self.train_dataset, EncodedStream) and self.args.trains_head and not resume_from_checkpoint:
             if not self._labelled:
                 raise ValueError("No training row had a safety label and a picture: the safety head is untrained.")
         self._set_model(self._stage.end(self._unwrapped(), empty))
@@ -140,13 +139,6 @@ class SafeVlmTrainer(Trainer):
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             self.accelerator.free_memory()  # so that an evaluation prepares the plain model
         return result
-
-    def _check_rows(self, trains_head: bool):
-        evaluated = [] if self.args.eval_strategy == "no" else self.eval_dataset
-        sets = evaluated.values() if isinstance(evaluated, dict) else [evaluated]
-        for rows, needs_labels in ((self.train_dataset, trains_head), *((rows, False) for rows in sets)):
-            if isinstance(rows, EncodedDataset):
-                check_rows(rows, needs_labels, progress=not self.args.disable_tqdm)
 
     def _begin_again(self):
         self._stage = StageModel(self.model, self.args)

@@ -101,6 +101,11 @@ class SafeVlmTrainingArguments(TrainingArguments):
         check_reporting(self.report_to)
 
     @property
+    def trains_head(self) -> bool:
+        """Whether the safety head learns, which needs labelled rows."""
+        return any(part.split(".")[0] == "safety" for part in self.trainable)
+
+    @property
     def uses_lora(self) -> bool:
         """Whether the language model is trained through LoRA."""
         return self.lora_r > 0 and "language_model" in self.trainable
