@@ -1,6 +1,7 @@
 """What a stage does to a model before it trains, and how the model is made plain again when it has."""
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 from torch import nn
@@ -8,6 +9,7 @@ from transformers import set_seed
 
 from safevlm import SafeVlmForConditionalGeneration
 
+from .peft_alone import without_bitsandbytes
 from .placement import check_weights, gather_weights, merge_lora, train_in_float32
 from .training_args import SafeVlmTrainingArguments
 
@@ -127,13 +129,12 @@ def add_lora(model: SafeVlmForConditionalGeneration, args: SafeVlmTrainingArgume
             if name.startswith(prefix + ".") and isinstance(module, nn.Linear)
         }
     )
-    return get_peft_model(
-        model,
-        LoraConfig(
-            r=args.lora_r,
-            lora_alpha=args.lora_alpha,
-            lora_dropout=args.lora_dropout,
-            target_modules=rf"{re.escape(prefix)}\..*\.({'|'.join(leaves)})",
-            modules_to_save=["safety"] if "safety" in args.trainable else None,
-        ),
+    config = LoraConfig(
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=rf"{re.escape(prefix)}\..*\.({'|'.join(leaves)})",
+        modules_to_save=["safety"] if "safety" in args.trainable else None,
     )
+    with nullcontext() if getattr(model, "is_quantized", False) else without_bitsandbytes():
+        return get_peft_model(model, config)

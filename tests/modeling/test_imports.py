@@ -74,6 +74,18 @@ def test_training_imports_bitsandbytes_only_to_quantise(modules):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_lora_on_a_model_that_is_not_quantised_imports_no_bitsandbytes():
+    code = (
+        "import sys; from safevlm import SafeVlmProcessor; from safevlm.trainer import SafeVlmTrainingArguments as A; "
+        "from safevlm.trainer.preparation import add_lora; from tiny import safe_model, tiny_llava, tiny_processor; "
+        "model = safe_model(tiny_llava(), SafeVlmProcessor.from_base(tiny_processor())); "
+        "add_lora(model, A(output_dir='out', stage='joint_finetuning', lora_r=2, use_cpu=True)).merge_and_unload(); "
+        "assert 'bitsandbytes' not in sys.modules"
+    )
+    path = str(Path(__file__).parents[1])
+    subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {path!r}); {code}"], check=True)
+
+
 def test_everything_public_is_there():
     assert safevlm.__all__ == sorted(safevlm.__all__)
     assert all(hasattr(safevlm, name) for name in safevlm.__all__)
