@@ -156,6 +156,7 @@ class SafetyPolicy:
         Reads a policy from a `.yaml`/`.yml` or `.json` file. Fields left out keep their defaults.
 
         Raises:
+            `FileNotFoundError`: There is no such file.
             `ValueError`: The file is no valid YAML or JSON, has a key twice, or holds no policy.
         """
         import yaml
@@ -165,12 +166,16 @@ class SafetyPolicy:
                 _unique((str(key.value), None) for key, _ in node.value)
                 return super().construct_mapping(node, deep)
 
-        text = Path(path).read_text(encoding="utf-8")
         try:
+            text = Path(path).read_text(encoding="utf-8")
             if str(path).endswith(".json"):
                 data = json.loads(text, object_pairs_hook=_unique)
             else:
                 data = yaml.load(text, Loader)
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"Policy file {path} does not exist; write it, or use a preset: {', '.join(POLICY_PRESETS)}."
+            ) from None
         except (ValueError, RecursionError, yaml.YAMLError) as error:
             raise ValueError(f"Policy file {path} is no valid {Path(path).suffix[1:].upper()}: {error}") from None
         if not isinstance(data, dict):

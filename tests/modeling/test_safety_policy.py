@@ -220,7 +220,7 @@ def test_a_policy_file_that_holds_no_mapping_is_refused(tmp_path):
     (tmp_path / "policy.yaml").write_text("- refuse\n")
     with pytest.raises(ValueError, match="must hold a mapping of policy fields, got list"):
         SafetyPolicy.from_file(tmp_path / "policy.yaml")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="missing.yaml does not exist; write it, or use a preset: default,"):
         SafetyPolicy.from_value(str(tmp_path / "missing.yaml"))
 
 

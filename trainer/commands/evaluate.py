@@ -4,7 +4,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from .common import add_command, check_device, model_config
+from .common import add_command, check_device, check_policy, model_config
 
 
 def add(commands):
@@ -37,6 +37,7 @@ def add(commands):
 
 
 def run(args):
+    check_policy(args.policy)
     model_config(args.model, "MODEL")
     check_device(args.device)
     from transformers import logging as transformers_logging
