@@ -316,6 +316,10 @@ def test_labels_of_one_name_are_refused(field):
         ({"risk_threshold": 0.9}, ["`risk_threshold` of every category is 0.9, above 0.5"]),
         ({"category_risk_thresholds": {"privacy": 0.75}}, ["`risk_threshold` of privacy is 0.75, above 0.5"]),
         (
+            {"risk_threshold": 0.6, "category_risk_thresholds": {"privacy": 0.75, "politics": 0.5}},
+            ["misleading is 0.6, above 0.5; of privacy is 0.75, above 0.5"],
+        ),
+        (
             {"level_actions": {"none": "allow", "low": "caution"}},
             ["'medium' leads to 'caution', not 'warn'", "'high'"],
         ),
@@ -324,7 +328,7 @@ def test_labels_of_one_name_are_refused(field):
     ],
 )
 def test_a_policy_says_where_it_is_weaker_than_the_default(policy, sentences):
-    found = SafetyPolicy.from_value(policy).weaknesses(CATEGORY_NAMES, LEVEL_NAMES)
+    found = SafetyPolicy.from_value(policy).weaknesses(CATEGORY_NAMES[:-1], LEVEL_NAMES)
     assert len(found) == len(sentences)
     for sentence, part in zip(found, sentences, strict=True):
         assert part in sentence
