@@ -15,7 +15,14 @@ from safevlm.model_card import write_card
 from safevlm.model_card.facts import portable_command, read_facts
 from safevlm.trainer import card_facts
 from safevlm.trainer.card_callback import CardCallback, read_measured
-from safevlm.trainer.card_facts import add_calibration, add_evaluation, base_facts, data_facts, stage_facts, train_command
+from safevlm.trainer.card_facts import (
+    add_calibration,
+    add_evaluation,
+    base_facts,
+    data_facts,
+    stage_facts,
+    train_command,
+)
 from safevlm.trainer.cli import _parser
 from safevlm.trainer.commands.train import _override
 from safevlm.trainer.data import SafetyExample
