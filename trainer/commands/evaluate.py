@@ -37,9 +37,12 @@ def add(commands):
 
 
 def run(args):
+    from safevlm.trainer.task_names import check_tasks
+
     check_policy(args.policy)
     model_config(args.model, "MODEL")
     check_device(args.device)
+    check_tasks(_list(args.tasks), args.data)
     from transformers import logging as transformers_logging
 
     from safevlm.trainer.evaluation.engine import evaluate
