@@ -63,6 +63,9 @@ class Backbone:
         output = base.get_image_features(**image_inputs, return_dict=True)
         return VisionFeatures({"image": output}, self.patches(output, **image_inputs), self.tokens(output))
 
+    def forget(self, base):
+        """Makes `base` forget what it noted of its last prompt: a cache may be another's."""
+
     def training_inputs(self, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         """What the base's `forward` needs beside the processor's tensors when there are `labels`."""
         return {}
@@ -159,6 +162,9 @@ class QwenVLBackbone(Backbone):
 
     def patches(self, output, image_grid_thw=None, **image_inputs):
         return list(output.last_hidden_state.split(image_grid_thw.prod(-1).tolist()))
+
+    def forget(self, base):
+        base.model.rope_deltas = None  # how far pictures move the positions behind them
 
     def units(self, pixel_values, image_grid_thw):
         return list(zip(pixel_values.split(image_grid_thw.prod(-1).tolist()), image_grid_thw, strict=True))
