@@ -18,9 +18,9 @@ from accelerate import PartialState
 from safevlm import SafeVlmForConditionalGeneration
 from safevlm.from_base import SAFETY_FIELDS
 
-from .checkpoints import last_complete_checkpoint, save_atomically, write_atomically
+from .checkpoints import last_complete_checkpoint, save_atomically
 from .encoded_rows import RowEncoder, encode_rows
-from .files import check_settings, load_settings
+from .files import check_settings, load_settings, replace_folder
 from .preparation import trainable_weights
 from .row_checks import check_sets
 from .trainer import SafeVlmTrainer
@@ -162,17 +162,18 @@ def run_schedule(
             model = SafeVlmForConditionalGeneration.from_pretrained(done, dtype=model.dtype).to(model.device)
         if after_stage is not None:
             after_stage(folder, model)
-    if not _same_weights(final, done):  # else it may have been calibrated since, or have a card that a person wrote
-        write_atomically(partial(shutil.copytree, done), final)
+    _leave_model(done, final)
     return model
 
 
 def check_stage(model, processor, train_rows, eval_rows, arguments: dict, rows_too: bool):
     """Raises what the stage would raise before its first step: no other stage is to train before that in vain."""
     environment = dict(os.environ)
-    args = SafeVlmTrainingArguments(**arguments)
-    os.environ.clear()  # where transformers puts what is of this stage alone
-    os.environ.update(environment)
+    try:
+        args = SafeVlmTrainingArguments(**arguments)
+    finally:
+        os.environ.clear()  # where transformers puts what is of this stage alone
+        os.environ.update(environment)
     if not args.uses_lora:
         trainable_weights(model, args.trainable)
     if rows_too:  # those of the first stage are checked by its trainer
@@ -180,6 +181,15 @@ def check_stage(model, processor, train_rows, eval_rows, arguments: dict, rows_t
         encoder = RowEncoder(processor, model.config, args.hint_probability, args.max_length, args.seed)
         plain = RowEncoder(processor, model.config, max_length=args.max_length)
         check_sets(encode_rows(train, encoder), encode_rows(evaluation, plain), args)
+
+
+def _leave_model(done: Path, final: Path):
+    """Copies the last stage's model to `final`, unless it is there: by now it may be calibrated, or have a card."""
+    state = PartialState()
+    # One process decides: another would already see what this one writes.
+    if state.is_main_process and not _same_weights(final, done):
+        replace_folder(partial(shutil.copytree, done), final)
+    state.wait_for_everyone()
 
 
 def _same_weights(folder: Path, other: Path) -> bool:

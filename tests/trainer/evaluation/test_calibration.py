@@ -8,11 +8,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from families import build
 from head_records import LABELS, SAFE, random_records, record, scored, with_logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from published_templates import THINKING
+from tiny import safe_model
 
-from safevlm import SafeVlmConfig, SafeVlmForConditionalGeneration
+from safevlm import SafeVlmConfig, SafeVlmForConditionalGeneration, SafeVlmProcessor
 from safevlm.safety_assessment import assess_logits, level_log_probabilities
 from safevlm.safety_policy import SafetyPolicy
 from safevlm.trainer.evaluation import calibrate, store_policy
@@ -36,7 +39,7 @@ def verdicts(level_logits, category_logits, **policy):
 # -- temperatures ----------------------------------------------------------------------------------------------------
 
 LOGITS = st.floats(-20, 20, width=32)
-TEMPERATURES = st.floats(0.05, 20)
+TEMPERATURES = st.floats(0.1, 10)  # TEMPERATURE_RANGE
 
 
 @settings(deadline=None)
@@ -267,7 +270,9 @@ def test_the_policy_does_not_see_the_report_half():
 
 
 def test_everything_but_temperatures_and_thresholds_stays():
-    policy = SafetyPolicy(language="fr", level_actions={"high": "warn"}, category_risk_thresholds={"privacy": 0.1})
+    policy = SafetyPolicy(
+        language="fr", level_actions={"none": "allow", "high": "warn"}, category_risk_thresholds={"privacy": 0.1}
+    )
     result = calibrate(random_records(100), policy, LABELS, cost_ratio=5, num_resamples=10)
     fitted = ("name", "risk_threshold", "category_risk_thresholds", "level_temperature", "category_temperature")
     kept = {name: getattr(policy, name) for name in fitted}
@@ -329,6 +334,18 @@ def test_texts_that_the_model_does_not_know_are_stored_with_the_policy(model, pr
     store_policy(folder, policy, copy.deepcopy(model), processor)
     loaded = SafeVlmForConditionalGeneration.from_pretrained(folder)
     assert "The answer is no." in loaded.config.policy_token_ids
+
+
+def test_a_stored_policy_brings_what_opens_an_answer(tmp_path):
+    """A model that thinks, saved by a release that did not note it: new refusals would land in its thoughts."""
+    base, processor = build("qwen3_5")
+    processor.chat_template = next(iter(THINKING.values()))
+    processor = SafeVlmProcessor.from_base(processor)
+    model = safe_model(base, processor)
+    opening, model.config.answer_opening_token_ids = model.config.answer_opening_token_ids, []
+    model.save_pretrained(tmp_path)
+    store_policy(tmp_path, SafetyPolicy(refusals={"en": "The answer is no."}), model, processor)
+    assert opening and SafeVlmConfig.from_pretrained(tmp_path).answer_opening_token_ids == opening
 
 
 def test_an_interrupted_store_leaves_the_old_policy(model, processor, folder, monkeypatch):
