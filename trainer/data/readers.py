@@ -129,17 +129,13 @@ def iter_rows(
         `DataError`: Options, files and format are checked at once, rows as they come. At a label that the taxonomy
             lacks, the rest is looked through (of a stream, the next 1,000 records) to list all such labels.
     """
-    for name, value, allowed in (
-        ("on_error", on_error, ("raise", "skip")),
-        ("check_images", check_images, ("full", "header", "none")),
-    ):
-        if value not in allowed:
-            raise ValueError(f"`{name}` must be one of {allowed}, got {value!r}.")
+    _check_choice("on_error", on_error, ("raise", "skip"))
+    _check_choice("check_images", check_images, ("full", "header", "none"))
     loaded = None if taxonomy is None else Taxonomy.load(taxonomy, labels)
     if format is None and loaded is not None:
         format = loaded.format
-    if format is not None and format not in known_formats():
-        raise ValueError(f"`format` must be one of {sorted(known_formats())}, got {format!r}.")
+    if format is not None:
+        _check_choice("format", format, sorted(known_formats()))
     containers = [_Opened(one) for one in _open(path, image_folder, split, subset, revision, streaming)]
     format = format or _recognise(path, containers)
     row_format = known_formats()[format]
@@ -166,6 +162,11 @@ def iter_rows(
         skipped=[] if skipped is None else skipped,
     )
     return assembly.rows([(opened.container, opened.unit, opened.items()) for opened in containers])
+
+
+def _check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"`{name}` must be one of {allowed}, got {value!r}.")
 
 
 def read_safevlm_jsonl(path: str | os.PathLike, image_folder: str | os.PathLike | None = None, **options) -> Rows:
