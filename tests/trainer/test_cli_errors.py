@@ -246,6 +246,31 @@ def test_without_network_one_try_is_enough(monkeypatch):
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["data", "check", "rows.jsonl", "--labels", "nobody/none"],
+        ["train", "--base", "base", "--data", "rows.jsonl", "--output", "out", "--labels", "nobody/none"],
+        [*COMMANDS["evaluate"], "--compare", "base=nobody/none"],
+        [*COMMANDS["evaluate"], "--compare", "guard:nobody/none"],
+        [*COMMANDS["evaluate"], "--judge", "hf:nobody/none"],
+    ],
+    ids=lambda command: " ".join(command[-2:]),
+)
+def test_each_argument_that_names_a_model_asks_the_hub_once(world, run, command, monkeypatch):
+    from huggingface_hub.errors import HTTPError
+
+    def unreachable(*args, **kwargs):
+        calls.append(args)
+        raise HTTPError("Name or service not known")
+
+    calls = []
+    monkeypatch.chdir(world)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", unreachable)
+    code, line = run(*("base" if word == "MODEL" else word for word in command))
+    assert code == 1 and "'nobody/none' is no folder here" in line and len(calls) == 1
+
+
 @pytest.mark.parametrize("name", ["no such/mo del", "a/b/c", "../x y", "x" * 200])
 def test_what_can_be_no_name_on_the_hub_is_told(name):
     with pytest.raises(ValueError, match="its name is none that a model on the Hub can have"):
