@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -114,6 +115,13 @@ def test_ctrl_c_in_the_middle_of_an_import_is_one_line(world, module, arguments)
     done = subprocess.run(command, capture_output=True, text=True, cwd=world, timeout=100)
     line = f"safevlm {arguments[0]}: Interrupted; repeat the command to resume.\n"
     assert (done.returncode, done.stderr) == (1, line)
+
+
+def test_ctrl_c_before_the_command_begins_shows_no_traceback(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, "yaml", "data"], capture_output=True, text=True, cwd=tmp_path, timeout=100
+    )
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 
 
 def test_a_reader_that_has_enough_is_no_error(tmp_path):
