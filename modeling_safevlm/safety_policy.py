@@ -22,6 +22,7 @@ ACTIONS = ("allow", "caution", "warn", "refuse")
 TEMPERATURE_RANGE = (0.1, 10.0)
 """Where a calibration lies. Beyond, every score would be about 0, 1/2 or 1, whatever the head says."""
 
+UNKNOWN_RISK = "a possible safety risk"  # a refusal's category where the head failed and nobody knows it
 _HINTS = {
     "caution": "Note: this request may involve {category}. Answer with caution.",
     "warn": "Note: this request involves {category}. Warn the user; you may refuse.",
@@ -313,10 +314,11 @@ class SafetyPolicy:
 
     def texts(self, category_names: list[str]) -> dict[str, list[str]]:
         """All texts the policy can write, filled in: `{"hints": [...], "refusals": [...]}` (all languages)."""
+        categories = [*category_names, UNKNOWN_RISK]
         every_language = [self.replace(language=language) for language in self.refusals]
         return {
             "hints": sorted({self.hint(action, c) for action in self.hints for c in category_names}),
-            "refusals": sorted({policy.refusal(c) for policy in every_language for c in category_names}),
+            "refusals": sorted({policy.refusal(c) for policy in every_language for c in categories}),
         }
 
 

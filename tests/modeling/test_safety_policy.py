@@ -155,7 +155,7 @@ def test_texts_fill_in_the_category():
     assert policy.refusal("fairness") == "No fairness {0}."
     assert policy.texts(["a", "b"]) == {
         "hints": ["Mind a: {x}", "Mind b: {x}"],
-        "refusals": ["No a {0}.", "No b {0}."],
+        "refusals": ["No a possible safety risk {0}.", "No a {0}.", "No b {0}."],
     }
 
 
