@@ -76,8 +76,10 @@ def load_model(name: str, device: str | None = None):
     return model, processor
 
 
-def check_policy(policy: str | None, argument: str = "--policy"):
-    """Reads the policy that the command got as `argument`; raises before anything heavy is imported or loaded."""
+def check_policy(policy: str | None, argument: str = "--policy", value: str | None = None):
+    """
+    Reads a policy, the `value` of `argument` or a part of it; raises before anything heavy is imported or loaded.
+    """
     if policy is None:
         return None
     from safevlm.safety_policy import SafetyPolicy
@@ -85,7 +87,7 @@ def check_policy(policy: str | None, argument: str = "--policy"):
     try:
         return SafetyPolicy.from_value(policy)
     except (ValueError, OSError) as error:
-        raise ValueError(f"{argument} {policy!r}: {error}") from None
+        raise ValueError(f"{argument} {(value or policy)!r}: {error}") from None
 
 
 def check_device(device: str | None):
