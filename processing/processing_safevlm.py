@@ -233,6 +233,11 @@ class SafeVlmProcessor(ProcessorMixin):
                 f"`chat_template` {chat_template[:40]!r} is not this processor's own, which the model was made safe "
                 f"with. To change it for good, set `processor.chat_template`."
             )
+        if "safety_policy" in kwargs:  # transformers' own pipeline hands it over, and would go on with the model's
+            raise ValueError(
+                "`safety_policy` is an argument of `generate` and of SafeVlmPipeline. Make the pipeline with "
+                "`pipeline_class=safevlm.SafeVlmPipeline`, or with `trust_remote_code=True` and the model's name."
+            )
         tokens = self._control_tokens(everything=kwargs.pop("sanitize_control_tokens", False))
         conversation = getattr(conversation, "messages", conversation)  # the pipeline's Chat
         first = conversation[0] if isinstance(conversation, (list, tuple)) and conversation else None

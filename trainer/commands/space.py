@@ -147,7 +147,7 @@ def _place_policies(folder: Path, names: str) -> str:
     """Copies the policy files among `names` beside the app; returns the names the app will find."""
     placed = []
     for name in filter(None, (part.strip() for part in names.split(","))):
-        policy = check_policy(name, "--policies")
+        policy = check_policy(name, "--policies", names)
         if name.endswith((".yaml", ".yml", ".json")):
             policy.to_file(folder / Path(name).name)
             name = Path(name).name
