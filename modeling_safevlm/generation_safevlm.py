@@ -142,7 +142,7 @@ class SafeVlmGenerationMixin(GenerationMixin):
         check_generation(call, self._setting, self.backbone.image_inputs, policy.enabled)
         attention_mask = self._attention_mask(input_ids, call.pop("attention_mask", None), call)
         if tokenizer is not None:
-            call["tokenizer"] = tokenizer
+            call["tokenizer"] = getattr(tokenizer, "tokenizer", tokenizer)  # `transformers serve` passes its processor
         if streamer is not None:
             streamer = call["streamer"] = PromptStreamer(streamer, input_ids)
         if getattr(getattr(call.get("assistant_model"), "config", None), "model_type", None) == "safevlm":

@@ -238,7 +238,8 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
 
     def policy_weaknesses(self) -> list[str]:
         """In which ways the model's own policy is milder than the preset `"default"`; see `SafetyPolicy`."""
-        return self.resolve_policy().weaknesses(self.config.category_names, self.config.level_names)
+        risky = [name for name in self.config.category_names if name != self.config.safe_category]
+        return self.resolve_policy().weaknesses(risky, self.config.level_names)
 
     # -- the safety path ---------------------------------------------------------------------------------------------
 

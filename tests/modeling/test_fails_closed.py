@@ -603,7 +603,15 @@ def test_a_dynamically_quantised_model_keeps_its_verdicts(model, batch):
 # -- what a model says about itself ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("policy", "says"), [("off", "it is off"), ("default", None)])
+@pytest.mark.parametrize(
+    ("policy", "says"),
+    [
+        ("off", "it is off"),
+        ("default", None),
+        ({"risk_threshold": 0.7}, "of every category is 0.7, above 0.5"),
+        ({"category_risk_thresholds": {"safe": 0.7}}, None),  # no request is judged by it
+    ],
+)
 def test_a_weak_policy_is_told_at_load(model, processor, tmp_path, caplog, policy, says):
     from transformers.utils import logging
 

@@ -163,6 +163,24 @@ def test_bodies_being_read_share_a_budget(chat):
     asyncio.run(fill())
 
 
+def test_who_leaves_while_sending_is_no_failure_of_the_server(server):
+    """Each one was a traceback in the operator's log."""
+    import asyncio
+
+    path, events, sent = "/v1/chat/completions", [{"type": "http.request", "body": b"{", "more_body": True}], []
+    scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": []}
+    scope["headers"].append((b"content-type", b"application/json"))
+
+    async def receive():
+        return events.pop() if events else {"type": "http.disconnect"}
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(server.app(scope, receive, send))
+    assert sent[0]["status"] == 499
+
+
 def test_it_says_where_it_listens_and_ends_within_ten_seconds_of_sigterm(judge, serving, tmp_path, chat):
     """In the middle of an endless request, with another one waiting and an idle connection."""
     folder = tmp_path / "model"

@@ -9,7 +9,7 @@ import urllib.error
 import urllib.request
 
 import pytest
-from tiny import BENIGN, RISKY
+from tiny import BENIGN, RISKY, answers, encode
 
 pytestmark = pytest.mark.slow
 
@@ -46,6 +46,14 @@ def streamed_text(reply: str) -> str:
     chunks = [json.loads(line.removeprefix("data: ")) for line in reply.splitlines() if line.startswith("data: {")]
     assert not [chunk for chunk in chunks if "error" in chunk]
     return "".join(choice["delta"].get("content") or "" for chunk in chunks for choice in chunk["choices"])
+
+
+def test_generate_takes_a_processor_for_its_tokenizer(judge, processor):
+    """It is what `transformers serve` passes."""
+    inputs = encode(processor, [RISKY], [1])
+    policy = {"refusals": {"en": "No."}}
+    output = judge.model.generate(**inputs, tokenizer=processor, max_new_tokens=64, safety_policy=policy)
+    assert answers(processor, output, inputs)[0].strip() == "No."
 
 
 def test_a_risky_request_gets_the_refusal(ask, judge):

@@ -2,7 +2,7 @@
 
 import sys
 
-from .common import add_command, add_model_arguments, load_model, print_json
+from .common import add_command, add_model_arguments, check_policy, load_model, print_json
 
 
 def add(commands):
@@ -63,6 +63,7 @@ def _load(args, question: str):
     """A saved model, its processor, and one question about one image as model inputs."""
     from safevlm.trainer.data import load_image
 
+    check_policy(args.policy)
     image = load_image(args.image)
     model, processor = load_model(args.model, args.device)
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]

@@ -11,14 +11,14 @@ from uuid import uuid4
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from .answering import Answering, Finish
-from .errors import RequestError, busy, internal
+from .errors import RequestError, busy, client_left, internal
 from .request import ChatRequest, read_request
 from .worker import Job, Worker
 
 BODY_SECONDS = 60
-CLIENT_LEFT = 499  # nobody reads it
 DONE = "data: [DONE]\n\n"
 
 
@@ -100,6 +100,8 @@ class BodyReader:
             return read_request(data)
         except TimeoutError:
             raise RequestError(f"The request's body took more than {BODY_SECONDS} seconds.", status=408) from None
+        except ClientDisconnect:
+            raise client_left() from None
         finally:
             self.free += len(data)
 
@@ -117,7 +119,7 @@ async def _events(http: Request, job: Job) -> AsyncIterator:
     async def watch():
         while (await http.receive())["type"] != "http.disconnect":
             pass
-        job.cancel(RequestError("The client left.", status=CLIENT_LEFT))
+        job.cancel(client_left())
 
     watching = asyncio.create_task(watch())
     try:

@@ -31,3 +31,8 @@ def busy(message: str) -> RequestError:
 
 def internal() -> RequestError:
     return RequestError(INTERNAL, code="internal_error", status=500)
+
+
+def client_left() -> RequestError:
+    """Nobody reads it; 499 is nginx's."""
+    return RequestError("The client left.", status=499)

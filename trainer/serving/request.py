@@ -7,14 +7,15 @@ too: those that other servers add reach past the policy (a chat template of the 
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, from_json
 
 from .errors import RequestError
 
 MAX_MESSAGES = 256
 MAX_PARTS = 256  # of a message
 MAX_CHARACTERS = 1_000_000  # of all texts together
-MAX_COMMAS = 100_000  # each may begin a field that is wrong, and all errors are collected before one is told
+MAX_COMMAS = 100_000  # between values: bounds the time that parsing takes
+MAX_VALUES = 10_000  # each may be wrong, and pydantic collects all errors before the first is told
 MAX_STOPS, MAX_STOP_CHARACTERS = 4, 256
 MAX_BIASES = 1024
 
@@ -186,8 +187,9 @@ def read_request(data: bytes | bytearray) -> ChatRequest:
     """
     if data.count(b",") > MAX_COMMAS:
         raise RequestError(f"The request has more than {MAX_COMMAS} commas, hence too many values.")
+    _check_number_of_values(data := bytes(data))
     try:
-        request = ChatRequest.model_validate_json(bytes(data))
+        request = ChatRequest.model_validate_json(data)
     except ValidationError as error:
         raise _explain(error) from None
     characters = sum(map(len, request.texts))
@@ -198,6 +200,20 @@ def read_request(data: bytes | bytearray) -> ChatRequest:
             "string_above_max_length",
         )
     return request
+
+
+def _check_number_of_values(data: bytes):
+    try:
+        number, waiting = 0, [from_json(data)]
+    except ValueError as error:
+        raise RequestError(f"The request's body is not a JSON object: {error}.") from None
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict | list):
+            number += len(value)
+            if number > MAX_VALUES:
+                raise RequestError(f"The request has more than {MAX_VALUES} values.")
+            waiting.extend(value.values() if isinstance(value, dict) else value)
 
 
 def _explain(error: ValidationError) -> RequestError:
