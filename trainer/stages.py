@@ -18,8 +18,8 @@ from accelerate import PartialState
 from safevlm import SafeVlmForConditionalGeneration
 from safevlm.from_base import SAFETY_FIELDS
 
-from .checkpoints import last_complete_checkpoint, save_atomically, write_atomically
-from .files import check_settings, load_settings
+from .checkpoints import last_complete_checkpoint, save_atomically
+from .files import check_settings, load_settings, replace_folder
 from .trainer import SafeVlmTrainer
 from .training_args import STAGES, SafeVlmTrainingArguments
 
@@ -146,9 +146,17 @@ def run_schedule(
             model = SafeVlmForConditionalGeneration.from_pretrained(done, dtype=model.dtype).to(model.device)
         if after_stage is not None:
             after_stage(folder, model)
-    if not _same_weights(final, done):  # else it may have been calibrated since, or have a card that a person wrote
-        write_atomically(partial(shutil.copytree, done), final)
+    _leave_model(done, final)
     return model
+
+
+def _leave_model(done: Path, final: Path):
+    """Copies the last stage's model to `final`, unless it is there: by now it may be calibrated, or have a card."""
+    state = PartialState()
+    # One process decides: another would already see what this one writes.
+    if state.is_main_process and not _same_weights(final, done):
+        replace_folder(partial(shutil.copytree, done), final)
+    state.wait_for_everyone()
 
 
 def _same_weights(folder: Path, other: Path) -> bool:
