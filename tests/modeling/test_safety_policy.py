@@ -149,6 +149,11 @@ def test_a_policy_of_another_copy_of_the_class_is_understood():
     assert SafetyPolicy.from_value(policy) == SafetyPolicy(name="mine")
 
 
+def test_levels_in_the_wrong_order_are_told():
+    found = SafetyPolicy().weaknesses(CATEGORY_NAMES, LEVEL_NAMES[::-1])
+    assert found == ["a higher level leads to a milder action; the levels are high, medium, low, none"]
+
+
 def test_a_threshold_that_is_no_number_lets_nothing_through():
     policy = SafetyPolicy()
     policy.category_risk_thresholds["politics"] = math.nan  # behind the back of the checks
