@@ -271,4 +271,8 @@ class SafeVlmProcessor(ProcessorMixin):
         """The special tokens; all added ones (tags of thoughts and tool calls) if `everything` is asked for."""
         added = self.tokenizer.added_tokens_decoder.values()
         special = {token.content for token in added if token.special or everything}
-        return ControlTokens(special | {*self.tokenizer.all_special_tokens, self.safety_token, self.image_token})
+        special |= {*self.tokenizer.all_special_tokens, self.safety_token, self.image_token}
+        # Few tokenizers look for special tokens in what their normaliser made of a text.
+        normaliser = getattr(getattr(self.tokenizer, "backend_tokenizer", None), "normalizer", None)
+        normalised = normaliser is not None and any(t.normalized for t in added if t.content in special)
+        return ControlTokens(special, normaliser.normalize_str if normalised else None)
