@@ -192,6 +192,13 @@ def test_large_images_are_refused_alone_and_together(refused, chat):
         assert status == 400 and error.message.startswith(f"Image {number} has {size}x{size} pixels, more than ")
 
 
+def test_many_small_images_are_refused(refused, chat):
+    """Each is scaled up: 2,000 of one pixel, 300 kilobytes, became gigabytes."""
+    part = chat(BENIGN, image=png(1, 1))[0]["content"][0]
+    status, error = refused([{"role": "user", "content": [part] * 65}])
+    assert status == 400 and error.message == "The request has 65 images, more than 64."
+
+
 def test_a_thin_image_is_refused(refused, chat):
     """CLIP scales the shorter side to 336: one of 1x50,000 would become 5 gigapixels."""
     for size in ((1, 50_000), (50_000, 1)):
