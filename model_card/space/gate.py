@@ -49,8 +49,9 @@ class Gate:
             self.arriving -= length * upload
 
     def _admit(self, headers: Headers, upload: bool, address: str) -> tuple[int, PlainTextResponse | None]:
-        length = headers.get("content-length", "0" if "transfer-encoding" not in headers else "")
-        if not length.isdecimal():  # a length that is not said beforehand has no limit
+        length = headers.get("content-length", "0")
+        # A length that is not said beforehand has no limit; where both are said, the server reads the encoding.
+        if "transfer-encoding" in headers or not length.isdecimal():
             return 0, PlainTextResponse("Say the Content-Length.", 411)
         length, file_bytes = int(length), self.settings.max_file_mb * 2**20
         if not upload:

@@ -204,15 +204,14 @@ def here(monkeypatch):
     return client
 
 
-@pytest.mark.parametrize("policy, action", [(None, "allow"), ("strict", "refuse"), ("off", None), ("file", "warn")])
+@pytest.mark.parametrize("policy, action", [(None, "allow"), ("strict", "refuse"), ("off", "off"), ("file", "warn")])
 def test_the_operators_policy_is_in_force(unsure, here, chat, tmp_path, policy, action):
     (tmp_path / "policy.yaml").write_text(
         "{name: mild, risk_threshold: 0.2, level_actions: {low: caution, high: warn}}"
     )
     options = [] if policy is None else ["--policy", tmp_path / "policy.yaml" if policy == "file" else policy]
     reply = here(unsure, *options).post("/v1/chat/completions", json={"messages": chat(RISKY), **GENERATED}).json()
-    assert "error" not in reply
-    assert (reply["safety"] and reply["safety"]["action"]) == action
+    assert "error" not in reply and reply["safety"]["action"] == action
 
 
 @pytest.mark.parametrize("stream", [False, True])

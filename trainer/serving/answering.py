@@ -20,12 +20,17 @@ MAX_ASPECT_RATIO = 200  # image processors scale the shorter side up: a thin str
 GREEDY_BELOW = 0.01  # a temperature that divides logits beyond what a float holds
 DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,", re.ASCII | re.IGNORECASE)
 
+# What stands for the verdict under the policy "off": nothing was assessed.
+OFF = {"assessed": False, "action": "off"} | dict.fromkeys(
+    ("category", "level", "score", "level_probabilities", "category_probabilities")
+)
+
 logger = getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Finish:
-    """The last event of a job, after its verdict (`dict` or `None`, in a tuple) and its texts (`str`)."""
+    """The last event of a job, after its verdict (`dict`, in a tuple) and its texts (`str`)."""
 
     reason: str
     prompt_tokens: int
@@ -57,6 +62,8 @@ class Answering:
         num_prompt = inputs["input_ids"].shape[1]
         arguments = self._arguments(request, room=self.max_tokens - num_prompt)
         streamer = AnswerStreamer(self.processor.tokenizer, request.stop or [], job.send)
+        if not self.model.resolve_policy().enabled:  # `generate` gives the streamer no verdict then
+            job.send((OFF,))
         torch.seed() if request.seed is None else torch.manual_seed(request.seed)
         self.model.generate(
             **inputs,
