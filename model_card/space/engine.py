@@ -75,7 +75,8 @@ class Engine:
         model = AutoModelForImageTextToText.from_pretrained(settings.model, dtype="auto", **source)
         if model.config.model_type != "safevlm":
             raise ValueError(f"SAFEVLM_MODEL {settings.model!r} is a {model.config.model_type!r}, not a SafeVLM.")
-        model.check_policy_texts(self.processor)
+        if hasattr(model, "check_policy_texts"):  # its code is as old as the model
+            model.check_policy_texts(self.processor)
         self.model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         self.max_new_tokens, self.max_seconds = settings.max_new_tokens, settings.max_answer_seconds
         self.policies = allowed_policies(model, settings.policies)
@@ -100,7 +101,8 @@ class Engine:
         inputs = self._inputs(turns)
         length = inputs["input_ids"].shape[1] + self.max_new_tokens
         if length > self.model.config.get_text_config().max_position_embeddings:
-            raise Refused("This conversation is too long for the model. Start a new one.")
+            what = "conversation is too long for the model. Start a new one."
+            raise Refused(f"This {what}" if len(turns) > 1 else "The question is too long for the model. Shorten it.")
         rules = self._policy(policy)
         verdict, answer = None if rules.enabled else NO_VERDICT, ""
         for piece in self._generate(inputs, rules):

@@ -152,6 +152,7 @@ def test_a_stream_ends_with_done(server, chat):
 
 def test_it_serves_one_model_and_names_it(client, refused, ask, chat, judge):
     assert [model.id for model in client.models.list()] == [str(judge.folder)]
+    assert client.models.retrieve(str(judge.folder)).id == str(judge.folder)
     status, error = refused(chat(RISKY), model="some/unsafe-base")
     assert (status, error.param, error.code) == (404, "model", "model_not_found")
 
@@ -271,8 +272,9 @@ def test_an_error_in_mid_stream_is_its_last_event(judge, here, chat, monkeypatch
         (["{judge}", "--dtype", "floaty"], "'floaty'"),
         (["{judge}", "--device", "gpu"], "gpu"),
         (["{judge}", "--request-timeout", "0"], "--request-timeout must be a number above 0"),
+        (["{judge}", "--port", "99999"], "--port must be a number from 0 to 65535, got 99999"),
     ],
-    ids=["base", "policy", "dtype", "device", "timeout"],
+    ids=["base", "policy", "dtype", "device", "timeout", "port"],
 )
 def test_bad_options_are_one_line(judge, base, tmp_path, capsys, arguments, message):
     base.save_pretrained(tmp_path)

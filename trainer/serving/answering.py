@@ -53,6 +53,7 @@ class Answering:
         # The policy's hint, which `generate` adds to the prompt, needs room, too.
         hints = (len(ids.split()) for ids in model.config.policy_token_ids.values())
         self.max_tokens = getattr(text_config, "max_position_embeddings", 32_768) - max(hints, default=0)
+        self.max_characters = self.max_tokens * max(map(len, processor.tokenizer.get_vocab()))
         ends = torch.as_tensor(model.generation_config.eos_token_id).flatten().tolist()
         self.end_token_ids = frozenset(ends)
 
@@ -78,6 +79,13 @@ class Answering:
 
     def _inputs(self, request: ChatRequest, job: Job):
         # Before anything is decoded or rendered: texts alone may be more than the model takes.
+        if (characters := sum(map(len, request.texts))) > self.max_characters:
+            raise RequestError(
+                f"The messages have {characters} characters of text, more than the model can take "
+                f"({self.max_tokens} tokens).",
+                "messages",
+                "context_length_exceeded",
+            )
         parts = [part for message in request.messages for part in message.content]
         texts = self.processor.tokenizer(request.texts, add_special_tokens=False)["input_ids"] if request.texts else []
         self._check_length(sum(map(len, texts)) - len(parts))  # what is joined may need fewer tokens

@@ -57,10 +57,16 @@ def build_app(answering: Answering, name: str, *, max_request_mb: float, seconds
         app.state.worker.submit(job)
         return await _reply(request, name, _events(http, job))
 
+    model = {"id": name, "object": "model", "created": started, "owned_by": "safevlm"}
+
     @app.get("/v1/models")
     async def models():
-        model = {"id": name, "object": "model", "created": started, "owned_by": "safevlm"}
         return {"object": "list", "data": [model]}
+
+    @app.get("/v1/models/{asked:path}")
+    async def one_model(asked: str):
+        check_model(asked, name)
+        return model
 
     @app.get("/health")
     async def health():

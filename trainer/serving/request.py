@@ -46,8 +46,10 @@ def _as_list(kind: str):
     """A lone string becomes a list of one."""
 
     def convert(value):
-        if not isinstance(value, str):
+        if isinstance(value, list):
             return value
+        if not isinstance(value, str):
+            raise PydanticCustomError("type", "must be a string or a list")
         return [{"type": "text", "text": value}] if kind == "part" else [value]
 
     return BeforeValidator(convert)
