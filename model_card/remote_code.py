@@ -236,12 +236,11 @@ def _released(name: str, content: bytes) -> bytes | None:
 
 
 def _weaknesses(config: dict) -> list[str]:
-    labels = {name: config.get(f"{name}_names") for name in ("category", "level")}
+    categories = config.get("category_names") or PAPER_LABELS.category_names
+    risky = [name for name in categories if name != config.get("safe_category", PAPER_LABELS.safe_category)]
     try:
         policy = SafetyPolicy.from_value(config.get("safety_policy", "default"), files=False)
-        return policy.weaknesses(
-            labels["category"] or PAPER_LABELS.category_names, labels["level"] or PAPER_LABELS.level_names
-        )
+        return policy.weaknesses(risky, config.get("level_names") or PAPER_LABELS.level_names)
     except (ValueError, TypeError) as error:
         return [f"it is none: {error}"]
 

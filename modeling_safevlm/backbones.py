@@ -37,6 +37,8 @@ class Backbone:
 
     # The arguments of `forward` that describe images; `pixel_values` first.
     image_inputs: tuple[str, ...] = ("pixel_values",)
+    # How many dimensions `pixel_values` may have.
+    pixel_ndims: tuple[int, ...] = (4,)
     # Where the language model's parameters are within the base: what stage 2 trains, LoRA goes into the first.
     language_model_parts: tuple[str, ...] = ("model.language_model", "lm_head")
     # The safety projector that fits: "c_abstractor" where an image is always one square grid of patches.
@@ -60,6 +62,9 @@ class Backbone:
         """Runs the vision tower of `base` on `image_inputs`, once."""
         output = base.get_image_features(**image_inputs, return_dict=True)
         return VisionFeatures({"image": output}, self.patches(output, **image_inputs), self.tokens(output))
+
+    def forget(self, base):
+        """Makes `base` forget what it noted of its last prompt: a cache may be another's."""
 
     def training_inputs(self, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         """What the base's `forward` needs beside the processor's tensors when there are `labels`."""
@@ -103,6 +108,7 @@ class LlavaNextBackbone(LlavaBackbone):
     """LLaVA-NeXT: an image is a base view and as many tiles as its size asks for."""
 
     image_inputs = ("pixel_values", "image_sizes")
+    pixel_ndims = (4, 5)
     projector_type = "resampler"
 
     def patches(self, output, image_sizes=None, **image_inputs):
@@ -146,6 +152,7 @@ class QwenVLBackbone(Backbone):
     """Qwen2-VL to Qwen3.5: native resolution, the patches of all images packed behind one another."""
 
     image_inputs = ("pixel_values", "image_grid_thw")
+    pixel_ndims = (2,)
 
     @property
     def vision_hidden_size(self) -> int:
@@ -155,6 +162,9 @@ class QwenVLBackbone(Backbone):
 
     def patches(self, output, image_grid_thw=None, **image_inputs):
         return list(output.last_hidden_state.split(image_grid_thw.prod(-1).tolist()))
+
+    def forget(self, base):
+        base.model.rope_deltas = None  # how far pictures move the positions behind them
 
     def units(self, pixel_values, image_grid_thw):
         return list(zip(pixel_values.split(image_grid_thw.prod(-1).tolist()), image_grid_thw, strict=True))
@@ -178,6 +188,7 @@ class Idefics3Backbone(Backbone):
     """Idefics3, SmolVLM: tiles of one size; `pooler_output` has one entry per row of the batch."""
 
     image_inputs = ("pixel_values", "pixel_attention_mask")
+    pixel_ndims = (5,)
     language_model_parts = ("model.text_model", "lm_head")
 
     def tokens(self, output):

@@ -20,7 +20,7 @@ from .prompt_editing import edit_prompt, hint_column, open_answers, per_token
 from .question_reading import PromptParts, prompt_parts
 from .request_checks import check_attention, check_generation, check_inputs
 from .safety_assessment import SafetyAssessment
-from .safety_policy import ACTIONS, SafetyPolicy
+from .safety_policy import ACTIONS, UNKNOWN_RISK, SafetyPolicy
 
 REFUSE = ACTIONS.index("refuse")
 POLICY_OFF = (-1, -1)  # in place of a row's action and category
@@ -65,7 +65,7 @@ class SafeVlmGenerationMixin(GenerationMixin):
                 1 where no assistant wrote the text. The processor makes it from the chat (question_reading.py says
                 what the head reads).
         """
-        check_inputs(input_ids, **image_inputs)
+        check_inputs(input_ids, self.backbone.pixel_ndims, **image_inputs)
         policy = self.resolve_policy(safety_policy)
         attention_mask = self._attention_mask(input_ids, attention_mask)
         return self.guard(input_ids, attention_mask, policy, safety_question_mask, **image_inputs).assessment
@@ -128,7 +128,7 @@ class SafeVlmGenerationMixin(GenerationMixin):
 
         Returns:
             Input ids as they were passed, followed by the new tokens. With `return_dict_in_generate=True` the output
-            also has `safety`, a [`SafetyAssessment`].
+            also has `safety`, a [`SafetyAssessment`]. Under a policy that is off all its actions are `"off"`.
         """
         if inputs is not None and kwargs.get("input_ids") is not None:
             raise ValueError(
@@ -136,7 +136,7 @@ class SafeVlmGenerationMixin(GenerationMixin):
             )
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         kwargs.pop("input_ids", None)
-        check_inputs(input_ids, **kwargs)
+        check_inputs(input_ids, self.backbone.pixel_ndims, **kwargs)
         policy = self.resolve_policy(safety_policy)
         call = dict(kwargs, generation_config=generation_config, logits_processor=logits_processor)
         check_generation(call, self._setting, self.backbone.image_inputs, policy.enabled)
@@ -161,6 +161,7 @@ class SafeVlmGenerationMixin(GenerationMixin):
         else:
             self._drop_placeholders(call, input_ids, attention_mask)
 
+        self.backbone.forget(self.base)
         num_cached, pictures = self._continue(call, guarded, image_inputs, verdicts)
         embeddings = None
         if guarded is not None and guarded.features is not None:
@@ -183,7 +184,7 @@ class SafeVlmGenerationMixin(GenerationMixin):
         if not is_dict:
             return sequences
         output.sequences = sequences
-        output["safety"] = assessment
+        output["safety"] = SafetyAssessment.off(len(input_ids), self.config) if assessment is None else assessment
         return output
 
     def _no_continuous_batching(self, *args, **kwargs):
@@ -296,7 +297,10 @@ class SafeVlmGenerationMixin(GenerationMixin):
             forced = failed or (action == REFUSE and policy.forced_refusal)
             hint = None if forced else policy.hint(ACTIONS[action], name)
             hints.append(None if hint is None else self._text_ids(hint, tokenizer))
-            refusals.append(self._text_ids(policy.refusal(name), tokenizer) if forced else None)
+            refusal = policy.refusal(UNKNOWN_RISK if failed else name)
+            if failed and tokenizer is None and refusal not in self.config.policy_token_ids:
+                refusal = policy.refusal(name)  # models of earlier releases know the categories' texts only
+            refusals.append(self._text_ids(refusal, tokenizer) if forced else None)
         return hints, refusals
 
     def _text_ids(self, text: str, tokenizer) -> list[int]:

@@ -45,18 +45,12 @@ def combine_losses(
     category_loss: torch.Tensor | None,
     level_coef: float,
     category_coef: float,
-    safety_scale: float = 1.0,
 ) -> torch.Tensor | None:
-    """
-    LM loss + `safety_scale` x (coefficients x safety losses); `None` if there is no part at all.
-
-    `safety_scale` is 1 / gradient accumulation steps in the trainer: the LM loss is already divided by the number of
-    tokens of the whole accumulated batch, the safety losses are means over one micro-batch.
-    """
+    """LM loss + coefficients x safety losses; `None` if there is no part at all."""
     parts = [
         lm_loss,
-        None if level_loss is None else safety_scale * level_coef * level_loss,
-        None if category_loss is None else safety_scale * category_coef * category_loss,
+        None if level_loss is None else level_coef * level_loss,
+        None if category_loss is None else category_coef * category_loss,
     ]
     parts = [part for part in parts if part is not None]
     if not parts:

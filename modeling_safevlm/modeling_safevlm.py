@@ -170,10 +170,8 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
                 f"{str(pretrained_model_name_or_path)!r} has a custom_generate/ folder, whose `generate` would answer "
                 f"instead of the safe one: remove the folder."
             )
-        if output_loading_info:
-            return model, info
         missing, mismatched = sorted(info["missing_keys"]), sorted(info.get("mismatched_keys") or [])
-        if missing or mismatched:
+        if (missing or mismatched) and not output_loading_info:
             safety = sum(name.startswith("safety.") for name in missing)
             what = f"lacks {len(missing)} weights, {safety} of them safety weights ({', '.join(missing[:3])}, ...)"
             if not missing:
@@ -187,7 +185,7 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
         if found := model.policy_weaknesses():
             name = str(pretrained_model_name_or_path)
             logger.warning_once(f"The policy saved with {name!r} is weak: {'; '.join(found)}.")
-        return model
+        return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As `PreTrainedModel.save_pretrained`; what is saved loads through all its Auto classes."""
@@ -241,7 +239,8 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
 
     def policy_weaknesses(self) -> list[str]:
         """In which ways the model's own policy is milder than the preset `"default"`; see `SafetyPolicy`."""
-        return self.resolve_policy().weaknesses(self.config.category_names, self.config.level_names)
+        risky = [name for name in self.config.category_names if name != self.config.safe_category]
+        return self.resolve_policy().weaknesses(risky, self.config.level_names)
 
     # -- the safety path ---------------------------------------------------------------------------------------------
 
@@ -386,7 +385,7 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
                 their label; the others on the head's prediction, as at inference.
             kwargs: For the base model (further image inputs, `num_items_in_batch`, ...).
         """
-        check_inputs(input_ids, **kwargs)
+        check_inputs(input_ids, self.backbone.pixel_ndims, pixel_values, **kwargs)
         features = self.encode_images(input_ids, pixel_values=pixel_values, **kwargs)
         if safety_question_mask is None and labels is not None:
             seen = torch.ones_like(input_ids) if attention_mask is None else attention_mask

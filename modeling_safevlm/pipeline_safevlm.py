@@ -2,11 +2,6 @@
 
 from transformers import ImageTextToTextPipeline
 
-# What stands for the verdict where the policy is off: nothing was assessed.
-OFF = dict.fromkeys(
-    ("assessed", "action", "category", "level", "score", "level_probabilities", "category_probabilities")
-) | {"assessed": False, "action": "off"}
-
 
 class SafeVlmPipeline(ImageTextToTextPipeline):
     """
@@ -48,7 +43,7 @@ class SafeVlmPipeline(ImageTextToTextPipeline):
             "generated_sequence": output.sequences.reshape(len(input_ids), -1, output.sequences.shape[-1]),
             "prompt_text": prompt_text,
             "input_ids": input_ids,
-            "safety": [OFF] * len(input_ids) if output["safety"] is None else output["safety"].to_list(),
+            "safety": output["safety"].to_list(),
         }
 
     def postprocess(self, model_outputs, *args, **kwargs):

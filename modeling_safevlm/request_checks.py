@@ -3,8 +3,13 @@
 import torch
 
 
-def check_inputs(input_ids, inputs_embeds=None, mm_encoder_outputs=None, **kwargs):
-    """Raises if a prompt does not come as token ids and pixels, which is what the safety head reads."""
+def check_inputs(input_ids, pixel_ndims, pixel_values=None, inputs_embeds=None, mm_encoder_outputs=None, **kwargs):
+    """
+    Raises if a prompt does not come as token ids and pixels, which is what the safety head reads.
+
+    Args:
+        pixel_ndims (`tuple[int]`): How many dimensions the family's `pixel_values` may have.
+    """
     if inputs_embeds is not None:
         raise ValueError(
             "`inputs_embeds` cannot be passed: the safety head reads the prompt's token ids. "
@@ -24,6 +29,18 @@ def check_inputs(input_ids, inputs_embeds=None, mm_encoder_outputs=None, **kwarg
             got = f"a {input_ids.dtype} tensor of shape {tuple(input_ids.shape)}"
         raise ValueError(
             f"`input_ids` must be a tensor of token ids of shape (batch_size, sequence_length), got {got}."
+        )
+    if not input_ids.numel():
+        raise ValueError(f"`input_ids` of shape {tuple(input_ids.shape)} holds no prompt: pass at least one token.")
+    if pixel_values is None:
+        return
+    is_tensor = isinstance(pixel_values, torch.Tensor)
+    if not is_tensor or pixel_values.ndim not in pixel_ndims or not pixel_values.numel():
+        got = f"shape {tuple(pixel_values.shape)}" if is_tensor else f"a {type(pixel_values).__name__}"
+        raise ValueError(
+            f"`pixel_values` must be a tensor with {' or '.join(map(str, pixel_ndims))} dimensions and at least one "
+            f'image, got {got}. Pass what the processor returns with `return_tensors="pt"`; leave it out if there are '
+            f"no images."
         )
 
 

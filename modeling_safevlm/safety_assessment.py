@@ -26,7 +26,8 @@ class SafetyAssessment:
         score (`torch.FloatTensor` of shape `(batch_size,)`): Calibrated probability of any risk, in [0, 1].
         level, category (`torch.LongTensor` of shape `(batch_size,)`): Ids; they agree (no level without category).
         action (`torch.LongTensor` of shape `(batch_size,)`): Ids into `ACTIONS`. `"refuse"` where the head's numbers
-            are not finite; the score is NaN then, and the rest means nothing.
+            are not finite; the score is NaN then, and the rest means nothing. -1, `"off"`, in what `generate` returns
+            under a policy that is off.
         assessed (`torch.BoolTensor` of shape `(batch_size,)`): `False` where no image was assessed; such a row's
             probabilities are 0 and its action is `"allow"`.
         category_names, level_names (`list[str]`)
@@ -50,9 +51,25 @@ class SafetyAssessment:
         picked = {f.name: getattr(self, f.name) for f in fields(self)}
         return SafetyAssessment(**{k: v[row] if isinstance(v, torch.Tensor) else v for k, v in picked.items()})
 
+    @classmethod
+    def off(cls, batch_size: int, config: SafeVlmConfig) -> "SafetyAssessment":
+        """What stands for the verdict under a policy that is off: nothing was assessed, and every action is "off"."""
+        none = torch.zeros(batch_size, dtype=torch.long)
+        return cls(
+            level_probabilities=torch.zeros(batch_size, len(config.level_names)),
+            category_probabilities=torch.zeros(batch_size, len(config.category_names)),
+            score=torch.zeros(batch_size),
+            level=none,
+            category=none + config.safe_category_id,
+            action=none - 1,
+            assessed=none.bool(),
+            category_names=list(config.category_names),
+            level_names=list(config.level_names),
+        )
+
     @property
     def actions(self) -> list[str]:
-        return [ACTIONS[i] for i in self.action.tolist()]
+        return ["off" if i < 0 else ACTIONS[i] for i in self.action.tolist()]
 
     @property
     def failed(self) -> torch.Tensor:
@@ -74,8 +91,8 @@ class SafetyAssessment:
         One JSON-ready dict per row, probabilities in [0, 1]. Where there is no verdict, because no image was assessed
         or because the head failed (then `"error"` says so), all but `"action"` is `None`.
         """
-        rows = []
-        for i, (assessed, failed) in enumerate(zip(self.assessed.tolist(), self.failed.tolist(), strict=True)):
+        rows, states = [], (self.actions, self.assessed.tolist(), self.failed.tolist())
+        for i, (action, assessed, failed) in enumerate(zip(*states, strict=True)):
             verdict = {
                 "category": self.category_names[self.category[i]],
                 "level": self.level_names[self.level[i]],
@@ -85,7 +102,7 @@ class SafetyAssessment:
             }
             if not assessed or failed:
                 verdict = dict.fromkeys(verdict)
-            rows.append({"assessed": assessed, "action": ACTIONS[self.action[i]], **verdict})
+            rows.append({"assessed": assessed, "action": action, **verdict})
             if failed:
                 rows[-1]["error"] = NOT_FINITE
         return rows

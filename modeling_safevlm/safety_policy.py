@@ -22,6 +22,7 @@ ACTIONS = ("allow", "caution", "warn", "refuse")
 TEMPERATURE_RANGE = (0.1, 10.0)
 """Where a calibration lies. Beyond, every score would be about 0, 1/2 or 1, whatever the head says."""
 
+UNKNOWN_RISK = "a possible safety risk"  # a refusal's category where the head failed and nobody knows it
 _HINTS = {
     "caution": "Note: this request may involve {category}. Answer with caution.",
     "warn": "Note: this request involves {category}. Warn the user; you may refuse.",
@@ -156,6 +157,7 @@ class SafetyPolicy:
         Reads a policy from a `.yaml`/`.yml` or `.json` file. Fields left out keep their defaults.
 
         Raises:
+            `FileNotFoundError`: There is no such file.
             `ValueError`: The file is no valid YAML or JSON, has a key twice, or holds no policy.
         """
         import yaml
@@ -165,12 +167,16 @@ class SafetyPolicy:
                 _unique((str(key.value), None) for key, _ in node.value)
                 return super().construct_mapping(node, deep)
 
-        text = Path(path).read_text(encoding="utf-8")
         try:
+            text = Path(path).read_text(encoding="utf-8")
             if str(path).endswith(".json"):
                 data = json.loads(text, object_pairs_hook=_unique)
             else:
                 data = yaml.load(text, Loader)
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"Policy file {path} does not exist; write it, or use a preset: {', '.join(POLICY_PRESETS)}."
+            ) from None
         except (ValueError, RecursionError, yaml.YAMLError) as error:
             raise ValueError(f"Policy file {path} is no valid {Path(path).suffix[1:].upper()}: {error}") from None
         if not isinstance(data, dict):
@@ -249,7 +255,7 @@ class SafetyPolicy:
         In which ways the policy is milder than another: one sentence each, none if it is at least as strict.
 
         Args:
-            category_names, level_names (`list[str]`): The model's labels.
+            category_names, level_names (`list[str]`): The model's labels, without its safe category.
             reference (`SafetyPolicy`, *optional*): Defaults to the preset `"default"`.
         """
         reference = (reference or POLICY_PRESETS["default"]).for_levels(level_names)
@@ -260,11 +266,18 @@ class SafetyPolicy:
             if getattr(reference, flag) and not getattr(self, flag):
                 found.append(f"`{flag}` is false")
         found += [f"no hint for {action!r}" for action in reference.hints if action not in self.hints]
-        limits = {c: (self._threshold(c), reference._threshold(c)) for c in category_names}
-        higher = {c: both for c, both in limits.items() if both[0] > both[1]}
-        if len(higher) == len(category_names) and len(set(higher.values())) == 1:
-            higher = {"every category": higher[category_names[0]]}
-        found += [f"`risk_threshold` of {c} is {mine:g}, above {its:g}" for c, (mine, its) in higher.items()]
+        higher = {}
+        for category in category_names:
+            mine, its = self._threshold(category), reference._threshold(category)
+            if mine > its:
+                higher.setdefault(f"is {mine:g}, above {its:g}", []).append(category)
+        if higher:
+            every = len(category_names)
+            parts = (
+                f"of {'every category' if len(names) == every else ', '.join(names)} {limit}"
+                for limit, names in higher.items()
+            )
+            found.append(f"`risk_threshold` {'; '.join(parts)}")
         milder = {}
         for category in category_names:
             both = zip(
@@ -301,10 +314,11 @@ class SafetyPolicy:
 
     def texts(self, category_names: list[str]) -> dict[str, list[str]]:
         """All texts the policy can write, filled in: `{"hints": [...], "refusals": [...]}` (all languages)."""
+        categories = [*category_names, UNKNOWN_RISK]
         every_language = [self.replace(language=language) for language in self.refusals]
         return {
             "hints": sorted({self.hint(action, c) for action in self.hints for c in category_names}),
-            "refusals": sorted({policy.refusal(c) for policy in every_language for c in category_names}),
+            "refusals": sorted({policy.refusal(c) for policy in every_language for c in categories}),
         }
 
 

@@ -3,14 +3,17 @@
 The safety head reads questions, never answers. Which is which follows from the chat's messages only: text cannot be
 trusted to tell, as a user can spell any role marker. Nor can a template: some drop thoughts, move texts or write an
 earlier turn otherwise than the last one. So each text is rendered once more between two marks that nobody can guess,
-and a text is where its marks are. Where the template does not leave them in place, nothing counts as an answer.
+and a text is where its marks are. Where the template does not leave them in place, nothing counts as an answer, and
+control tokens are counted against a render of the same chat without words.
 """
 
 import os
 import re
 import secrets
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 
 from transformers.utils import logging
@@ -18,6 +21,7 @@ from transformers.utils import logging
 from .chat_texts import SOURCES, ControlTokens
 
 logger = logging.get_logger(__name__)
+MADE_OF_TEXTS = "The chat template makes the control token {!r} of texts in `messages`. Change them."
 # Where templates take an answer apart, to strip or move its thoughts.
 TAGS = re.compile(r"(</?(?:think|thinking|thought|reasoning)>)")
 
@@ -52,7 +56,10 @@ def render_chat(messages: list[dict], render: Callable[..., str], tokens: Contro
     """
     text = render(messages, **flags)
     texts = find_texts(text, messages, render, **flags)
-    _check_tokens(text, texts, tokens)
+    if texts is None:
+        _count_tokens(text, messages, render, tokens, **flags)
+    else:
+        _check_tokens(text, texts, tokens)
     if not any(message["role"] == "assistant" for message in messages):
         return ChatPrompt(text, [])
     answers = None if texts is None else _answers(text, texts, *_around_an_answer(messages, render))
@@ -93,9 +100,10 @@ class Marks:
         self.secret = f"{secrets.randbelow(10**12):012}"
         self.pattern = re.compile(f"\ue000{self.secret}([0-9]+)([\ue001\ue002])")
         self.authors: list[int | None] = []  # of each text, the assistant's message that it is in
-        self.messages = [
-            self._mark(message, i if message["role"] == "assistant" else None) for i, message in enumerate(messages)
-        ]
+        self.messages = []
+        for i, message in enumerate(messages):
+            author = i if message["role"] == "assistant" else None
+            self.messages.append(_each_text(message, partial(self._mark, author=author)))
 
     def find(self, marked: str) -> list[tuple[int, int, int | None]] | None:
         """Start, end and author of each text in a render, without the marks; `None` if marks are torn apart."""
@@ -115,17 +123,10 @@ class Marks:
                 return None
         return found if opened is None else None
 
-    def _mark(self, value, author, field=None):
-        if isinstance(value, str) and field not in ("role", "type", *SOURCES):
-            if author is None or not self.split or not TAGS.search(value):
-                return self._mark_text(value, author)
-            pieces = enumerate(TAGS.split(value))
-            return "".join(p if i % 2 or not p.strip() else self._mark_text(p, author) for i, p in pieces)
-        if isinstance(value, dict):
-            return {name: self._mark(item, author, name) for name, item in value.items()}
-        if isinstance(value, list):
-            return [self._mark(item, author, field) for item in value]
-        return value
+    def _mark(self, text: str, author) -> str:
+        if author is None or not self.split or not TAGS.search(text):
+            return self._mark_text(text, author)
+        return _between_tags(text, partial(self._mark_text, author=author))
 
     def _mark_text(self, text: str, author) -> str:
         number, core = len(self.authors), text.strip() if self.inside else text
@@ -197,16 +198,39 @@ def _around_an_answer(messages: list[dict], render) -> tuple[str, str]:
     return text[lead:start] if asked <= lead else "", text[texts[-1][1] :]
 
 
+def _each_text(value, change: Callable[[str], str], field=None):
+    """`value`, of a message, with `change` made to each text in it."""
+    if isinstance(value, str):
+        return value if field in ("role", "type", *SOURCES) else change(value)
+    if isinstance(value, dict):
+        return {name: _each_text(item, change, name) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_each_text(item, change, field) for item in value]
+    return value
+
+
+def _between_tags(text: str, change: Callable[[str], str]) -> str:
+    pieces = enumerate(TAGS.split(text))
+    return "".join(piece if i % 2 or not piece.strip() else change(piece) for i, piece in pieces)
+
+
 def _check_tokens(text: str, texts, tokens: ControlTokens):
     """Raises if `text` has a control token that the template did not write."""
-    places = sorted((start, end) for start, end, _ in texts or () if start < end)
+    places = sorted((start, end) for start, end, _ in texts if start < end)
     starts = [start for start, _ in places]
     for start, end in tokens.find(text):
         at = bisect_right(starts, end - 1) - 1  # the last text that starts before the token's end
         if at >= 0 and places[at][1] > start:
-            raise ValueError(
-                f"The chat template makes the control token {text[start:end]!r} of texts in `messages`. Change them."
-            )
+            raise ValueError(MADE_OF_TEXTS.format(text[start:end]))
+
+
+def _count_tokens(text: str, messages: list[dict], render, tokens: ControlTokens, **flags):
+    """Raises if `text` has a control token more often than the same chat with an x for each text."""
+    harmless = [_each_text(message, partial(_between_tags, change=lambda piece: "x")) for message in messages]
+    written = render(harmless, **flags)
+    counts = [Counter(prompt[start:end] for start, end in tokens.find(prompt)) for prompt in (text, written)]
+    for token in counts[0] - counts[1]:
+        raise ValueError(MADE_OF_TEXTS.format(token))
 
 
 def _shared(text: str, other: str) -> int:

@@ -44,7 +44,7 @@ PLOTS = {
 }
 
 
-TRAIN_DEFAULTS = {"holdout": 0.1, "assume_safe": False, "dtype": "auto", "seed": 0}
+TRAIN_DEFAULTS = {"assume_safe": False, "dtype": "auto", "seed": 0}
 
 
 # -- training
@@ -57,7 +57,10 @@ def model_facts(model_name: str, base: dict, training: dict, results: list[dict]
 
 
 def train_command(base, data, images, recipe, output_dir, options: dict, overrides: dict | None) -> str:
-    """The `safevlm train` command that does the same; what has its default value is left out."""
+    """
+    The `safevlm train` command that does the same. What has its default value is left out, but `--holdout` is not:
+    figures on what was held out stand beside the command.
+    """
     words = ["safevlm", "train", "--base", base, "--data", *data, "--output", output_dir]
     words += ["--images", images] if images is not None else []
     words += ["--recipe", recipe] if recipe != "paper" else []
@@ -65,7 +68,7 @@ def train_command(base, data, images, recipe, output_dir, options: dict, overrid
         if value is not None and TRAIN_DEFAULTS.get(name) != value:
             words += [f"--{name.replace('_', '-')}", *([] if value is True else [value])]
     if overrides:
-        words += ["--set", *(f"{name}={value}" for name, value in overrides.items())]
+        words += ["--set", *(f"{name}={'null' if value is None else value}" for name, value in overrides.items())]
     return portable_command(words)
 
 

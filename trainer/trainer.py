@@ -21,14 +21,13 @@ TRL's trainers keep PEFT's wrapper after training and save the adapter. Here the
 next stage, the policy and the Hub's Auto classes want it; the adapter lies beside it.
 """
 
-from collections import defaultdict
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from transformers import Trainer
 
-from safevlm.losses import IGNORE_INDEX, combine_losses
+from safevlm.losses import combine_losses
 from safevlm.model_card import write_card
 
 from .card_callback import CardCallback, read_measured
@@ -36,13 +35,12 @@ from .checkpoints import last_complete_checkpoint, load_weights
 from .data_collator import SafeVlmDataCollator
 from .encoded_rows import EncodedDataset, EncodedStream, RowEncoder, encode_rows
 from .features import check_parts, check_trainer_options
-from .mean_losses import MeanLosses, labelled_rows
+from .mean_losses import LOSS_NAMES, MeanLosses, Numbers
 from .placement import check_sharding, merged_copy, quantized_base_allowed, without_weights
 from .preparation import StageModel
 from .row_checks import check_rows
 from .training_args import SafeVlmTrainingArguments
 
-LOSS_NAMES = ("lm_loss", "safety_level_loss", "safety_category_loss")
 ROW_IDS = "row_ids"
 
 
@@ -84,8 +82,10 @@ class SafeVlmTrainer(Trainer):
             if getattr(args, name) is not None:
                 setattr(config, name, getattr(args, name))
         self._config = config
-        self._losses = defaultdict(list)  # of training, since the last log
-        self._eval_losses = MeanLosses(LOSS_NAMES)
+        self._losses = MeanLosses()  # of training, since the last log
+        self._eval_losses = MeanLosses()
+        self._numbers = Numbers(model.backbone.image_token_id)
+        self._step_numbers = dict.fromkeys(LOSS_NAMES, 0)
         self._row_ids: list[list[str]] = []  # of this step's micro-batches
         self._labelled = 0
         self._encoder = RowEncoder(processing_class, config, max_length=args.max_length, seed=args.seed)
@@ -104,6 +104,7 @@ class SafeVlmTrainer(Trainer):
         try:
             with quantized_base_allowed(model):
                 super().__init__(model=model if self._stage is None else self._stage.model, **options)
+            self.loss_is_scaled_for_ga = True  # see `compute_loss`
             check_sharding(self)
         except Exception:
             if self._stage is not None:
@@ -126,9 +127,10 @@ class SafeVlmTrainer(Trainer):
                 raise ValueError(f"No complete checkpoint to resume from in {self.args.output_dir!r}.")
         empty = without_weights(self.model) if self.is_fsdp_enabled else None
         self._labelled = 0
+        self._losses = MeanLosses()
         result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if isinstance(self.train_dataset, EncodedStream) and trains_head and not resume_from_checkpoint:
-            if not self.accelerator.reduce(torch.tensor(self._labelled, device=self.args.device), "sum"):
+            if not self._labelled:
                 raise ValueError("No training row had a safety label and a picture: the safety head is untrained.")
         self._set_model(self._stage.end(self._unwrapped(), empty))
         self._stage = None
@@ -232,28 +234,41 @@ class SafeVlmTrainer(Trainer):
 
     # -- losses ------------------------------------------------------------------------------------------------------
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._step_numbers = self._numbers.of_step(batches, self.accelerator)
+        self._labelled += sum(self._step_numbers[name] for name in LOSS_NAMES[1:])
+        return batches, num_items_in_batch
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if model.training:
             inputs = {**inputs, "label_conditioning": self._label_conditioning()}
         _, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         losses = {name: outputs.get(name) for name in LOSS_NAMES}
-        safety_scale = 1.0
-        if num_items_in_batch is not None:
-            # The LM loss is a sum over this micro-batch divided by the tokens of the accumulated batches of all
-            # processes, whose gradients are averaged. The safety losses are means over this micro-batch.
-            if model.training:
-                safety_scale = 1 / self.current_gradient_accumulation_steps
-            if self.args.average_tokens_across_devices and losses["lm_loss"] is not None:
-                losses["lm_loss"] = losses["lm_loss"] * self.accelerator.num_processes
-        coefs = self._config.safety_level_loss_coef, self._config.safety_category_loss_coef
-        loss = combine_losses(*losses.values(), *coefs, safety_scale)
-        self._check_finite(loss, losses)
+        numbers = self._numbers.of_batch(inputs)
+        # The LM loss is a sum over this micro-batch divided by the tokens of the accumulated batches of all processes,
+        # whose gradients are averaged. The safety losses, means over this micro-batch, become the same over rows.
+        if (
+            num_items_in_batch is not None
+            and self.args.average_tokens_across_devices
+            and outputs.get("lm_loss") is not None
+        ):
+            losses["lm_loss"] = losses["lm_loss"] * self.accelerator.num_processes
         if model.training:
-            self._note_training_losses(inputs, outputs, losses, safety_scale)
-        else:
+            for name in LOSS_NAMES[1:]:
+                if losses[name] is not None:
+                    share = numbers[name] / max(self._step_numbers[name], 1)
+                    losses[name] = losses[name] * share * self.accelerator.num_processes
+        loss = combine_losses(*losses.values(), *self._coefs())
+        self._check_finite(loss, losses)
+        if not model.training:
             self._add_missing_verdicts(outputs, len(inputs["input_ids"]))
-            self._note_eval_losses(inputs, outputs, num_items_in_batch)
+        means = self._losses if model.training else self._eval_losses
+        means.add(outputs, numbers, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
+
+    def _coefs(self) -> tuple[float, float]:
+        return self._config.safety_level_loss_coef, self._config.safety_category_loss_coef
 
     def _check_finite(self, loss, losses):
         if not torch.isfinite(loss).all():
@@ -275,27 +290,6 @@ class SafeVlmTrainer(Trainer):
 
     def _rows_named(self, start: int = 0) -> str:
         return ", ".join(repr(row) for rows in self._row_ids[start:] for row in rows) or "unknown"
-
-    def _note_training_losses(self, inputs, outputs, losses, safety_scale):
-        if isinstance(self.train_dataset, EncodedStream):  # others are looked through before
-            self._labelled += sum(labelled_rows(inputs, outputs, name).item() for name in LOSS_NAMES[1:])
-        for name, value in losses.items():
-            if value is not None:
-                value = value.detach()
-                self._losses[name].append(value if name != "lm_loss" else value / safety_scale)
-            elif name == "lm_loss":  # no answer in this micro-batch: its share of the step's loss is 0
-                self._losses[name].append(torch.zeros((), device=self.args.device))
-
-    def _note_eval_losses(self, inputs, outputs, num_items_in_batch):
-        """Sums and numbers of tokens or rows: their means do not depend on how the rows fall into batches."""
-        if outputs.get("lm_loss") is not None:
-            tokens = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()
-            divided_by = tokens if num_items_in_batch is None else num_items_in_batch
-            self._eval_losses.add("lm_loss", outputs["lm_loss"] * divided_by, tokens)
-        for name in LOSS_NAMES[1:]:
-            if outputs.get(name) is not None:
-                rows = labelled_rows(inputs, outputs, name)
-                self._eval_losses.add(name, outputs[name] * rows, rows)
 
     def _add_missing_verdicts(self, outputs, batch_size: int):
         """A batch without any image has no logits and no mask, but others have; NaN must never pass for that."""
@@ -319,11 +313,14 @@ class SafeVlmTrainer(Trainer):
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
         if self._stage is None and (self.is_fsdp_enabled or self.is_deepspeed_enabled) and self.state.global_step:
             raise ValueError("After `train()` under FSDP or DeepSpeed, evaluate with a new trainer.")
-        self._eval_losses = MeanLosses(LOSS_NAMES)
+        self._eval_losses = MeanLosses()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         self._row_ids.clear()
-        for name, mean in self._eval_losses.means(self.accelerator).items():
-            output.metrics[f"{metric_key_prefix}_{name}"] = mean
+        means = self._eval_losses.means(self.accelerator)
+        if means:  # `Trainer`'s own `loss`, a mean over batches, would depend on how the rows fall into them
+            parts = (torch.tensor(means[name]) if name in means else None for name in LOSS_NAMES)
+            means["loss"] = combine_losses(*parts, *self._coefs()).item()
+        output.metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in means.items()})
         return output
 
     def _label_conditioning(self) -> float:
@@ -333,10 +330,8 @@ class SafeVlmTrainer(Trainer):
 
     def log(self, logs, start_time=None):
         if "loss" in logs:
-            # Means over the micro-batches since the last log, of this process.
-            means = {name: torch.stack(v).float().mean().item() for name, v in self._losses.items()}
-            self._losses.clear()
-            logs = {**logs, **means}
+            logs = {**logs, **self._losses.means(self.accelerator)}  # since the last log
+            self._losses = MeanLosses()
         super().log(logs, start_time)
 
 

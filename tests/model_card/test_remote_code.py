@@ -60,6 +60,13 @@ def append(path, text):
     path.write_bytes(path.read_bytes() + text.encode())
 
 
+def test_a_model_without_code_is_not_called_safevlm_s(tmp_path, code):
+    (tmp_path / "config.json").write_text('{"model_type": "llava"}')
+    exit_code, lines, err = code(tmp_path)
+    assert (exit_code, err) == (0, "")
+    assert lines == ["The model brings no code: there is nothing to compare, and nothing of it would run"]
+
+
 def test_a_saved_model_s_files_are_all_safevlm_s(saved, code):
     exit_code, lines, err = code(saved)
     files = {path.name: path.read_bytes() for path in saved.glob("*.py")}

@@ -68,7 +68,11 @@ def test_a_config_without_a_base_is_refused():
         (dict(level_names=["none"], safety_policy={"level_actions": {}}), ValueError, "at least two entries"),
         (dict(safety_hidden_size=30), ValueError, r"`num_attention_heads` \(4\) must divide .* \(30\)"),
         (dict(safety_policy="lenient"), ValueError, "presets default, paper, strict, off; got 'lenient'"),
-        (dict(level_names=["ok", "bad"]), ValueError, "`level_actions` names 'none'.*It has: ok, bad"),
+        (
+            dict(level_names=["ok", "bad"], safety_policy={"level_actions": {"none": "allow", "high": "warn"}}),
+            ValueError,
+            "`level_actions` names 'none'.*It has: ok, bad",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
@@ -123,6 +127,32 @@ def test_media_that_the_head_does_not_see_are_refused(model, one, call, name):
 def test_missing_images_are_refused(model, one, call):
     with pytest.raises(ValueError, match="has 16 image tokens, but `pixel_values` is missing"):
         getattr(model, call)(input_ids=one["input_ids"], attention_mask=one["attention_mask"])
+
+
+@CALLS
+@pytest.mark.parametrize(("rows", "tokens"), [(0, 3), (2, 0)])
+def test_an_empty_batch_is_refused(model, call, rows, tokens):
+    with pytest.raises(ValueError, match=rf"`input_ids` of shape \({rows}, {tokens}\) holds no prompt"):
+        getattr(model, call)(input_ids=torch.ones(rows, tokens, dtype=torch.long))
+
+
+@CALLS
+@pytest.mark.parametrize(
+    ("change", "got"),
+    [
+        (lambda pixels: pixels[None], r"shape \(1, 1, 3, 32, 32\)"),
+        (lambda pixels: pixels[0], r"shape \(3, 32, 32\)"),
+        (lambda pixels: pixels[:0], r"shape \(0, 3, 32, 32\)"),
+        (list, "a list"),
+        (torch.Tensor.numpy, "a ndarray"),
+    ],
+    ids=["5-D", "3-D", "none", "list", "numpy"],
+)
+@pytest.mark.parametrize("policy", ["default", "off"])
+def test_pixel_values_of_another_form_are_refused(model, one, call, change, got, policy):
+    policy = {} if call == "forward" else dict(safety_policy=policy)
+    with pytest.raises(ValueError, match=rf"`pixel_values` must be a tensor with 4 dimensions .*, got {got}"):
+        getattr(model, call)(**{**one, "pixel_values": change(one["pixel_values"])}, **policy)
 
 
 @CALLS

@@ -67,6 +67,23 @@ def test_damaged_weights_refuse_every_row_with_an_image(model, processor, batch,
     assert refused(broken, processor, batch, safety_policy=policy) == [True, True, False]
 
 
+@pytest.mark.parametrize("saved", ["by this release", "by an earlier one", "no texts"])
+def test_the_refusal_of_a_failed_head_names_no_category(model, processor, one, saved):
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken_head(broken)
+    neutral = REFUSAL.replace("politics", "a possible safety risk")
+    settings, expected = {}, neutral
+    if saved == "by an earlier one":  # which has no such text: a category's, as it did
+        del broken.config.policy_token_ids[neutral]
+        expected = REFUSAL.replace("politics", broken.config.category_names[broken.assess(**one).category])
+    elif saved == "no texts":
+        broken.config.policy_token_ids.clear()
+        settings = dict(tokenizer=processor.tokenizer)
+    output = broken.generate(**one, max_new_tokens=80, **settings)
+    assert [text.strip() for text in answers(processor, output, one)] == [expected]
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_pixel_that_is_no_number_refuses_its_row_only(model, processor, batch, value):
     clean = model.assess(**batch)
@@ -129,6 +146,8 @@ def test_damaged_safety_weights_are_refused_at_load(model, tmp_path, value, plac
         placed = {**placed, "offload_folder": tmp_path / "offload"}
     with pytest.raises(ValueError, match="safety weights of .* are damaged: head.level_classifier.weight is"):
         from_pretrained(tmp_path, **placed)
+    with pytest.raises(ValueError, match="damaged: head.level_classifier.weight is"):
+        from_pretrained(tmp_path, output_loading_info=True, **placed)
 
 
 @pytest.mark.parametrize("value", [float("nan"), 0.0])
@@ -584,7 +603,15 @@ def test_a_dynamically_quantised_model_keeps_its_verdicts(model, batch):
 # -- what a model says about itself ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("policy", "says"), [("off", "it is off"), ("default", None)])
+@pytest.mark.parametrize(
+    ("policy", "says"),
+    [
+        ("off", "it is off"),
+        ("default", None),
+        ({"risk_threshold": 0.7}, "of every category is 0.7, above 0.5"),
+        ({"category_risk_thresholds": {"safe": 0.7}}, None),  # no request is judged by it
+    ],
+)
 def test_a_weak_policy_is_told_at_load(model, processor, tmp_path, caplog, policy, says):
     from transformers.utils import logging
 

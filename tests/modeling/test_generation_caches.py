@@ -61,6 +61,19 @@ LEVELS = ["none", "low", "medium", "high"]
 TURNS = {"llava": " USER: {} ASSISTANT:", "qwen2_5_vl": "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"}
 
 
+@pytest.mark.parametrize("policy", [None, "off"])
+@pytest.mark.parametrize("others", [0, 2])
+def test_another_chat_between_the_turns_changes_nothing(case, verdicts, kept, policy, others):
+    """Qwen's base notes the positions behind pictures in itself, not in the cache."""
+    verdicts(case.model, "none")
+    inputs, output = first_turn(case, policy=policy)
+    inputs = next_turn(case, inputs, output.sequences)
+    expected = answer(case.model, inputs, safety_policy=policy)
+    first_turn(case, images=others, policy=policy)
+    found = answer(case.model, inputs, safety_policy=policy, past_key_values=output.past_key_values)
+    assert kept[-1] and torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("first", LEVELS[:3])
 @pytest.mark.parametrize("second", LEVELS)
 def test_the_next_turn_with_a_cache_is_the_next_turn_without(case, verdicts, kept, first, second):

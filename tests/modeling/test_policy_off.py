@@ -37,7 +37,24 @@ def test_policy_off_equals_the_base_for_single_rows_scores_included(model, proce
     answer = model.generate(**encode(processor, ["hello"], [images]), safety_policy="off", **settings)
     expected = base.generate(**encode(base_processor, ["hello"], [images]), **settings)
     assert torch.equal(torch.stack(answer.scores), torch.stack(expected.scores))
-    assert answer.safety is None
+
+
+@pytest.mark.parametrize("settings", [{}, dict(num_beams=2, num_return_sequences=2)])
+def test_the_verdict_under_off_reads_like_any_other(model, batch, settings):
+    output = model.generate(**batch, safety_policy="off", return_dict_in_generate=True, **settings)
+    verdict = output.safety
+    assert verdict is output["safety"] and len(verdict) == 3
+    assert verdict.actions == ["off"] * 3 and not verdict.assessed.any() and not verdict.failed.any()
+    assert verdict[1:].actions == ["off"] * 2
+    guarded = model.generate(**batch, return_dict_in_generate=True).safety
+    assert vars(verdict).keys() == vars(guarded).keys()
+    for name, value in vars(verdict).items():
+        if isinstance(value, torch.Tensor):
+            assert (value.shape, value.dtype) == (getattr(guarded, name).shape, getattr(guarded, name).dtype)
+    for row, other in zip(verdict.to_list(), guarded.to_list(), strict=True):
+        assert row.keys() == other.keys()
+        assert row == {**dict.fromkeys(other), "assessed": False, "action": "off"}
+    assert "off (not assessed)" in repr(verdict)
 
 
 @pytest.mark.parametrize("policy", ["off", "default", "paper"])

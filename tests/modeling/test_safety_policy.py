@@ -155,7 +155,7 @@ def test_texts_fill_in_the_category():
     assert policy.refusal("fairness") == "No fairness {0}."
     assert policy.texts(["a", "b"]) == {
         "hints": ["Mind a: {x}", "Mind b: {x}"],
-        "refusals": ["No a {0}.", "No b {0}."],
+        "refusals": ["No a possible safety risk {0}.", "No a {0}.", "No b {0}."],
     }
 
 
@@ -220,7 +220,7 @@ def test_a_policy_file_that_holds_no_mapping_is_refused(tmp_path):
     (tmp_path / "policy.yaml").write_text("- refuse\n")
     with pytest.raises(ValueError, match="must hold a mapping of policy fields, got list"):
         SafetyPolicy.from_file(tmp_path / "policy.yaml")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="missing.yaml does not exist; write it, or use a preset: default,"):
         SafetyPolicy.from_value(str(tmp_path / "missing.yaml"))
 
 
@@ -316,6 +316,10 @@ def test_labels_of_one_name_are_refused(field):
         ({"risk_threshold": 0.9}, ["`risk_threshold` of every category is 0.9, above 0.5"]),
         ({"category_risk_thresholds": {"privacy": 0.75}}, ["`risk_threshold` of privacy is 0.75, above 0.5"]),
         (
+            {"risk_threshold": 0.6, "category_risk_thresholds": {"privacy": 0.75, "politics": 0.5}},
+            ["misleading is 0.6, above 0.5; of privacy is 0.75, above 0.5"],
+        ),
+        (
             {"level_actions": {"none": "allow", "low": "caution"}},
             ["'medium' leads to 'caution', not 'warn'", "'high'"],
         ),
@@ -324,7 +328,7 @@ def test_labels_of_one_name_are_refused(field):
     ],
 )
 def test_a_policy_says_where_it_is_weaker_than_the_default(policy, sentences):
-    found = SafetyPolicy.from_value(policy).weaknesses(CATEGORY_NAMES, LEVEL_NAMES)
+    found = SafetyPolicy.from_value(policy).weaknesses(CATEGORY_NAMES[:-1], LEVEL_NAMES)
     assert len(found) == len(sentences)
     for sentence, part in zip(found, sentences, strict=True):
         assert part in sentence

@@ -243,6 +243,33 @@ def test_what_a_template_turns_into_a_control_token_is_refused(template, texts):
         hostile(template).apply_chat_template([turn("user", *texts)])
 
 
+PARTS = (
+    "{% for m in messages %}{% for p in m.content %}{% if p.type == 'image' %}<image>{% else %}TEXT{% endif %}"
+    "{% endfor %}{% endfor %}"
+)
+NO_MARKS = {
+    "cut short": ("{{ p.text[:9] | lower }}", "<IMAGE>"),
+    "backwards": ("{{ p.text | reverse }}", ">egami<"),
+    "no private characters": ("{{ p.text | replace('\ue000', '') | lower }}", "<IMAGE>"),
+    "no marks": (
+        "{% if '\ue000' in p.text %}{{ raise_exception('no') }}{% endif %}{{ p.text | lower }}",
+        "<IMAGE>",
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "spelt"), NO_MARKS.values(), ids=NO_MARKS)
+@pytest.mark.parametrize("pictures", [0, 1])
+def test_control_tokens_are_counted_where_a_template_leaves_no_marks(text, spelt, pictures):
+    processor = hostile(PARTS.replace("TEXT", text))
+    messages = [turn("user", "what?", images=pictures), turn("assistant", "yes"), turn("user", "and <this>?")]
+    prompt = processor.apply_chat_template(messages)
+    assert prompt.answers is None and prompt.count("<image>") == pictures
+    for message in (turn("user", spelt, images=pictures), turn("assistant", spelt)):
+        with pytest.raises(ValueError, match="makes the control token '<image>' of texts in `messages`"):
+            processor.apply_chat_template([*messages, message])
+
+
 @pytest.mark.parametrize("family", ["llava", "gemma3", "qwen3_5", "paligemma"])
 @settings(max_examples=15, deadline=None)
 @given(

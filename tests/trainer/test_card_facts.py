@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shlex
 
 import pytest
 import yaml
@@ -14,7 +15,16 @@ from safevlm.model_card import write_card
 from safevlm.model_card.facts import portable_command, read_facts
 from safevlm.trainer import card_facts
 from safevlm.trainer.card_callback import CardCallback, read_measured
-from safevlm.trainer.card_facts import add_calibration, add_evaluation, base_facts, data_facts, stage_facts
+from safevlm.trainer.card_facts import (
+    add_calibration,
+    add_evaluation,
+    base_facts,
+    data_facts,
+    stage_facts,
+    train_command,
+)
+from safevlm.trainer.cli import _parser
+from safevlm.trainer.commands.train import _override
 from safevlm.trainer.data import SafetyExample
 from safevlm.trainer.run import train_from_files
 from safevlm.trainer.stages import Recipe, run_schedule
@@ -39,6 +49,25 @@ def rows(count: int) -> list[SafetyExample]:
         )
         for i in range(count)
     ]
+
+
+# -- the command
+
+
+READING = {"format": "llava", "taxonomy": "my own.yaml", "split": "train", "subset": "a", "revision": "b"}
+OPTIONS = {"holdout": 0.25, "assume_safe": True, "dtype": "float32", "seed": 7, "labels": "labels.yaml", **READING}
+DEFAULTS = {"holdout": 0.1, "assume_safe": False, "dtype": "auto", "seed": 0, **dict.fromkeys(["labels", *READING])}
+
+
+@pytest.mark.parametrize("options", [{**OPTIONS, "skip_bad_rows": True}, DEFAULTS, {**DEFAULTS, "holdout": 0}])
+def test_the_command_on_a_card_asks_for_what_was_done(options):
+    overrides = {"learning_rate": 1e-4, "bf16": True, "max_steps": 3, "warmup_steps": None, "report_to": ["none"]}
+    command = train_command("base", ["a b.jsonl", "c"], "my pictures", "demo", "out", options, overrides)
+    args = _parser().parse_args(shlex.split(command)[1:])
+    assert (args.base, args.data, str(args.images), args.recipe) == ("base", ["a b.jsonl", "c"], "my pictures", "demo")
+    assert {name: getattr(args, name) for name in options} == options
+    assert dict(map(_override, args.set)) == overrides
+    assert "--holdout" in command  # figures stand beside it, on rows that were held out
 
 
 # -- the callback

@@ -250,7 +250,7 @@ def test_the_policy_of_a_call_decides_what_follows(world, trained, run, tmp_path
         code, out, err = run(*arguments, "--policy", policy, "--max-new-tokens", 40)
         assert code == 0, err
         answers[str(policy)] = json.loads(out)
-    assert answers["off"]["safety"] is None
+    assert answers["off"]["safety"]["action"] == "off"
     assert answers["strict"]["safety"]["action"] in ("allow", "caution", "warn", "refuse")
     refused = answers[str(refuse_all)]
     assert refused["safety"]["action"] == "refuse"

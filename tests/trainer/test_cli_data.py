@@ -81,6 +81,12 @@ def test_stats_print_a_table_and_the_leaks_and_write_both_files(world, run):
     assert (world / "stats/stats.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_stats_that_compared_nothing_do_not_say_that_nothing_leaks(world, run):
+    code, out, _ = run("stats", world / "good.jsonl", "--output", world / "stats")
+    assert code == 0 and "leaks into test rows: not looked for; name the test data with --against" in out
+    assert json.loads((world / "stats/stats.json").read_text())["leaks"] is None
+
+
 def test_stats_as_json(world, run):
     code, out, _ = run("stats", world / "bad.jsonl", "--json")
     stats = json.loads(out)

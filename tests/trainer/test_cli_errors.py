@@ -210,6 +210,26 @@ def test_a_device_that_is_not_there_is_named(world, run, command, monkeypatch, t
     assert code == 1 and "--device 'cuda:99' cannot be used here" in line
 
 
+@pytest.mark.parametrize(
+    "tasks, message",
+    [
+        ("nosuch", "--tasks 'nosuch' is no task. Ours are figstep,"),
+        ("mme,figstep", "Task 'figstep': no file 'figstep/data/question/safebench.csv' in the data folder"),
+        ("rtvlm", "Task 'rtvlm_misleading': no file "),
+    ],
+)
+def test_tasks_that_cannot_be_are_told(world, run, tasks, message):
+    code, line = run("evaluate", world / "base", "--tasks", tasks, "--data", world, "--output", world / "out")
+    assert code == 1 and message in line
+
+
+@pytest.mark.parametrize("command", ["assess", "answer", "calibrate", "evaluate", "serve"])
+@pytest.mark.parametrize("policy, message", [("stric", "presets default,"), ("gone.yaml", "gone.yaml does not exist")])
+def test_a_policy_that_is_none_is_told_before_the_model_is_looked_at(world, run, command, policy, message):
+    code, line = run(*COMMANDS[command], "--policy", policy)
+    assert code == 1 and f"--policy {policy!r}: " in line and message in line
+
+
 def test_without_network_one_try_is_enough(monkeypatch):
     import huggingface_hub
     from huggingface_hub.errors import HTTPError

@@ -52,6 +52,7 @@ def world(tmp_path_factory):
         picture(i).resize((64, 64)).save(folder / f"{i}.png")
         rows.append({"id": f"r{i}", "image": f"{i}.png", **labels[i % 2], "conversations": turns})
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "config.json").write_text('{"model_type": "llava"}')
     (folder / "mix.yaml").write_text("sources: [{name: a, path: rows.jsonl}]\nholdout: 0.5\nnear_distance: 0\n")
     return folder
 
@@ -95,6 +96,8 @@ def test_wrong_arguments_load_nothing_heavy(arguments):
         ["train", "--base", "nobody/none", "--data", "rows.jsonl", "--output", "out"],
         ["assess", "0.png", "--model", "nobody/none"],
         ["evaluate", "nobody/none", "--tasks", "figstep", "--data", ".", "--output", "out"],
+        ["evaluate", ".", "--tasks", "nosuch", "--data", ".", "--output", "out"],
+        ["evaluate", ".", "--tasks", "mme,rtvlm", "--data", ".", "--output", "out"],
         ["serve", "nobody/none"],
         ["space", "--model", "nobody/none"],
         ["push", "nowhere", "--repo-id", "a/b"],

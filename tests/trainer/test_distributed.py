@@ -52,8 +52,8 @@ def on_two_processes(folder, stages, *more):
     return process.stdout
 
 
-def on_one_process(folder, stages, capsys):
-    runpy.run_path(str(SCRIPT))["main"](str(folder), stages)
+def on_one_process(folder, stages, capsys, *more):
+    runpy.run_path(str(SCRIPT))["main"](str(folder), stages, *more)
     return capsys.readouterr().out
 
 
@@ -87,10 +87,13 @@ def test_two_ddp_processes_take_the_steps_of_one(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_ddp_process_whose_rows_have_no_picture_takes_part(tmp_path):
-    """In stage 1 nothing of its loss reaches what trains, which the others wait for."""
-    on_two_processes(tmp_path, schedule(1, train_sampling_strategy="sequential"), "13")
-    assert (tmp_path / "model" / "model.safetensors").is_file()
+def test_a_ddp_process_whose_rows_have_no_picture_takes_part(tmp_path, capsys):
+    """In stage 1 nothing of its loss reaches what trains, which others wait for; their safety losses stay whole."""
+    order = dict(train_sampling_strategy="sequential")
+    losses = logged_losses(on_one_process(tmp_path / "one", schedule(2, **order), capsys, "13"))
+    output = on_two_processes(tmp_path / "two", schedule(1, **order), "13")
+    assert_close(tmp_path / "two", tmp_path / "one")
+    assert len(losses) == 4 and logged_losses(output) == pytest.approx(losses, rel=1e-3)
 
 
 @pytest.mark.slow

@@ -72,6 +72,17 @@ def unequal_rows(make_row):
     return [make_row(i, answer=answer, category=i, level=i % 4) for i, answer in enumerate(answers)]
 
 
+@pytest.fixture(scope="module")
+def partly_labelled_rows(make_row):
+    """Micro-batches of one or two of them have no safety loss, or one over fewer rows than others."""
+    return [
+        make_row(0, category=None, level=None),
+        make_row(1, images=0),
+        make_row(2, category=1, level=3),
+        make_row(3, category=6, level=None),
+    ]
+
+
 # Which loss alone reaches which weights.
 ONLY_FROM = {
     "lm_loss": "safety.embeddings.tokens.weight",
@@ -81,12 +92,12 @@ ONLY_FROM = {
 
 
 @pytest.mark.parametrize("batch_size, accumulation", [(4, 1), (2, 2), (1, 4)])
-@pytest.mark.parametrize("kind", ["equal", "unequal"])
+@pytest.mark.parametrize("kind", ["equal_rows", "unequal_rows", "partly_labelled_rows"])
 def test_accumulated_gradients_are_those_of_the_whole_batch(
-    gradients, reference, equal_rows, unequal_rows, batch_size, accumulation, kind
+    request, gradients, reference, batch_size, accumulation, kind
 ):
-    rows = equal_rows if kind == "equal" else unequal_rows
-    found, _ = gradients(rows, batch_size, accumulation)
+    rows = request.getfixturevalue(kind)
+    found, _ = gradients(rows, batch_size, accumulation, train_sampling_strategy="sequential")
     expected, _ = reference(rows)
     for loss, name in ONLY_FROM.items():
         scale = expected[name].abs().max()
@@ -104,11 +115,13 @@ def test_a_shorter_accumulation_at_the_end_of_an_epoch_counts_in_full(gradients,
 
 
 @pytest.mark.parametrize("batch_size, accumulation", [(4, 1), (2, 2), (1, 4)])
+@pytest.mark.parametrize("kind", ["unequal_rows", "partly_labelled_rows"])
 def test_each_loss_is_logged_by_name_whatever_the_accumulation(
-    gradients, reference, unequal_rows, batch_size, accumulation
+    request, gradients, reference, batch_size, accumulation, kind
 ):
-    _, trainer = gradients(unequal_rows, batch_size, accumulation, logging_steps=1)
-    _, output = reference(unequal_rows)
+    rows = request.getfixturevalue(kind)
+    _, trainer = gradients(rows, batch_size, accumulation, logging_steps=1, train_sampling_strategy="sequential")
+    _, output = reference(rows)
     log = trainer.state.log_history[0]
     for name in ("loss", *ONLY_FROM):
         assert log[name] == pytest.approx(output[name].item(), rel=1e-4), name
@@ -126,6 +139,16 @@ def test_logged_losses_are_those_since_the_last_log(fresh_model, make_trainer, e
     for log in (first, second):
         total = log["lm_loss"] + 10 * log["safety_level_loss"] + 10 * log["safety_category_loss"]
         assert log["loss"] == pytest.approx(total, rel=1e-3)
+
+
+def test_a_loss_without_a_labelled_row_is_not_logged(fresh_model, make_trainer, make_row):
+    rows = [make_row(0), make_row(1, category=None, level=None)]
+    settings = dict(per_device_train_batch_size=1, train_sampling_strategy="sequential", logging_steps=1)
+    trainer = make_trainer(fresh_model(), rows, **settings)
+    trainer.train()
+    first, second = (entry for entry in trainer.state.log_history if "loss" in entry)
+    assert first["safety_level_loss"] > 0 and "safety_level_loss" not in second
+    assert second["loss"] == pytest.approx(second["lm_loss"], rel=1e-4)
 
 
 def test_loss_coefficients_of_the_arguments_override_the_model_s(fresh_model, make_trainer, equal_rows):

@@ -148,7 +148,7 @@ def test_several_evaluation_sets_are_told_apart(fresh_model, make_trainer, recor
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 4])
-def test_named_evaluation_losses_are_means_over_tokens_and_rows(fresh_model, make_trainer, make_row, batch_size):
+def test_evaluation_losses_are_means_over_tokens_and_rows(fresh_model, make_trainer, make_row, batch_size):
     rows = [
         make_row(0, answer="The answer is yes. " * 3),
         make_row(1, category=None, level=None),
@@ -157,7 +157,7 @@ def test_named_evaluation_losses_are_means_over_tokens_and_rows(fresh_model, mak
     rows += [make_row(3, category=6, level=0)]
     found = make_trainer(fresh_model(), per_device_eval_batch_size=batch_size).evaluate(rows)
     whole = make_trainer(fresh_model(), per_device_eval_batch_size=len(rows)).evaluate(rows)
-    for name in ("lm_loss", "safety_level_loss", "safety_category_loss"):
+    for name in ("loss", "lm_loss", "safety_level_loss", "safety_category_loss"):
         assert found[f"eval_{name}"] == pytest.approx(whole[f"eval_{name}"], rel=1e-5)
 
 
@@ -205,7 +205,7 @@ def test_rows_without_an_answer_train_the_head_alone(fresh_model, make_trainer, 
     assert "safety.head.level_classifier.weight" in changed
     changed.discard("base.model.language_model.embed_tokens.weight")  # which the head reads
     assert not [name for name in changed if name.startswith(("base.", "safety.embeddings."))]
-    assert [log["lm_loss"] for log in trainer.state.log_history if "lm_loss" in log] == [0, 0]
+    assert not [log for log in trainer.state.log_history if "lm_loss" in log]
     metrics = trainer.evaluate(rows)
     assert "eval_lm_loss" not in metrics and metrics["eval_safety_level_loss"] > 0
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from .common import add_command, add_model_arguments, load_model, print_json
+from .common import add_command, add_model_arguments, check_policy, load_model, print_json
 
 
 def add(commands):
@@ -47,12 +47,12 @@ def run_answer(args):
         return_dict_in_generate=True,
     )
     text = processor.decode(output.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-    safety = None if output["safety"] is None else output["safety"].to_list()[0]
+    safety = output["safety"].to_list()[0]
     if args.json:
         print_json({"answer": text, "safety": safety})
     else:
         sys.stdout.write(text + "\n")
-        if safety is not None:
+        if safety["action"] != "off":
             verdict = safety.get("error")  # the head failed
             if verdict is None:
                 verdict = f"{safety['category']}, {safety['level']}; risk {safety['score']:.3f}"
@@ -63,6 +63,7 @@ def _load(args, question: str):
     """A saved model, its processor, and one question about one image as model inputs."""
     from safevlm.trainer.data import load_image
 
+    check_policy(args.policy)
     image = load_image(args.image)
     model, processor = load_model(args.model, args.device)
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]

@@ -10,6 +10,7 @@ from .common import (
     add_model_arguments,
     add_reader_arguments,
     check_model_type,
+    check_policy,
     load_model,
     reader_options,
 )
@@ -46,6 +47,7 @@ def add(commands):
 def run(args):
     if args.apply and not (Path(args.model) / "config.json").is_file():
         raise ValueError(f"--apply needs a model folder on this machine, got --model {args.model!r}.")
+    check_policy(args.policy)
     check_model_type(args.model, "--model")
     from safevlm.trainer.card_facts import add_calibration
     from safevlm.trainer.data import SafetyLabels, read_rows

@@ -67,6 +67,9 @@ def _summary(review):
 
     yield from (f"The model's own policy is weak: {printable(weakness)}" for weakness in review.weaknesses)
     total, others = len(review.files), len(review.others)
+    if not total and review.all_same:
+        yield "The model brings no code: there is nothing to compare, and nothing of it would run"
+        return
     if review.all_same:
         lines = sum(len(file.content.splitlines()) for file in review.files)
         yield f"{total} files, {lines} lines: all as in safevlm {__version__}"

@@ -76,6 +76,18 @@ def load_model(name: str, device: str | None = None):
     return model, processor
 
 
+def check_policy(policy: str | None, argument: str = "--policy"):
+    """Reads the policy that the command got as `argument`; raises before anything heavy is imported or loaded."""
+    if policy is None:
+        return None
+    from safevlm.safety_policy import SafetyPolicy
+
+    try:
+        return SafetyPolicy.from_value(policy)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{argument} {policy!r}: {error}") from None
+
+
 def check_device(device: str | None):
     """Raises `ValueError` if the device that `--device` names cannot be used here."""
     if device is None:

@@ -185,10 +185,11 @@ def _stats_lines(stats: dict, where: str) -> list[str]:
         *_some([f"{entry['row']} says the same as {entry['like']}" for entry in duplicates["rows"]], where),
         f"groups of near-duplicate images: {len(duplicates['near_images'])}",
         *_some([" ~ ".join(names) for names in duplicates["near_images"]], where),
-        f"leaks into test rows: {len(stats['leaks'])}",
-        *_some([_leak_line(leak) for leak in stats["leaks"]], where),
     ]
-    return lines
+    if stats["leaks"] is None:
+        return [*lines, "leaks into test rows: not looked for; name the test data with --against"]
+    lines.append(f"leaks into test rows: {len(stats['leaks'])}")
+    return lines + _some([_leak_line(leak) for leak in stats["leaks"]], where)
 
 
 def _leak_line(leak: dict) -> str:

@@ -4,7 +4,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from .common import add_command, check_device, model_config
+from .common import add_command, check_device, check_policy, model_config
 
 
 def add(commands):
@@ -37,8 +37,12 @@ def add(commands):
 
 
 def run(args):
+    from safevlm.trainer.task_names import check_tasks
+
+    check_policy(args.policy)
     model_config(args.model, "MODEL")
     check_device(args.device)
+    check_tasks(_list(args.tasks), args.data)
     from transformers import logging as transformers_logging
 
     from safevlm.trainer.evaluation.engine import evaluate

@@ -2,7 +2,7 @@
 
 from contextlib import suppress
 
-from .common import add_command, check_device, check_model_type
+from .common import add_command, check_device, check_model_type, check_policy
 
 
 def add(commands):
@@ -39,6 +39,7 @@ def add(commands):
 
 
 def run(args):
+    check_policy(args.policy)
     model_name, _, revision = args.model.partition("@")
     check_model_type(model_name, "MODEL", revision or None)
     from transformers.utils.import_utils import is_serve_available
@@ -47,7 +48,6 @@ def run(args):
         raise ImportError(
             "The server needs fastapi, uvicorn and openai. Install them with: pip install 'safevlm[serve]'"
         )
-    from safevlm.safety_policy import SafetyPolicy
     from safevlm.trainer.serving import Answering, Server, build_app, load
 
     for name in ("max_request_mb", "max_megapixels", "request_timeout", "max_waiting"):
@@ -55,8 +55,6 @@ def run(args):
             raise ValueError(f"--{name.replace('_', '-')} must be a number above 0, got {getattr(args, name)}.")
     if not 0 <= args.port < 2**16:
         raise ValueError(f"--port must be a number from 0 to 65535, got {args.port}.")
-    if args.policy is not None:
-        SafetyPolicy.from_value(args.policy)  # a clear error before a model is loaded
     check_device(None if args.device == "auto" else args.device)
     model, processor = load(model_name, revision or None, args.policy, args.device, args.dtype, args.quantization)
     app = build_app(

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from shutil import copyfile, copytree, ignore_patterns
 
-from .common import add_command, check_model_type, print_json
+from .common import add_command, check_model_type, check_policy, print_json
 
 
 def add(commands):
@@ -145,14 +145,11 @@ def push(folder: Path, name: str, settings: dict[str, str], private: bool):
 
 def _place_policies(folder: Path, names: str) -> str:
     """Copies the policy files among `names` beside the app; returns the names the app will find."""
-    from safevlm.safety_policy import POLICY_PRESETS, SafetyPolicy
+    from safevlm.safety_policy import POLICY_PRESETS
 
     placed = []
     for name in filter(None, (part.strip() for part in names.split(","))):
-        try:
-            policy = SafetyPolicy.from_value(name)  # a clear error before a model is loaded
-        except (ValueError, OSError) as error:
-            raise ValueError(f"--policies {names!r}: {error}") from None
+        policy = check_policy(name, "--policies")
         if name.endswith((".yaml", ".yml", ".json")):
             if Path(name).stem.lower() in POLICY_PRESETS:
                 raise ValueError(f"--policies {name!r}: visitors would take the file for the preset. Rename it.")

@@ -24,6 +24,12 @@ IMAGE_MARKER = "<image>"
 IMAGE_SEPARATOR = "<split>"
 # One line break belongs to the marker, whatever the system that wrote it; a lone \r before it may end a text.
 _MARKER_LINE = re.compile(rf"(?:\r?\n)?({IMAGE_MARKER})(?:\r\n?|\n)?")
+# Ours, and what other families and tools write where a picture, a video or a sound goes, and Markdown's pictures.
+ANY_MARKER = re.compile(
+    r"<img>.*?</img>|<image[ _-]?\d*>|<(?:video|audio|imagehere|im_patch|img)>|\[img\]"
+    r"|<\|(?:image|img|video|audio|vision|media)\w*\|>|!\[[^\]\n]*\]\([^)\n]+\)",
+    re.IGNORECASE,
+)
 _ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 _IMAGE_PARTS = ("image", "image_url")
 _IMAGE_KEYS = ("image", "image_url", "path", "url", "value", "bytes")
@@ -178,7 +184,14 @@ def _with_images(
         raise DataError(f"{num_images} in `{field}` but {markers} {IMAGE_MARKER} in the user turns; make them agree")
 
     messages = []
-    for role, text in turns:
+    for number, (role, text) in enumerate(turns, start=1):
+        other = ANY_MARKER.search(text.replace(IMAGE_MARKER, "")) if role == "user" else None
+        if other:
+            raise DataError(
+                f"turn {number} (user) has {short(other[0])}, for which there is no picture: write {IMAGE_MARKER} and "
+                f"name the picture in `{field}`; videos and sounds cannot be read. If it is meant as a text, write "
+                'the row as `messages` with `content` [{"type": "text", "text": ...}]'
+            )
         pieces = _MARKER_LINE.split(text) if role == "user" else [text]
         content = []
         if role == "user" and missing:
@@ -219,6 +232,8 @@ def _chat_part(part: Any, where: str, number: int, inline: list[Any], extras: di
     """One part without the image it may carry, which goes to `inline`. Tables fill keys it lacks with null."""
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text":
+        if part.get("text") is not None and part.get("value") is not None:
+            raise DataError(f"{where}: a text part has the text twice, in `text` and `value`; keep one of them")
         field = "text" if part.get("text") is not None else "value"
         _keep_extras(part, {"type", field}, f"{where}: text part", number, extras)
         return {"type": "text", "text": check_text(part.get(field), where)}

@@ -27,30 +27,45 @@ _PICTURES = _words(
     "audio audios media clip clips pixel jpg jpeg png webp gif"
 )
 _ABOUT_PICTURES = _words(
-    "path paths url urls uri file files filename name names bytes base64 b64 data list values input"
+    "path paths url urls uri file files filename name names bytes base b data list values input"  # base64, b64
 )
-_PICTURE_SUFFIXES = _words(".jpg .jpeg .png .webp .gif .bmp .tif .tiff .heic .avif .mp4 .webm .mov .wav .mp3")
+_PICTURE_SUFFIXES = _words(
+    ".jpg .jpeg .png .webp .gif .bmp .tif .tiff .heic .avif .jfif .pgm .ppm .svg .pdf .mp4 .webm .mov .mkv .wav .mp3"
+)
 # In the same way `history`, `user_prompt` and `model_response` carry turns, or change them.
 _TURNS = _words(
     "system prompt prompts query queries question questions instruction instructions input inputs output outputs "
     "history conversation conversations message messages dialog dialogs dialogue dialogues turn turns answer answers "
     "response responses completion completions chosen rejected reply replies tool tools function functions reasoning "
-    "thinking"
+    "thinking thought thoughts cot rationale rationales context target targets truth prefix text user human assistant "
+    "gpt bot"
 )
-_ABOUT_TURNS = _words("text content list call calls user human model assistant gpt bot safe unsafe harmful reference")
+_ABOUT_TURNS = _words("content list call calls model safe unsafe harmful reference ground")
 # And `is_safe`, `risk_level` and `response_harm_label` are labels.
 _LABELS = _words(
     "safe unsafe safety label labels category categories subcategory level levels risk risks risky severity harm "
-    "harms harmful harmfulness hazard hazards toxic toxicity nsfw violation violations flagged rating ratings verdict"
+    "harms harmful harmfulness hazard hazards toxic toxicity nsfw violation violations flagged rating ratings verdict "
+    "decision moderation classification policy"
 )
 _ABOUT_LABELS = _words(
     "is type id ids name names main sub class score final gold image text user model prompt query question answer "
     "response refusal"
 )
+# Fields that say what to train on, and the value that means no more than to leave them out.
+_LOSS = {
+    "weight": 1,
+    "loss": True,
+    "loss_weight": 1,
+    "train": True,
+    "trainable": True,
+    "mask": False,
+    "loss_mask": True,
+}
 
 _FIXES = {
     "a picture": "name pictures `images`; videos and sounds cannot be read",
     "a turn": "put all turns into one list of turns",
+    "a say in what is trained": "drop the row, or end it before that turn; all answers of a row are trained on",
     "a label": "name labels `category` and `level`, or map them by a taxonomy",
 }
 
@@ -87,6 +102,8 @@ def is_empty(value: Any) -> bool:
 
 
 def _carried(name: str, value: Any, has_images: bool) -> str | None:
+    if name in _LOSS and value != _LOSS[name]:
+        return "a say in what is trained"
     words = re.sub(r"(?<=[a-z])(?=[A-Z])|[^A-Za-z]+", " ", name).lower().split()
     about_pictures = _ABOUT_PICTURES if has_images else _ABOUT_PICTURES | {"id", "ids"}
     if _consists(words, _PICTURES, about_pictures) or "".join(words) == "filename" or _holds_picture(value):
@@ -105,16 +122,23 @@ def _consists(words: list[str], kind: frozenset[str], about: frozenset[str]) -> 
 
 def _holds_picture(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
-        return any(_holds_picture(item) for item in value if not isinstance(item, (list, tuple)))
+        return any(_holds_picture(item) for item in value)
     if isinstance(value, dict):
-        return bool(value) and value.keys() <= {"bytes", "path"}
-    return isinstance(value, (bytes, Image.Image))
+        return bool(value) and (value.keys() <= {"bytes", "path"} or any(map(_holds_picture, value.values())))
+    return isinstance(value, (bytes, Image.Image)) or (
+        isinstance(value, str) and value[:11].lower().startswith(("data:image/", "data:video/", "data:audio/"))
+    )
 
 
 def _names_picture(value: Any) -> bool:
+    """A file's name or an address, with or without a query."""
+    if isinstance(value, dict):
+        value = list(value.values())
     if isinstance(value, (list, tuple)):
-        return any(_names_picture(item) for item in value if not isinstance(item, (list, tuple)))
-    return isinstance(value, (str, os.PathLike)) and PurePath(value).suffix.lower() in _PICTURE_SUFFIXES
+        return any(_names_picture(item) for item in value)
+    if not isinstance(value, (str, os.PathLike)):
+        return False
+    return PurePath(re.split("[?#]", os.fspath(value), maxsplit=1)[0]).suffix.lower() in _PICTURE_SUFFIXES
 
 
 def _holds_turns(value: Any) -> bool:

@@ -36,7 +36,8 @@ def data_stats(
 
     Returns:
         `dict`: Counts of rows; `categories_by_level[category][level]`; `characters`, with the quantiles of questions
-        and answers; `duplicates`; `leaks`, those into `tests` and those between rows of different `split`.
+        and answers; `duplicates`; `leaks`, those into `tests` and those between rows of different `split`
+        (`None`: there were neither to compare with).
     """
     categories = [_name(row.category, labels.category_names) for row in rows]
     levels = [_name(row.level, labels.level_names) for row in rows]
@@ -87,14 +88,16 @@ def _duplicates(rows: Sequence[SafetyExample], index: ImageIndex) -> dict[str, A
     }
 
 
-def _leaks(rows: Sequence[SafetyExample], tests: Sequence[SafetyExample], index: ImageIndex) -> list[dict[str, Any]]:
+def _leaks(rows: Sequence[SafetyExample], tests: Sequence[SafetyExample], index: ImageIndex):
     tests = [row for row in tests if not any(map(index.error, row.images))]
-    found = [_leak(leak, rows, tests) for leak in find_leaks(rows, tests, index)]
     by_split: dict[str, list[SafetyExample]] = {}
     for row in rows:
         if row.split:
             by_split.setdefault(row.split, []).append(row)
     splits = sorted(by_split, key=lambda split: (split != "train", split))
+    if not tests and len(splits) < 2:
+        return None
+    found = [_leak(leak, rows, tests) for leak in find_leaks(rows, tests, index)]
     for number, split in enumerate(splits):
         for other in splits[number + 1 :]:
             leaks = find_leaks(by_split[split], by_split[other], index)

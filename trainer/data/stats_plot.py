@@ -37,9 +37,10 @@ def draw_stats(stats: dict[str, Any], path: str | os.PathLike) -> None:
         axis.tick_params(axis="y", length=0)
     figure.get_layout_engine().set(w_pad=0.12)
     duplicates = stats["duplicates"]
+    leaks = "not looked for" if stats["leaks"] is None else f"{len(stats['leaks']):,}"
     figure.suptitle(
         f"{stats['rows']:,} rows, {stats['images']['different']:,} images   |   duplicate rows: "
-        f"{duplicates['exact_rows']:,} exact, {duplicates['near_rows']:,} near   |   leaks: {len(stats['leaks']):,}",
+        f"{duplicates['exact_rows']:,} exact, {duplicates['near_rows']:,} near   |   leaks: {leaks}",
         fontsize=12,
     )
     figure.savefig(path, dpi=120)

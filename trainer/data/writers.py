@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .archives import ArchivedImage
 from .errors import DataError
-from .format_conversations import IMAGE_MARKER, IMAGE_SEPARATOR
+from .format_conversations import ANY_MARKER, IMAGE_MARKER, IMAGE_SEPARATOR
 from .schema import SafetyExample
 
 _SPEAKERS = {"user": "USER", "assistant": "ASSISTANT", "system": "SYSTEM"}
@@ -74,8 +74,8 @@ def _value(turn: dict, row_id: str) -> str:
         if part["type"] == "image":
             own_line = not value or value.endswith((f"{IMAGE_MARKER}\n", "\r"))  # after \r, \n would be the marker's
             value += ("" if own_line else "\n") + f"{IMAGE_MARKER}\n"
-        elif turn["role"] == "user" and IMAGE_MARKER in part["text"]:
-            raise DataError(f"row {row_id!r}: the text of a user turn spells {IMAGE_MARKER}, a marker in this format.")
+        elif turn["role"] == "user" and (marker := ANY_MARKER.search(part["text"])):
+            raise DataError(f"row {row_id!r}: the text of a user turn spells {marker[0]}, a marker in this format.")
         else:
             value += part["text"]
     return value

@@ -216,7 +216,7 @@ def store_policy(folder: str | os.PathLike, policy: SafetyPolicy, model, process
     new_texts = not texts <= model.config.policy_token_ids.keys()
     model.set_safety_policy(policy, processor if new_texts else None)
     config = json.loads(path.read_text(encoding="utf-8"))
-    for name in ("safety_policy", "policy_token_ids", "generation_prompt_token_ids"):
+    for name in ("safety_policy", "policy_token_ids", "generation_prompt_token_ids", "answer_opening_token_ids"):
         config[name] = getattr(model.config, name)
     replace_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
 

@@ -13,14 +13,11 @@ import lmms_eval.tasks
 from lmms_eval.tasks import TaskManager
 
 from safevlm.trainer.data import SafetyExample
+from safevlm.trainer.task_names import ALIASES, TASKS_FOLDER, unknown_task
 
 from .task_rows import task_labels, task_rows
 
-TASKS_FOLDER = Path(__file__).with_name("tasks")
 LMMS_TASKS = Path(lmms_eval.tasks.__file__).parent
-
-# Names in use for tasks that lmms-eval has in several variants. MMBench: the one that needs no OpenAI account.
-ALIASES = {"mmbench": "mmbench_en_dev_static"}
 
 
 class LocalTaskManager(TaskManager):
@@ -62,10 +59,7 @@ class LocalTaskManager(TaskManager):
         names = [ALIASES.get(task, task) for task in tasks]
         for task in names:
             if task not in self.task_index:
-                known = ", ".join(sorted(path.stem for path in TASKS_FOLDER.glob("*.yaml")))
-                raise ValueError(
-                    f"--tasks {task!r} is no task. Ours are {known}; lmms-eval's are listed by: lmms-eval tasks list"
-                )
+                raise unknown_task(task)
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"--tasks names {', '.join(sorted(twice))} twice.")
         for name in names:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from safevlm.safety_labels import PAPER_LABELS, SafetyLabels
 from safevlm.trainer.data import DataError, SafetyExample, load_labels, read_rows
+from safevlm.trainer.task_names import HOW_TO_GET, task_files
 
 LABELS_VARIABLE = "SAFEVLM_EVAL_LABELS"
 """Whose labels the rows of a user's own have: a SafeVLM, a recipe or a YAML file. By default they are the paper's."""
-HOW_TO_GET = "trainer/evaluation/README.md says how to get each data set and where it goes"
 
 
 def task_rows(
@@ -32,11 +32,8 @@ def task_rows(
         format (`str`, *optional*): See [`read_rows`]; `"mossbench"` is read here. Recognised when omitted.
         labels (`SafetyLabels`, *optional*): What the rows' labels mean.
     """
-    files = sorted(data.glob(path))
-    if not files:
-        raise DataError(f"Task {task!r}: no file {path!r} in the data folder {str(data)!r}; {HOW_TO_GET}.")
     rows = []
-    for file in files:
+    for file in task_files(data, task, path):
         folder = None if images is None else file.parent / images
         if format == "mossbench":
             rows += mossbench_rows(file, folder or file.parent)

@@ -9,6 +9,7 @@ import torch
 from jinja2 import TemplateError
 
 from safevlm.processing.pictures import PictureError, load_picture
+from safevlm.safety_assessment import SafetyAssessment
 
 from .decoding import AnswerStreamer, OpenAiPenalties, Until
 from .errors import RequestError
@@ -19,11 +20,6 @@ DEFAULT_NEW_TOKENS = 1024  # where neither request nor model asks for more
 MAX_ASPECT_RATIO = 200  # image processors scale the shorter side up: a thin strip would become gigabytes
 GREEDY_BELOW = 0.01  # a temperature that divides logits beyond what a float holds
 DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,", re.ASCII | re.IGNORECASE)
-
-# What stands for the verdict under the policy "off": nothing was assessed.
-OFF = {"assessed": False, "action": "off"} | dict.fromkeys(
-    ("category", "level", "score", "level_probabilities", "category_probabilities")
-)
 
 logger = getLogger(__name__)
 
@@ -64,7 +60,7 @@ class Answering:
         arguments = self._arguments(request, room=self.max_tokens - num_prompt)
         streamer = AnswerStreamer(self.processor.tokenizer, request.stop or [], job.send)
         if not self.model.resolve_policy().enabled:  # `generate` gives the streamer no verdict then
-            job.send((OFF,))
+            job.send((SafetyAssessment.off(1, self.model.config).to_list()[0],))
         torch.seed() if request.seed is None else torch.manual_seed(request.seed)
         self.model.generate(
             **inputs,

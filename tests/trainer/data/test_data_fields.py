@@ -54,18 +54,21 @@ PICTURE_FIELDS = {
     for name in (
         "image images image_path images_path imagePath image_file img imgs img_path picture pictures pic photo "
         "photo_url image_url image_urls imageURL file_name filename image_1 image2 Image screenshot png jpg "
-        "video videos video_path audio audios frames media"
+        "video videos video_path audio audios frames media image_base64 image_b64 img_b64 jpg_b64"
     ).split()
 } | {
     "odd_name": {"bytes": b"x", "path": None},
     "odd_bytes": b"\x89PNG",
     "odd_list": [{"bytes": b"x", "path": "a.png"}],
+    "odd_nested": {"page": [[{"bytes": b"x"}]]},
+    "odd_text": "data:image/png;base64,iVBOR",
 }
 TURN_FIELDS = {
     name: "Tell me."
     for name in (
         "system system_prompt systemPrompt prompt query question instruction input output answer response completion "
-        "chosen rejected System user_prompt question_text model_response response_0 safe_response tool_calls thinking"
+        "chosen rejected System user_prompt question_text model_response response_0 safe_response tool_calls thinking "
+        "assistant human target ground_truth cot thought rationale context prefix"
     ).split()
 } | {
     "history": [["Hi", "Ho"]],
@@ -101,6 +104,8 @@ LABEL_FIELDS = {
     "final_label": 1,
     "category_id": 3,
     "label_1": 0,
+    "decision": "block",
+    "moderation": {"violence": 0.9},
 }
 FIELDS = {**PICTURE_FIELDS, **TURN_FIELDS, **LABEL_FIELDS}
 
@@ -186,11 +191,44 @@ def test_field_inside_a_turn_is_not_lost_either(name, turn, read):
         ({"type": "text", "text": "Hi", "image": "a.png"}, "text part has the field `image`"),
         ({"type": "image", "image": "a.png", "path": "b.png"}, r"more than once, in \['image', 'path'\]"),
         ({"type": "video", "video": "a.mp4"}, "only text and image parts"),
+        ({"type": "text", "text": "Hi", "value": "Ho"}, "the text twice, in `text` and `value`"),
+        ({"type": "image", "text": "Hi"}, "image part has the field `text`"),
     ],
 )
 def test_part_that_carries_more_than_it_says_is_an_error(part, reason, read):
     with pytest.raises(DataError, match=reason):
         read("chat", {"messages": [{"role": "user", "content": [part]}]})
+
+
+@pytest.mark.parametrize("name", ["llava", "mllm", "chat"])
+def test_turn_that_is_not_to_be_trained_on_is_refused(name, read):
+    turns = "conversations" if name == "llava" else "messages"
+    first, last = RECORDS[name][turns]
+    for field, harmless, value in (("weight", 1, 0), ("loss", True, False), ("train", True, False), ("mask", 0, 1)):
+        with pytest.raises(DataError, match=f"turn 2 has the field `{field}`.*a say in what is trained"):
+            read(name, {**RECORDS[name], turns: [first, {**last, field: value}]})
+        read(name, {**RECORDS[name], turns: [first, {**last, field: harmless}]})
+    with pytest.raises(DataError, match="turn 2 has the field `prefix`"):
+        read(name, {**RECORDS[name], turns: [first, {**last, "prefix": True}]})
+
+
+MARKERS = (
+    "<video> <audio> <ImageHere> <Image> <image_1> <img>a.png</img> <|image_pad|> <|image|> [IMG] ![](a.png)".split()
+)
+
+
+@pytest.mark.parametrize("marker", MARKERS)
+@pytest.mark.parametrize("name", ["llava", "mllm"])
+def test_marker_of_a_picture_that_is_not_there_is_refused(name, marker, read):
+    field, key = ("conversations", "value") if name == "llava" else ("messages", "content")
+    first, last = RECORDS[name][field]
+    with pytest.raises(DataError) as caught:
+        read(name, {field: [{**first, key: f"Look: {marker}\nhi"}, last]})
+    assert f"turn 1 (user) has {marker!r}" in str(caught.value)
+    (row,) = read(name, {field: [first, {**last, key: marker}]})  # an answer may speak of one
+    assert row.messages[1]["content"][0]["text"] == marker
+    parts = [{"role": "user", "content": [{"type": "text", "text": marker}]}]  # and so may a question that says so
+    assert read("chat", {"messages": parts})[0].messages == parts
 
 
 def test_vlguard_pair_keeps_nothing_back(read):
@@ -232,6 +270,9 @@ def test_row_without_picture_may_not_name_one_anywhere():
         example_from_record(record)
     with pytest.raises(DataError, match="`image_id`.*looks like a picture"):
         example_from_record({"messages": CHAT, "image_id": 17})
+    for value in ("http://a.org/b.jpg?x=1#y", [{"type": "image", "file": "0.png"}], {"path": "0.png", "width": 3}):
+        with pytest.raises(DataError, match="`odd`.*looks like a picture"):
+            example_from_record({"messages": CHAT, "odd": value})
     row = example_from_record({**record, "image_id": 17, "images": ["a.png"]})
     assert row.metadata == {"origin": "pictures/a.jpg", "image_id": 17}
 

@@ -8,11 +8,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from families import build
 from head_records import LABELS, SAFE, random_records, record, scored, with_logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from published_templates import THINKING
+from tiny import safe_model
 
-from safevlm import SafeVlmConfig, SafeVlmForConditionalGeneration
+from safevlm import SafeVlmConfig, SafeVlmForConditionalGeneration, SafeVlmProcessor
 from safevlm.safety_assessment import assess_logits, level_log_probabilities
 from safevlm.safety_policy import SafetyPolicy
 from safevlm.trainer.evaluation import calibrate, store_policy
@@ -329,6 +332,18 @@ def test_texts_that_the_model_does_not_know_are_stored_with_the_policy(model, pr
     store_policy(folder, policy, copy.deepcopy(model), processor)
     loaded = SafeVlmForConditionalGeneration.from_pretrained(folder)
     assert "The answer is no." in loaded.config.policy_token_ids
+
+
+def test_a_stored_policy_brings_what_opens_an_answer(tmp_path):
+    """A model that thinks, saved by a release that did not note it: new refusals would land in its thoughts."""
+    base, processor = build("qwen3_5")
+    processor.chat_template = next(iter(THINKING.values()))
+    processor = SafeVlmProcessor.from_base(processor)
+    model = safe_model(base, processor)
+    opening, model.config.answer_opening_token_ids = model.config.answer_opening_token_ids, []
+    model.save_pretrained(tmp_path)
+    store_policy(tmp_path, SafetyPolicy(refusals={"en": "The answer is no."}), model, processor)
+    assert opening and SafeVlmConfig.from_pretrained(tmp_path).answer_opening_token_ids == opening
 
 
 def test_an_interrupted_store_leaves_the_old_policy(model, processor, folder, monkeypatch):
