@@ -182,8 +182,9 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
                 f"`SafeVlmForConditionalGeneration.from_base` of the package safevlm."
             )
         check_safety_weights(model.safety, str(pretrained_model_name_or_path))
-        for weakness in model.policy_weaknesses():
-            logger.warning_once(f"The policy saved with {str(pretrained_model_name_or_path)!r} is weak: {weakness}.")
+        if found := model.policy_weaknesses():
+            name = str(pretrained_model_name_or_path)
+            logger.warning_once(f"The policy saved with {name!r} is weak: {'; '.join(found)}.")
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory, *args, **kwargs):

@@ -166,6 +166,15 @@ def run_schedule(
     return model
 
 
+def _leave_model(done: Path, final: Path):
+    """Copies the last stage's model to `final`, unless it is there: by now it may be calibrated, or have a card."""
+    state = PartialState()
+    # One process decides: another would already see what this one writes.
+    if state.is_main_process and not _same_weights(final, done):
+        replace_folder(partial(shutil.copytree, done), final)
+    state.wait_for_everyone()
+
+
 def check_stage(model, processor, train_rows, eval_rows, arguments: dict, rows_too: bool):
     """Raises what the stage would raise before its first step: no other stage is to train before that in vain."""
     environment = dict(os.environ)
@@ -181,15 +190,6 @@ def check_stage(model, processor, train_rows, eval_rows, arguments: dict, rows_t
         encoder = RowEncoder(processor, model.config, args.hint_probability, args.max_length, args.seed)
         plain = RowEncoder(processor, model.config, max_length=args.max_length)
         check_sets(encode_rows(train, encoder), encode_rows(evaluation, plain), args)
-
-
-def _leave_model(done: Path, final: Path):
-    """Copies the last stage's model to `final`, unless it is there: by now it may be calibrated, or have a card."""
-    state = PartialState()
-    # One process decides: another would already see what this one writes.
-    if state.is_main_process and not _same_weights(final, done):
-        replace_folder(partial(shutil.copytree, done), final)
-    state.wait_for_everyone()
 
 
 def _same_weights(folder: Path, other: Path) -> bool:

@@ -25,6 +25,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, StoppingCri
 
 OFF = "off"
 PRESETS = ("default", "paper", "strict", OFF)
+# What stands for the verdict where the policy is off: nothing was assessed.
+NO_VERDICT = {"assessed": False, "action": "off"} | dict.fromkeys(
+    ("category", "level", "score", "level_probabilities", "category_probabilities")
+)
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,8 @@ class Engine:
         model = AutoModelForImageTextToText.from_pretrained(settings.model, dtype="auto", **source)
         if model.config.model_type != "safevlm":
             raise ValueError(f"SAFEVLM_MODEL {settings.model!r} is a {model.config.model_type!r}, not a SafeVLM.")
+        if hasattr(model, "check_policy_texts"):  # its code is as old as the model
+            model.check_policy_texts(self.processor)
         self.model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         self.max_new_tokens, self.max_seconds = settings.max_new_tokens, settings.max_answer_seconds
         self.policies = allowed_policies(model, settings.policies)
@@ -84,20 +90,21 @@ class Engine:
             inputs = self._inputs([turn])
             yield self.model.assess(**inputs, safety_policy=self._policy(policy)).to_list()[0]
 
-    def _answer(self, turns: list[Turn], policy: str) -> Iterator[tuple[dict | None, str]]:
+    def _answer(self, turns: list[Turn], policy: str) -> Iterator[tuple[dict, str]]:
         """
         The verdict on a conversation, before the first word, and, growing, the answer to its last question.
 
         Args:
             turns (`list[Turn]`): The last one has no answer yet.
-            policy (`str`): One of `policies`, or `"off"`: no safety step, and `None` in place of the verdict.
+            policy (`str`): One of `policies`, or `"off"`: no safety step, and `NO_VERDICT` in place of the verdict.
         """
         inputs = self._inputs(turns)
         length = inputs["input_ids"].shape[1] + self.max_new_tokens
         if length > self.model.config.get_text_config().max_position_embeddings:
-            raise Refused("This conversation is too long for the model. Start a new one.")
+            what = "conversation is too long for the model. Start a new one."
+            raise Refused(f"This {what}" if len(turns) > 1 else "The question is too long for the model. Shorten it.")
         rules = self._policy(policy)
-        verdict, answer = None, ""
+        verdict, answer = None if rules.enabled else NO_VERDICT, ""
         for piece in self._generate(inputs, rules):
             if isinstance(piece, dict):
                 verdict = piece
@@ -161,6 +168,8 @@ def allowed_policies(model, names: tuple[str, ...]) -> dict:
     own, policies = model.resolve_policy(), {}
     for name in names:
         path = Path(name)
+        if path.suffix and path.stem.lower() in PRESETS:
+            raise ValueError(f"SAFEVLM_POLICIES names the file {name!r}, which visitors would take for a preset.")
         if path.stem in policies:
             raise ValueError(f"SAFEVLM_POLICIES names {path.stem!r} twice: {', '.join(names)}.")
         policies[path.stem] = own if name == own.name and name not in PRESETS else model.resolve_policy(name)

@@ -11,8 +11,7 @@ from settings import Settings
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
 
-# Of requests other than uploads: a question, a policy's name, Gradio's own fields.
-MAX_BODY_BYTES = 2**20
+POSTS = 4  # a question may take: choosing a policy, asking, stopping, showing
 
 
 class Gate:
@@ -29,6 +28,10 @@ class Gate:
     def __init__(self, app, settings: Settings, limiter: RateLimiter, uploads: str):
         self.app, self.settings, self.limiter, self.uploads = app, settings, limiter, uploads
         self.arriving = 0  # bytes of uploads that are being received
+        # Gradio keeps what it was sent for a while, whoever sent it, be it a question or not.
+        self.posts = RateLimiter(POSTS * settings.requests_per_minute)
+        # Gradio's own fields, a question with each letter escaped, the places of uploads.
+        self.max_body = 2**15 + 12 * settings.max_question_chars + 4096 * settings.max_audit_images
 
     async def __call__(self, scope, receive, send):
         if scope["type"] not in ("http", "websocket"):
@@ -49,16 +52,19 @@ class Gate:
             self.arriving -= length * upload
 
     def _admit(self, headers: Headers, upload: bool, address: str) -> tuple[int, PlainTextResponse | None]:
-        length = headers.get("content-length", "0" if "transfer-encoding" not in headers else "")
-        if not length.isdecimal():  # a length that is not said beforehand has no limit
+        length = headers.get("content-length", "0")
+        # A length that is not said beforehand has no limit; where both are said, the server reads the encoding.
+        if "transfer-encoding" in headers or not length.isdecimal():
             return 0, PlainTextResponse("Say the Content-Length.", 411)
         length, file_bytes = int(length), self.settings.max_file_mb * 2**20
-        if not upload:
-            too_large = PlainTextResponse("The request is too large.", 413)
-            return length, too_large if length > MAX_BODY_BYTES else None
-        if length > self.settings.max_audit_images * (file_bytes + 10_000):
+        if not upload and length > self.max_body:
+            return length, PlainTextResponse("The request is too large.", 413)
+        if upload and length > self.settings.max_audit_images * (file_bytes + 10_000):
             return length, PlainTextResponse("The upload is too large.", 413)
         try:
+            if not upload:
+                self.posts.check(address)
+                return length, None
             self.limiter.check(address, cost=max(1, -(-length // file_bytes)))
         except Refused as error:
             return length, PlainTextResponse(str(error), 429)

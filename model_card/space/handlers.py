@@ -25,14 +25,14 @@ class Handlers:
 
     # -- the page ----------------------------------------------------------------------------------------------------
 
-    def chat(self, message: dict, turns: list[Turn], policy: str, request: gr.Request):
+    def chat(self, message: dict | None, turns: list[Turn], policy: str, request: gr.Request):
         """Yields the conversation as shown and as kept, question box, verdict, notice."""
         asked = turns
         try:
             self._admit(request, policy)
             if len(turns) >= self.settings.max_turns:
                 raise Refused(f"A conversation has at most {self.settings.max_turns} questions. Start a new one.")
-            turn = Turn(self._question(message["text"]), self._picture(message["files"]))
+            turn = self._turn(message)
             turns = [*turns, turn]
             running = gr.MultimodalTextbox(value=None, submit_btn=False, stop_btn=True)
             yield panel.conversation(turns, running=True), turns, running, panel.busy(), ""
@@ -47,12 +47,11 @@ class Handlers:
             else:
                 yield panel.conversation(asked), asked, question_ready(), panel.empty(), notice
 
-    def compare(self, message: dict, policy: str, request: gr.Request):
+    def compare(self, message: dict | None, policy: str, request: gr.Request):
         """Yields the answer without safety, the safe one, the verdict, and a notice."""
         try:
             self._admit(request, policy, cost=2)
-            picture = self._picture(message["files"])
-            turn = Turn(self._question(message["text"]), picture)
+            turn = self._turn(message)
             yield "…", "", panel.busy(), ""
             for _, unsafe in self.engine.answer([turn], OFF):
                 yield unsafe or "…", "", gr.skip(), gr.skip()
@@ -126,6 +125,10 @@ class Handlers:
             raise Refused(f"This policy is not offered here. Choose one of: {allowed}.")
         self.limiter.check(request.client.host if request.client else "unknown", cost)
 
+    def _turn(self, message: dict | None) -> Turn:
+        message = message or {"text": "", "files": []}
+        return Turn(self._question(message["text"]), self._picture(message["files"]))
+
     def _question(self, text: str | None) -> str:
         text = (text or "").strip()
         if not text:
@@ -134,6 +137,8 @@ class Handlers:
             raise Refused(
                 f"The question has {len(text)} characters; {self.settings.max_question_chars} are allowed. Shorten it."
             )
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise Refused("The question holds half of a character (a lone surrogate). Write it once more.")
         return text
 
     def _picture(self, files: list[str], side: int = panel.SHOWN) -> Picture | None:

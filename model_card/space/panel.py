@@ -89,13 +89,13 @@ def badge(action: str) -> str:
     return f'<span class="sv-badge sv-{action}"><span aria-hidden="true">{mark}</span>{word}</span>'
 
 
-def verdict(safety: dict | None, policy: str) -> str:
+def verdict(safety: dict, policy: str) -> str:
     """
     Args:
-        safety (`dict`, *optional*): A row of `SafetyAssessment.to_list()`; `None` where the policy assesses nothing.
+        safety (`dict`): A row of `SafetyAssessment.to_list()`; its action is `"off"` where nothing was to be assessed.
         policy (`str`): The name of the policy in force.
     """
-    if safety is None:
+    if safety["action"] == "off":
         return _card('<p class="sv-empty">Safety is off: nothing was assessed.</p>', policy)
     if not safety["assessed"]:
         return _card(

@@ -181,7 +181,7 @@ def test_as_many_values_as_a_conversation_has_are_read():
     from safevlm.trainer.serving.request import read_request
 
     parts = [{"type": "text", "text": "x, y"}, {"type": "image_url", "image_url": {"url": "data:", "detail": "auto"}}]
-    messages = [{"role": "user", "content": parts * 2}] * 256
+    messages = [{"role": "user", "content": parts}, *[{"role": "user", "content": parts[:1] * 2}] * 3] * 64
     bias = {str(i): 1 for i in range(1024)}
     request = read_request(json.dumps({"messages": messages, "logit_bias": bias}).encode())
-    assert len(request.messages) == 256 and len(request.images) == 512 and len(request.logit_bias) == 1024
+    assert len(request.messages) == 256 and len(request.images) == 64 and len(request.logit_bias) == 1024

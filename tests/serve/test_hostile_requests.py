@@ -74,11 +74,16 @@ def test_nothing_is_fetched_and_no_file_is_read(refused, chat, forbidden_host, t
         (None, "messages: "),
         ([], "messages: "),
         ([{"role": "user", "content": "hi"}] * 1000, "messages: "),
+        ([{"role": "assistant", "content": None}], "messages.0.content: must be a string or a list"),
+        (
+            [{"role": "user", "content": "\N{SHIELD}" * 9_000}],
+            "The messages have 9000 characters of text, more than the model",
+        ),
         ([{"role": "tool", "content": "hi"}], "messages.0.role: "),
         ([{"role": "user", "content": [{"type": "text"}]}], "messages.0.content.0.text: "),
-        ([{"role": "user", "content": "hi " * 2000}], "The prompt has "),
+        ([{"role": "user", "content": "hi " * 300}], "The prompt has "),
     ],
-    ids=["none", "empty", "many", "role", "no_text", "long"],
+    ids=["none", "empty", "many", "null", "characters", "role", "no_text", "long"],
 )
 def test_messages_that_cannot_be_answered_are_refused(refused, messages, message):
     status, error = refused(messages)
@@ -96,7 +101,7 @@ VALUES = {
     "logit_bias": [{"a": 1}, {"-1": 1}, {"99999999": 1}, {"384": 1}, {"5": 101}, {"5": None}, [1], {"1": 1} | {
         str(i): 0 for i in range(2000)
     }],
-    "stop": [[1], "", [""], ["a"] * 5, "a" * 257, ["a" * 100_000] * 4, [str(i) for i in range(20_000)], [None], 1],
+    "stop": [[1], "", [""], ["a"] * 5, "a" * 257, ["a" * 100_000] * 4, [str(i) for i in range(5_000)], [None], 1],
     "stream": ["yes", 1],
     "stream_options": [[], {"include_usage": 1}, {"x": 1}],
     "model": [1, [], "x" * 10_000],
@@ -190,6 +195,13 @@ def test_large_images_are_refused_alone_and_together(refused, chat):
         part = chat(BENIGN, image=png(size, size))[0]["content"][0]
         status, error = refused([{"role": "user", "content": [part] * 4}])
         assert status == 400 and error.message.startswith(f"Image {number} has {size}x{size} pixels, more than ")
+
+
+def test_many_small_images_are_refused(refused, chat):
+    """Each is scaled up: 2,000 of one pixel, 300 kilobytes, became gigabytes."""
+    part = chat(BENIGN, image=png(1, 1))[0]["content"][0]
+    status, error = refused([{"role": "user", "content": [part] * 65}])
+    assert status == 400 and error.message == "The request has 65 images, more than 64."
 
 
 def test_a_thin_image_is_refused(refused, chat):

@@ -128,11 +128,13 @@ def test_it_runs_the_page_with_what_was_asked_for(started, saved_model, tmp_path
     [
         (["--policies", "lenient"], "presets default, paper, strict, off; got 'lenient'"),
         (["--policies", "none.yaml"], "none.yaml"),
+        (["--policies", "{folder}/off.yaml"], "off.yaml': visitors would take the file for the preset"),
         (["--example", "none.png", "What?"], "'none.png' does not exist"),
     ],
 )
-def test_a_mistake_is_told_before_anything_starts(started, capsys, arguments, message):
-    assert main(["space", "--model", MODEL, *arguments]) == 1
+def test_a_mistake_is_told_before_anything_starts(started, capsys, tmp_path, arguments, message):
+    (tmp_path / "off.yaml").write_text("risk_threshold: 0.1\n")
+    assert main(["space", "--model", MODEL, *(argument.format(folder=tmp_path) for argument in arguments)]) == 1
     assert message in capsys.readouterr().err and started == []
 
 
@@ -174,7 +176,7 @@ def test_the_page_ends_with_the_command_without_a_word(tmp_path, number):
         os.kill(page, 0)
 
 
-@pytest.mark.parametrize("policies, message", [(" ,", "at least one policy"), ("strikt", "--policies 'strikt,': ")])
+@pytest.mark.parametrize("policies, message", [(" ,", "at least one policy"), ("strikt", "--policies 'strikt': ")])
 def test_policies_that_do_not_exist_are_told_before_anything_starts(policies, message, capsys):
     assert main(["space", "--model", MODEL, "--policies", policies + ","]) == 1
     assert message in capsys.readouterr().err

@@ -1,6 +1,8 @@
 """The engine: answers stream under the policies on offer, and nothing in a question changes that."""
 
 import copy
+import json
+import shutil
 import threading
 import time
 from types import SimpleNamespace
@@ -43,11 +45,12 @@ def test_the_streamed_answer_is_what_generate_gives(modules, engine):
     assert verdict["action"] == "allow" and answer == text != ""
 
 
-def test_off_is_the_base_models_answer_without_a_verdict(modules, engine):
+def test_off_is_the_base_models_answer_and_its_verdict_says_so(modules, engine):
     inputs = engine._inputs([modules.engine.Turn(RISKY, modules.engine.Picture(picture))])
     output = engine.model.generate(**inputs, max_new_tokens=64, safety_policy="off")
     text = engine.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-    assert ask(modules, engine, RISKY, "off")[-1] == (None, text)
+    verdict, answer = ask(modules, engine, RISKY, "off")[-1]
+    assert (verdict["assessed"], verdict["action"], answer) == (False, "off", text)
 
 
 def test_a_policy_that_is_not_offered_is_unknown(modules, engine):
@@ -130,6 +133,14 @@ def test_a_preset_is_the_preset_whatever_the_models_own_policy_is_called(modules
     assert policies[name].enabled and policies[name] == model.resolve_policy(name)
 
 
+@pytest.mark.parametrize("name", ["off.yaml", "Strict.json", "default.yml"])
+def test_a_file_cannot_be_called_as_a_preset(modules, judging, tmp_path, name):
+    """`off.yaml` was safety off, whatever it says; `strict.yaml` were the file's rules under the preset's name."""
+    judging.resolve_policy("strict").to_file(tmp_path / name)
+    with pytest.raises(ValueError, match="take for a preset"):
+        modules.engine.allowed_policies(judging, (str(tmp_path / name),))
+
+
 def test_an_answer_is_cut_at_its_time_limit(modules, saved_model):
     engine = make_engine(modules, saved_model, max_new_tokens=400, max_answer_seconds=1)
     engine.model.generation_config.eos_token_id = None
@@ -145,6 +156,36 @@ def test_on_zero_gpu_both_calls_borrow_one(modules, monkeypatch, saved_model):
     )
     make_engine(modules, saved_model)
     assert borrowed == ["_answer", "_assess"]
+
+
+def test_token_ids_that_say_another_text_are_told_at_the_start(modules, saved_model, tmp_path):
+    folder = shutil.copytree(saved_model, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    texts = config["policy_token_ids"]
+    refusal = next(text for text in texts if "politics" in text)
+    texts[refusal] = next(ids for text, ids in texts.items() if text != refusal)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="has tokens that say"):
+        make_engine(modules, folder)
+
+
+def test_a_weak_policy_of_the_model_is_told_in_one_line(modules, judging, processor, tmp_path, caplog):
+    model = copy.deepcopy(judging)
+    model.set_safety_policy({"risk_threshold": 0.9, "forced_refusal": False})
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    make_engine(modules, tmp_path)
+    (line,) = [line for line in caplog.messages if "is weak" in line]
+    assert "`forced_refusal` is false; `risk_threshold` of every category is 0.9" in line
+
+
+def test_a_head_that_fails_is_a_refusal_with_its_error(modules, judging, processor, saved_model):
+    engine = make_engine(modules, saved_model)
+    with torch.no_grad():
+        engine.model.safety.head.level_classifier.bias.fill_(float("nan"))
+    verdict, answer = ask(modules, engine, BENIGN)[-1]
+    assert (verdict["assessed"], verdict["action"], verdict["score"]) == (True, "refuse", None) and verdict["error"]
+    assert answer.startswith("I can't help") and "Refused" in modules.panel.verdict(verdict, "default")
 
 
 def test_a_model_without_safety_is_refused(modules, base, processor, tmp_path):

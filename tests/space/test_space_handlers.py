@@ -32,7 +32,7 @@ class WordyEngine:
                 time.sleep(self.pause)
                 if count == self.fails_after:
                     raise RuntimeError("secret /root/model")
-                yield {"assessed": False}, " ".join(["word"] * count)
+                yield {"assessed": False, "action": "allow"}, " ".join(["word"] * count)
         finally:
             self.closed.release()
 
@@ -76,6 +76,7 @@ def test_what_was_stopped_stays_in_the_conversation(make):
         ("x" * 2001, "default", [], "2001 characters; 2000 are allowed"),
         ("What?", "default", ["/etc/passwd"], "did not arrive"),
         ("What?", "default", ["a", "b"], "one picture per question"),
+        ("\ud800 x", "default", [], "a lone surrogate"),
     ],
 )
 def test_a_refused_question_changes_nothing_but_the_notice(make, question, policy, files, message):
@@ -83,6 +84,11 @@ def test_a_refused_question_changes_nothing_but_the_notice(make, question, polic
     ((*others, notice),) = ask(handlers, (), question, policy, files)
     assert message in notice and handlers.engine.asked == []
     assert all(other == gr.skip() for other in others)
+
+
+def test_no_message_at_all_is_no_question(make):
+    for asked in (make().chat(None, [], "default", VISITOR), make().compare(None, "default", VISITOR)):
+        assert "Write a question" in list(asked)[-1][-1]
 
 
 def test_a_failure_shows_a_reference_and_leaves_the_conversation_as_it_was(make):

@@ -101,8 +101,8 @@ def test_a_probability_is_never_rounded_to_certainty(modules, value, text):
 
 
 def test_what_was_not_assessed_is_said(modules):
-    assert "Not assessed" in modules.panel.verdict({"assessed": False}, "default")
-    assert "nothing was assessed" in modules.panel.verdict(None, "off")
+    assert "Not assessed" in modules.panel.verdict({"assessed": False, "action": "allow"}, "default")
+    assert "nothing was assessed" in modules.panel.verdict(modules.engine.NO_VERDICT, "off")
 
 
 def test_the_audit_counts_its_verdicts(modules):

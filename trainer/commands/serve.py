@@ -53,6 +53,8 @@ def run(args):
     for name in ("max_request_mb", "max_megapixels", "request_timeout", "max_waiting"):
         if not 0 < getattr(args, name) < float("inf"):
             raise ValueError(f"--{name.replace('_', '-')} must be a number above 0, got {getattr(args, name)}.")
+    if not 0 <= args.port < 2**16:
+        raise ValueError(f"--port must be a number from 0 to 65535, got {args.port}.")
     check_device(None if args.device == "auto" else args.device)
     model, processor = load(model_name, revision or None, args.policy, args.device, args.dtype, args.quantization)
     app = build_app(

@@ -145,10 +145,14 @@ def push(folder: Path, name: str, settings: dict[str, str], private: bool):
 
 def _place_policies(folder: Path, names: str) -> str:
     """Copies the policy files among `names` beside the app; returns the names the app will find."""
+    from safevlm.safety_policy import POLICY_PRESETS
+
     placed = []
     for name in filter(None, (part.strip() for part in names.split(","))):
-        policy = check_policy(name, "--policies")
+        policy = check_policy(name, "--policies", names)
         if name.endswith((".yaml", ".yml", ".json")):
+            if Path(name).stem.lower() in POLICY_PRESETS:
+                raise ValueError(f"--policies {name!r}: visitors would take the file for the preset. Rename it.")
             policy.to_file(folder / Path(name).name)
             name = Path(name).name
         placed.append(name)

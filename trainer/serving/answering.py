@@ -9,6 +9,7 @@ import torch
 from jinja2 import TemplateError
 
 from safevlm.processing.pictures import PictureError, load_picture
+from safevlm.safety_assessment import SafetyAssessment
 
 from .decoding import AnswerStreamer, OpenAiPenalties, Until
 from .errors import RequestError
@@ -25,7 +26,7 @@ logger = getLogger(__name__)
 
 @dataclass(frozen=True)
 class Finish:
-    """The last event of a job, after its verdict (`dict` or `None`, in a tuple) and its texts (`str`)."""
+    """The last event of a job, after its verdict (`dict`, in a tuple) and its texts (`str`)."""
 
     reason: str
     prompt_tokens: int
@@ -48,6 +49,7 @@ class Answering:
         # The policy's hint, which `generate` adds to the prompt, needs room, too.
         hints = (len(ids.split()) for ids in model.config.policy_token_ids.values())
         self.max_tokens = getattr(text_config, "max_position_embeddings", 32_768) - max(hints, default=0)
+        self.max_characters = self.max_tokens * max(map(len, processor.tokenizer.get_vocab()))
         ends = torch.as_tensor(model.generation_config.eos_token_id).flatten().tolist()
         self.end_token_ids = frozenset(ends)
 
@@ -57,6 +59,8 @@ class Answering:
         num_prompt = inputs["input_ids"].shape[1]
         arguments = self._arguments(request, room=self.max_tokens - num_prompt)
         streamer = AnswerStreamer(self.processor.tokenizer, request.stop or [], job.send)
+        if not self.model.resolve_policy().enabled:  # `generate` gives the streamer no verdict then
+            job.send((SafetyAssessment.off(1, self.model.config).to_list()[0],))
         torch.seed() if request.seed is None else torch.manual_seed(request.seed)
         self.model.generate(
             **inputs,
@@ -71,6 +75,13 @@ class Answering:
 
     def _inputs(self, request: ChatRequest, job: Job):
         # Before anything is decoded or rendered: texts alone may be more than the model takes.
+        if (characters := sum(map(len, request.texts))) > self.max_characters:
+            raise RequestError(
+                f"The messages have {characters} characters of text, more than the model can take "
+                f"({self.max_tokens} tokens).",
+                "messages",
+                "context_length_exceeded",
+            )
         parts = [part for message in request.messages for part in message.content]
         texts = self.processor.tokenizer(request.texts, add_special_tokens=False)["input_ids"] if request.texts else []
         self._check_length(sum(map(len, texts)) - len(parts))  # what is joined may need fewer tokens

@@ -57,10 +57,16 @@ def build_app(answering: Answering, name: str, *, max_request_mb: float, seconds
         app.state.worker.submit(job)
         return await _reply(request, name, _events(http, job))
 
+    model = {"id": name, "object": "model", "created": started, "owned_by": "safevlm"}
+
     @app.get("/v1/models")
     async def models():
-        model = {"id": name, "object": "model", "created": started, "owned_by": "safevlm"}
         return {"object": "list", "data": [model]}
+
+    @app.get("/v1/models/{asked:path}")
+    async def one_model(asked: str):
+        check_model(asked, name)
+        return model
 
     @app.get("/health")
     async def health():
@@ -132,21 +138,19 @@ async def _events(http: Request, job: Job) -> AsyncIterator:
 
 async def _reply(request: ChatRequest, name: str, events: AsyncIterator):
     head = {"id": f"chatcmpl-{uuid4().hex}", "created": int(time.time()), "model": name}
-    first = await anext(events)  # what fails before the verdict has a status of its own
+    (safety,) = await anext(events)  # what fails before the verdict has a status of its own
     if not request.stream:
-        return JSONResponse(await _completion(head, first, events))
+        return JSONResponse(await _completion(head, safety, events))
     usage = bool(request.stream_options and request.stream_options.include_usage)
     headers = {"Cache-Control": "no-cache"}
-    return StreamingResponse(_chunks(head, first, events, usage), headers=headers, media_type="text/event-stream")
+    return StreamingResponse(_chunks(head, safety, events, usage), headers=headers, media_type="text/event-stream")
 
 
-async def _completion(head: dict, first, events: AsyncIterator) -> dict:
+async def _completion(head: dict, safety: dict, events: AsyncIterator) -> dict:
     async with aclosing(events):
-        safety, text = None, ""
-        async for event in _with_first(first, events):
+        text = ""
+        async for event in events:
             match event:
-                case (safety,):
-                    pass
                 case str():
                     text += event
                 case Finish():
@@ -156,9 +160,8 @@ async def _completion(head: dict, first, events: AsyncIterator) -> dict:
     return {**head, "object": "chat.completion", "choices": [choice], "usage": _usage(finish), "safety": safety}
 
 
-async def _chunks(head: dict, first, events: AsyncIterator, usage: bool) -> AsyncIterator[str]:
+async def _chunks(head: dict, safety: dict, events: AsyncIterator, usage: bool) -> AsyncIterator[str]:
     """Server-sent events: the verdict in the first chunk, before any text, and again in the last one with a choice."""
-    safety = first[0] if isinstance(first, tuple) else None
 
     def chunk(delta: dict | None, reason: str | None = None, **fields) -> str:
         choices = [] if delta is None else [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}]
@@ -169,7 +172,7 @@ async def _chunks(head: dict, first, events: AsyncIterator, usage: bool) -> Asyn
     async with aclosing(events):
         yield chunk({"role": "assistant", "content": ""}, safety=safety)
         try:
-            async for event in _with_first(first, events):
+            async for event in events:
                 match event:
                     case str():
                         yield chunk({"content": event})
@@ -180,12 +183,6 @@ async def _chunks(head: dict, first, events: AsyncIterator, usage: bool) -> Asyn
         except RequestError as error:
             yield _sse(error.body())
         yield DONE
-
-
-async def _with_first(first, events: AsyncIterator) -> AsyncIterator:
-    yield first
-    async for event in events:
-        yield event
 
 
 def _usage(finish: Finish) -> dict:

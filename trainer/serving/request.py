@@ -13,6 +13,7 @@ from .errors import RequestError
 
 MAX_MESSAGES = 256
 MAX_PARTS = 256  # of a message
+MAX_IMAGES = 64  # image processors scale small ones up: a request of single pixels would become gigabytes
 MAX_CHARACTERS = 1_000_000  # of all texts together
 MAX_COMMAS = 100_000  # between values: bounds the time that parsing takes
 MAX_VALUES = 10_000  # each may be wrong, and pydantic collects all errors before the first is told
@@ -45,8 +46,10 @@ def _as_list(kind: str):
     """A lone string becomes a list of one."""
 
     def convert(value):
-        if not isinstance(value, str):
+        if isinstance(value, list):
             return value
+        if not isinstance(value, str):
+            raise PydanticCustomError("type", "must be a string or a list")
         return [{"type": "text", "text": value}] if kind == "part" else [value]
 
     return BeforeValidator(convert)
@@ -192,6 +195,8 @@ def read_request(data: bytes | bytearray) -> ChatRequest:
         request = ChatRequest.model_validate_json(data)
     except ValidationError as error:
         raise _explain(error) from None
+    if len(request.images) > MAX_IMAGES:
+        raise RequestError(f"The request has {len(request.images)} images, more than {MAX_IMAGES}.", "messages")
     characters = sum(map(len, request.texts))
     if characters > MAX_CHARACTERS:
         raise RequestError(
