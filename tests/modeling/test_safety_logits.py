@@ -142,7 +142,7 @@ def test_a_batch_without_any_image_is_answered_and_not_assessed(model, processor
     expected = base.generate(**encode(base_processor, ["hello", "What is the answer?"], [0, 0]))
     assert torch.equal(output.sequences, expected)
     assert model.assess(**inputs).assessed.tolist() == [False, False]
-    assert output.safety is None or output.safety.actions == ["allow", "allow"]
+    assert output.safety.actions == ["off" if policy == "off" else "allow"] * 2
     assert model(**inputs).safety_level_logits is None
 
 
