@@ -6,6 +6,7 @@ The `safevlm` command is the exception: there the classes are imported, and regi
 one. So neither torch nor transformers is imported for `safevlm --help` or `safevlm data check`.
 """
 
+import signal
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +18,9 @@ __version__ = version("safevlm")
 _IS_COMMAND = Path(sys.argv[0]).stem == "safevlm" or (
     sys.argv[0] == "-m" and bool({"safevlm", "safevlm.trainer.cli"} & set(sys.orig_argv))
 )
+
+if _IS_COMMAND and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback; `main` takes over later
 
 if TYPE_CHECKING or not _IS_COMMAND:
     from .registration import (

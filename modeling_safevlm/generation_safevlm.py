@@ -315,10 +315,13 @@ class SafeVlmGenerationMixin(GenerationMixin):
                 f"`generate`, or store the policy with `model.set_safety_policy(policy, processor)`."
             )
         self._check_text(text, ids, tokenizer)
+        if opening := self.config.answer_opening_token_ids:
+            self._check_text(None, opening)
         return ids
 
-    def _check_text(self, text: str, ids: list[int], tokenizer=None):
-        control = {self.config.safety_token_id, self.backbone.image_token_id, *self._end_token_ids({})}
+    def _check_text(self, text: str | None, ids: list[int], tokenizer=None):
+        others = (self._setting(name, {}) for name in ("pad_token_id", "bos_token_id"))
+        control = {self.config.safety_token_id, self.backbone.image_token_id, *self._end_token_ids({}), *others}
         check_text_ids(text, ids, self.config.get_text_config().vocab_size, control, tokenizer)
 
     def check_policy_texts(self, processor=None):
@@ -340,5 +343,7 @@ class SafeVlmGenerationMixin(GenerationMixin):
                 "`answer_opening_token_ids` are not what the processor's template writes before an answer: store the "
                 "policy once more with `model.set_safety_policy(policy, processor)`."
             )
+        if opening:
+            self._check_text(None, opening)
         for text, ids in self.config.policy_token_ids.items():
             self._check_text(text, [int(i) for i in ids.split()], tokenizer)

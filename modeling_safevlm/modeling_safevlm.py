@@ -189,6 +189,12 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As `PreTrainedModel.save_pretrained`; what is saved loads through all its Auto classes."""
+        if hasattr(self, "peft_config"):
+            raise ValueError(
+                "The model has PEFT's layers in it, as in the middle of a training or where one was interrupted, and "
+                "would not load again. Save it with `trainer.save_model(folder)`, which merges them, or go on with "
+                "`trainer.train(resume_from_checkpoint=True)`."
+            )
         if self._auto_class is not None:
             # transformers notes one Auto class per model; this one loads through three.
             auto_map = getattr(self.config, "auto_map", None) or {}

@@ -141,7 +141,7 @@ def assess_logits(
         1, torch.tensor([safe], device=category_logits.device), float("-inf")
     ).argmax(dim=-1)
     thresholds = policy.thresholds(config.category_names).to(score.device)
-    risky = assessed & (score >= thresholds[risky_category])
+    risky = assessed & ~(score < thresholds[risky_category])  # a threshold that is no number lets nothing through
     level = torch.where(risky, level_log_probs[:, 1:].argmax(dim=-1) + 1, 0)
     category = torch.where(risky, risky_category, safe)
     action = policy.action_table(config.category_names, config.level_names).to(level.device)[category, level]

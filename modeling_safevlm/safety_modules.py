@@ -296,11 +296,14 @@ class CrossAttentionLayer(nn.Module):
         def split_heads(states):  # (batch, length, hidden) -> (batch, heads, length, hidden / heads)
             return states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
+        query, key = self.query(self.norm(x)), self.key(memory)
+        # Some kernels leave scores out that are no numbers, and what remains would look like a verdict.
+        finite = query.isfinite().flatten(1).all(dim=1) & key.isfinite().flatten(1).all(dim=1)
         attended = F.scaled_dot_product_attention(
-            split_heads(self.query(self.norm(x))),
-            split_heads(self.key(memory)),
+            split_heads(query),
+            split_heads(key),
             split_heads(self.value(memory)),
             attn_mask=None if mask is None else mask[:, None, None, :],
         )
         x = x + self.output(attended.transpose(1, 2).flatten(2))
-        return x + self.mlp(x)
+        return (x + self.mlp(x)).masked_fill(~finite[:, None, None], float("nan"))

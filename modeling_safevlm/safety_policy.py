@@ -292,6 +292,9 @@ class SafetyPolicy:
         for sentence, names in milder.items():
             where = "" if len(names) == len(category_names) else f" (in {', '.join(names)})"
             found.append(sentence + where)
+        ranks = ([*map(ACTIONS.index, self._actions(category, level_names))] for category in category_names)
+        if any(row != sorted(row) for row in ranks):
+            found.append(f"a higher level leads to a milder action; the levels are {', '.join(level_names)}")
         return found
 
     def thresholds(self, category_names: list[str]) -> "torch.FloatTensor":  # noqa: F821

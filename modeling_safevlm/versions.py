@@ -1,4 +1,4 @@
-"""Which versions go together, checked first of all: old packages fail here, with what to install, not in the depths.
+"""Which versions go together, checked first of all: others fail here, with what to install, not in the depths.
 
 Every load of a model starts with configuration_safevlm.py, whose first import is this file. It may use only what the
 oldest releases of transformers and torch have. (base_processor.py checks for itself: it lies in another package.)
@@ -13,6 +13,8 @@ SAFEVLM_VERSION = "0.1.0"
 # As in pyproject.toml. Before 5.23, transformers answers silently wrong from pictures with chunked prefill, and from
 # caches that Qwen2.5-VL goes on from.
 REQUIRED = {transformers: "5.23", torch: "2.6"}
+# 5.24 renames `past_key_values` to `cache`, in calls and outputs: caches would pass by the check of what is in them.
+BELOW = {transformers: "5.24"}
 
 
 def release(version: str) -> tuple[int, int]:
@@ -23,13 +25,14 @@ def release(version: str) -> tuple[int, int]:
 
 
 def check_installed():
-    """Raises `ImportError` where an installed package is older than this code was written for."""
+    """Raises `ImportError` where an installed package is older or newer than this code can work with."""
     for package, required in REQUIRED.items():
-        if release(package.__version__) < release(required):
-            name = package.__name__
+        name, found, below = package.__name__, release(package.__version__), BELOW.get(package)
+        if found < release(required) or (below is not None and found >= release(below)):
+            needed = f">={required}" if below is None else f">={required},<{below}"
             raise ImportError(
-                f"This SafeVLM needs {name} >= {required}, found {package.__version__}: "
-                f"pip install --upgrade '{name}>={required}' (and restart Python)."
+                f"This SafeVLM needs {name} {needed}, found {package.__version__}: "
+                f"pip install --upgrade '{name}{needed}' (and restart Python)."
             )
 
 

@@ -21,7 +21,7 @@ from transformers.utils import logging
 from .chat_texts import SOURCES, ControlTokens
 
 logger = logging.get_logger(__name__)
-MADE_OF_TEXTS = "The chat template makes the control token {!r} of texts in `messages`. Change them."
+MADE_OF_TEXTS = "The {} makes the control token {!r} of texts in `messages`. Change them."
 # Where templates take an answer apart, to strip or move its thoughts.
 TAGS = re.compile(r"(</?(?:think|thinking|thought|reasoning)>)")
 
@@ -60,6 +60,8 @@ def render_chat(messages: list[dict], render: Callable[..., str], tokens: Contro
         _count_tokens(text, messages, render, tokens, **flags)
     else:
         _check_tokens(text, texts, tokens)
+    if tokens.normalise is not None:
+        _compare_tokens(tokens.normalise(text), text, tokens, "tokenizer's normaliser")
     if not any(message["role"] == "assistant" for message in messages):
         return ChatPrompt(text, [])
     answers = None if texts is None else _answers(text, texts, *_around_an_answer(messages, render))
@@ -221,16 +223,19 @@ def _check_tokens(text: str, texts, tokens: ControlTokens):
     for start, end in tokens.find(text):
         at = bisect_right(starts, end - 1) - 1  # the last text that starts before the token's end
         if at >= 0 and places[at][1] > start:
-            raise ValueError(MADE_OF_TEXTS.format(text[start:end]))
+            raise ValueError(MADE_OF_TEXTS.format("chat template", text[start:end]))
 
 
 def _count_tokens(text: str, messages: list[dict], render, tokens: ControlTokens, **flags):
     """Raises if `text` has a control token more often than the same chat with an x for each text."""
     harmless = [_each_text(message, partial(_between_tags, change=lambda piece: "x")) for message in messages]
-    written = render(harmless, **flags)
-    counts = [Counter(prompt[start:end] for start, end in tokens.find(prompt)) for prompt in (text, written)]
+    _compare_tokens(text, render(harmless, **flags), tokens, "chat template")
+
+
+def _compare_tokens(text: str, harmless: str, tokens: ControlTokens, maker: str):
+    counts = [Counter(prompt[start:end] for start, end in tokens.find(prompt)) for prompt in (text, harmless)]
     for token in counts[0] - counts[1]:
-        raise ValueError(MADE_OF_TEXTS.format(token))
+        raise ValueError(MADE_OF_TEXTS.format(maker, token))
 
 
 def _shared(text: str, other: str) -> int:

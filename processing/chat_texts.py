@@ -6,7 +6,7 @@ A template sees dicts, lists and strings only, each string neutralised: anything
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -18,9 +18,11 @@ class ControlTokens:
     """
     Args:
         tokens (`set[str]`): What the tokenizer reads as one token, wherever it stands in a text.
+        normalise (`Callable`, *optional*): What it does to a text before it looks for them.
     """
 
-    def __init__(self, tokens: set[str]):
+    def __init__(self, tokens: set[str], normalise: Callable[[str], str] | None = None):
+        self.normalise = normalise
         self.tokens = {token for token in tokens if len(token) > 1 and not token.isspace()}
         self.lengths = sorted({len(token) for token in self.tokens})
         self.first = re.compile("[" + "".join({re.escape(token[0]) for token in self.tokens}) + "]")
@@ -80,7 +82,11 @@ def plain(value, where: str, tokens: ControlTokens):
 def _plain_message(message, where: str, tokens: ControlTokens) -> dict:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise ValueError(f"`{where}` must be a dict with a 'role' and a 'content', got {_short(message)}.")
-    fields = {name: plain(value, f"{where}[{name!r}]", tokens) for name, value in message.items() if name != "content"}
+    fields = {
+        _key(name, tokens): plain(value, f"{where}[{name!r}]", tokens)
+        for name, value in message.items()
+        if name != "content"
+    }
     content, where = message.get("content"), f"{where}['content']"
     if content is None:  # a message of tool calls
         return fields
@@ -96,6 +102,13 @@ def _plain_message(message, where: str, tokens: ControlTokens) -> dict:
     return {**fields, "content": parts}
 
 
+def _check_source(value, where: str, tokens: ControlTokens):
+    for text in value.values() if isinstance(value, Mapping) else [value]:
+        if isinstance(text, str) and (found := tokens.find(text)):
+            token = text[slice(*found[0])]
+            raise ValueError(f"`{where}` says where a picture is with the control token {token!r}: rename it.")
+
+
 def _plain_part(part, where: str, tokens: ControlTokens) -> dict:
     if isinstance(part, str):
         part = {"type": "text", "text": part}
@@ -106,9 +119,16 @@ def _plain_part(part, where: str, tokens: ControlTokens) -> dict:
             raise ValueError(f"`{where}['text']` must be a string, got {_short(part.get('text'))}.")
         part = {**part, "text": checked_text(part["text"], f"{where}['text']")}
     kept = ("text", *SOURCES)  # the message's texts are neutralised together
+    for name in SOURCES:
+        _check_source(part.get(name), f"{where}[{name!r}]", tokens)
     return {
-        name: value if name in kept else plain(value, f"{where}[{name!r}]", tokens) for name, value in part.items()
+        _key(name, tokens): value if name in kept else plain(value, f"{where}[{name!r}]", tokens)
+        for name, value in part.items()
     }
+
+
+def _key(name, tokens: ControlTokens):
+    return tokens.neutralise([name])[0] if isinstance(name, str) else name
 
 
 def checked_text(value: str, where: str) -> str:

@@ -233,6 +233,11 @@ class SafeVlmProcessor(ProcessorMixin):
                 f"`chat_template` {chat_template[:40]!r} is not this processor's own, which the model was made safe "
                 f"with. To change it for good, set `processor.chat_template`."
             )
+        if "safety_policy" in kwargs:  # transformers' own pipeline hands it over, and would go on with the model's
+            raise ValueError(
+                "`safety_policy` is an argument of `generate` and of SafeVlmPipeline. Make the pipeline with "
+                "`pipeline_class=safevlm.SafeVlmPipeline`, or with `trust_remote_code=True` and the model's name."
+            )
         tokens = self._control_tokens(everything=kwargs.pop("sanitize_control_tokens", False))
         conversation = getattr(conversation, "messages", conversation)  # the pipeline's Chat
         first = conversation[0] if isinstance(conversation, (list, tuple)) and conversation else None
@@ -266,4 +271,8 @@ class SafeVlmProcessor(ProcessorMixin):
         """The special tokens; all added ones (tags of thoughts and tool calls) if `everything` is asked for."""
         added = self.tokenizer.added_tokens_decoder.values()
         special = {token.content for token in added if token.special or everything}
-        return ControlTokens(special | {*self.tokenizer.all_special_tokens, self.safety_token, self.image_token})
+        special |= {*self.tokenizer.all_special_tokens, self.safety_token, self.image_token}
+        # Few tokenizers look for special tokens in what their normaliser made of a text.
+        normaliser = getattr(getattr(self.tokenizer, "backend_tokenizer", None), "normalizer", None)
+        normalised = normaliser is not None and any(t.normalized for t in added if t.content in special)
+        return ControlTokens(special, normaliser.normalize_str if normalised else None)

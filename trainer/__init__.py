@@ -6,18 +6,20 @@ from typing import TYPE_CHECKING
 from . import peft_alone
 
 if TYPE_CHECKING:
+    from .data_collator import SafeVlmDataCollator
     from .stages import Recipe, run_schedule
     from .trainer import SafeVlmTrainer
     from .training_args import SafeVlmTrainingArguments
 
 _MODULES = {
     "Recipe": "stages",
+    "SafeVlmDataCollator": "data_collator",
     "SafeVlmTrainer": "trainer",
     "SafeVlmTrainingArguments": "training_args",
     "run_schedule": "stages",
 }
 
-__all__ = ["Recipe", "SafeVlmTrainer", "SafeVlmTrainingArguments", "run_schedule"]
+__all__ = ["Recipe", "SafeVlmDataCollator", "SafeVlmTrainer", "SafeVlmTrainingArguments", "run_schedule"]
 
 peft_alone.install()
 

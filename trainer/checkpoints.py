@@ -14,22 +14,22 @@ from .files import replace_folder
 
 
 def last_complete_checkpoint(folder: str | os.PathLike) -> str | None:
-    """The newest checkpoint that was written to its end; an interrupted save is passed over."""
+    """The newest checkpoint that can be resumed from; an interrupted save and one of `save_only_model` cannot."""
     found = [
         (int(match.group(1)), path)
         for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if (match := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name))
-        and _is_whole(path / TRAINER_STATE_NAME)  # the Trainer writes it last
+        if (match := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name)) and is_complete(path)
     ]
     return str(max(found)[1]) if found else None
 
 
-def _is_whole(trainer_state: Path) -> bool:
+def is_complete(checkpoint: str | os.PathLike) -> bool:
+    """Whether it was written to its end, and has more than weights: optimizer, schedule and random states."""
     try:
-        json.loads(trainer_state.read_text(encoding="utf-8"))
+        json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))  # the Trainer writes it last
     except (OSError, ValueError):
         return False
-    return True
+    return any(Path(checkpoint).glob("rng_state*.pth"))
 
 
 def load_weights(model, checkpoint: str | os.PathLike):

@@ -9,6 +9,7 @@ import difflib
 import logging
 import os
 import re
+import signal
 import sys
 import textwrap
 
@@ -31,6 +32,8 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     plain_progress()
     try:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # until here it ended the process
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         code = args.run(args) or 0
         sys.stdout.flush()
         return code

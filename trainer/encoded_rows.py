@@ -135,7 +135,12 @@ def encode_rows(rows, encoder: RowEncoder, cache: bool = False):
         return rows
     if isinstance(rows, dict):
         return {name: encode_rows(part, encoder, cache) for name, part in rows.items()}
-    rows = _undecoded(rows)
+    rows = _plain(rows)
+    if hasattr(rows, "iloc"):
+        raise ValueError(
+            "A data set must be a list or a `datasets` or torch data set; of a table pass its rows, "
+            "`table.to_dict('records')`."
+        )
     if isinstance(rows, torch.utils.data.IterableDataset) or not hasattr(rows, "__getitem__"):
         if not hasattr(rows, "__iter__") or hasattr(rows, "__next__"):
             raise ValueError(
@@ -148,12 +153,17 @@ def encode_rows(rows, encoder: RowEncoder, cache: bool = False):
     return EncodedDataset(rows, encoder, cache)
 
 
-def _undecoded(rows):
-    """A `datasets` set with its pictures as files' bytes: they are decoded as all others are, once they are needed."""
+def _plain(rows):
+    """
+    A `datasets` set with its values as Python's, not tensors, and its pictures as files' bytes: they are decoded as
+    all others are, once they are needed.
+    """
     if not hasattr(rows, "cast_column") or not rows.features:
         return rows
-    from datasets import Image, List
+    from datasets import Dataset, Image, List
 
+    if isinstance(rows, Dataset) and rows.format["type"] != "custom":  # which is a transform of the user's
+        rows = rows.with_format(None)
     for name, feature in rows.features.items():
         if isinstance(feature, Image):
             rows = rows.cast_column(name, Image(decode=False))

@@ -12,6 +12,10 @@ LABEL_NAMES = ["labels", "safety_level_labels", "safety_category_labels"]
 
 def check_arguments(args):
     """Raises `ValueError` for a training argument that would change the loss or the batches behind our back."""
+    for name in ("lora_r", "safety_level_loss_coef", "safety_category_loss_coef"):
+        value = getattr(args, name)
+        if value is not None and not 0 <= value < float("inf"):
+            raise ValueError(f"`{name}` must be a number >= 0, got {value!r}.")
     refused = {
         "label_smoothing_factor": (
             args.label_smoothing_factor != 0,
@@ -29,6 +33,10 @@ def check_arguments(args):
         "label_names": (
             list(args.label_names or []) != LABEL_NAMES,
             f"evaluation needs {', '.join(LABEL_NAMES)}; leave it out",
+        ),
+        "debug": (
+            "underflow_overflow" in str(args.debug),
+            "it cannot look at masks; a loss or gradient that is not finite stops the training with its rows anyway",
         ),
         "parallelism_config": (
             args.parallelism_config is not None,
@@ -82,8 +90,8 @@ def check_trainer_options(args, options: dict):
         )
 
 
-def check_parts(model, args, processing_class):
-    """Raises `ValueError` for a model, arguments or a processor of another kind than the trainer's."""
+def check_parts(model, args, processing_class, train_dataset):
+    """Raises `ValueError` for a model, arguments, a processor or rows of another kind than the trainer's."""
     from .training_args import SafeVlmTrainingArguments  # which imports this file
 
     if not isinstance(args, SafeVlmTrainingArguments):
@@ -91,8 +99,16 @@ def check_parts(model, args, processing_class):
             f"`args` must be SafeVlmTrainingArguments, which has the stage, got {type(args).__name__}. It takes "
             f"whatever TrainingArguments takes: `SafeVlmTrainingArguments(stage=..., output_dir=..., ...)`."
         )
+    if isinstance(train_dataset, dict):
+        raise ValueError(
+            f"`train_dataset` is a dict of {', '.join(map(repr, train_dataset))}; pass one data set, such as "
+            f"`rows[{next(iter(train_dataset), 'train')!r}]`."
+        )
     if hasattr(model, "peft_config"):
-        raise ValueError("`model` has PEFT adapters already; pass the plain model, `lora_r` adds LoRA and merges it.")
+        raise ValueError(
+            "`model` has PEFT adapters already; pass the plain model, `lora_r` adds LoRA and merges it. If its "
+            "training was interrupted, go on with that trainer (`train(resume_from_checkpoint=True)`) or load it anew."
+        )
     config = getattr(model, "config", None)
     if getattr(config, "model_type", None) != SafeVlmConfig.model_type:
         raise ValueError(

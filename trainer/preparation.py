@@ -84,10 +84,17 @@ def set_trainable(model: SafeVlmForConditionalGeneration, trainable: list[str]) 
         trainable (`list[str]`): `"safety"`, `"language_model"`, or prefixes of parameter names such as
             `"base.model.multi_modal_projector"`.
     """
+    weights = trainable_weights(model, trainable)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = name in weights
+    return sum(weights.values())
+
+
+def trainable_weights(model: SafeVlmForConditionalGeneration, trainable: list[str]) -> dict[str, int]:
+    """Names and sizes of what `trainable` names. Raises `ValueError` where it names nothing, or what cannot train."""
     language_model = tuple(f"base.{name}." for name in model.backbone.language_model_parts)
     prefixes = {part: language_model if part == "language_model" else (part.rstrip(".") + ".",) for part in trainable}
-    matched = set()
-    count = 0
+    matched, weights = set(), {}
     for name, parameter in model.named_parameters():
         parts = [part for part in trainable if name.startswith(prefixes[part])]
         if parts and not parameter.is_floating_point():
@@ -96,14 +103,14 @@ def set_trainable(model: SafeVlmForConditionalGeneration, trainable: list[str]) 
                 f"be trained. Train it through LoRA (`lora_r`), train 'safety' alone, or load the base unquantised."
             )
         matched.update(parts)
-        parameter.requires_grad = bool(parts)
-        count += parameter.numel() * bool(parts)
+        if parts:
+            weights[name] = parameter.numel()
     if missing := [part for part in trainable if part not in matched]:
         raise ValueError(
             f"`trainable` names {', '.join(map(repr, missing))}, which matches no parameter; "
             f"use 'safety', 'language_model' or a prefix of parameter names."
         )
-    return count
+    return weights
 
 
 def add_lora(model: SafeVlmForConditionalGeneration, args: SafeVlmTrainingArguments):

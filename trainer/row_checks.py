@@ -59,6 +59,15 @@ def check_counts(counts: RowCounts):
         )
 
 
+def check_sets(train_dataset, eval_dataset, args):
+    """`check_rows` for all that a stage trains and evaluates on; rows of a stream are checked as they come."""
+    evaluated = [] if args.eval_strategy == "no" else eval_dataset
+    sets = evaluated.values() if isinstance(evaluated, dict) else [evaluated]
+    for rows, needs_labels in ((train_dataset, args.trains_head), *((rows, False) for rows in sets)):
+        if isinstance(rows, EncodedDataset):
+            check_rows(rows, needs_labels, progress=not args.disable_tqdm)
+
+
 def check_rows(dataset: EncodedDataset, trains_head: bool, progress: bool = False):
     """
     Raises `DataError` for a row that breaks the schema or is longer than `max_length`, and `ValueError` if the head is

@@ -18,8 +18,11 @@ from accelerate import PartialState
 from safevlm import SafeVlmForConditionalGeneration
 from safevlm.from_base import SAFETY_FIELDS
 
-from .checkpoints import last_complete_checkpoint, save_atomically, write_atomically
-from .files import check_settings, load_settings
+from .checkpoints import last_complete_checkpoint, save_atomically
+from .encoded_rows import RowEncoder, encode_rows
+from .files import check_settings, load_settings, replace_folder
+from .preparation import trainable_weights
+from .row_checks import check_sets
 from .trainer import SafeVlmTrainer
 from .training_args import STAGES, SafeVlmTrainingArguments
 
@@ -66,6 +69,10 @@ class Recipe:
                     f"got {stage.get('stage') if isinstance(stage, dict) else stage!r}."
                 )
             check_training_arguments(stage, f"Recipe {path}, stage {number}")
+            if "output_dir" in stage:
+                raise ValueError(
+                    f"Recipe {path}, stage {number}: leave out `output_dir`; a run names it for all stages."
+                )
         return cls(stages=data["stages"], safety=safety)
 
 
@@ -119,6 +126,15 @@ def run_schedule(
         overrides: Training arguments for all stages, such as `seed` or `bf16`.
     """
     check_overrides(overrides)
+    for number, arguments in enumerate(recipe.stages):
+        check_stage(
+            model,
+            processor,
+            train_rows,
+            eval_rows,
+            {**arguments, **overrides, "output_dir": str(output_dir)},
+            number > 0,
+        )
     final = Path(output_dir) / "model"
     for number, arguments in enumerate(recipe.stages, start=1):
         arguments = {**arguments, **overrides}
@@ -146,9 +162,32 @@ def run_schedule(
             model = SafeVlmForConditionalGeneration.from_pretrained(done, dtype=model.dtype).to(model.device)
         if after_stage is not None:
             after_stage(folder, model)
-    if not _same_weights(final, done):  # else it may have been calibrated since, or have a card that a person wrote
-        write_atomically(partial(shutil.copytree, done), final)
+    _leave_model(done, final)
     return model
+
+
+def _leave_model(done: Path, final: Path):
+    """Copies the last stage's model to `final`, unless it is there: by now it may be calibrated, or have a card."""
+    state = PartialState()
+    # One process decides: another would already see what this one writes.
+    if state.is_main_process and not _same_weights(final, done):
+        replace_folder(partial(shutil.copytree, done), final)
+    state.wait_for_everyone()
+
+
+def check_stage(model, processor, train_rows, eval_rows, arguments: dict, rows_too: bool):
+    """Raises what the stage would raise before its first step: no other stage is to train before that in vain."""
+    environment = dict(os.environ)
+    args = SafeVlmTrainingArguments(**arguments)
+    os.environ.clear()  # where transformers puts what is of this stage alone
+    os.environ.update(environment)
+    if not args.uses_lora:
+        trainable_weights(model, args.trainable)
+    if rows_too:  # those of the first stage are checked by its trainer
+        train, evaluation = (_of_stage(rows, args.stage) for rows in (train_rows, eval_rows))
+        encoder = RowEncoder(processor, model.config, args.hint_probability, args.max_length, args.seed)
+        plain = RowEncoder(processor, model.config, max_length=args.max_length)
+        check_sets(encode_rows(train, encoder), encode_rows(evaluation, plain), args)
 
 
 def _same_weights(folder: Path, other: Path) -> bool:

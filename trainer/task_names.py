@@ -1,6 +1,6 @@
 """
-Which tasks `safevlm evaluate` has. It stands here, since importing the package `evaluation` takes seconds: what is wrong
-with a list of tasks is told before a model is looked at.
+Which tasks `safevlm evaluate` has. It stands here, since importing the package `evaluation` takes seconds: what is
+wrong with a list of tasks is told at once.
 """
 
 from __future__ import annotations

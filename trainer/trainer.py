@@ -31,17 +31,18 @@ from safevlm.losses import combine_losses
 from safevlm.model_card import write_card
 
 from .card_callback import CardCallback, read_measured
-from .checkpoints import last_complete_checkpoint, load_weights
+from .checkpoints import is_complete, last_complete_checkpoint, load_weights
 from .data_collator import SafeVlmDataCollator
 from .encoded_rows import EncodedDataset, EncodedStream, RowEncoder, encode_rows
 from .features import check_parts, check_trainer_options
 from .mean_losses import LOSS_NAMES, MeanLosses, Numbers
 from .placement import check_sharding, merged_copy, quantized_base_allowed, without_weights
 from .preparation import StageModel
-from .row_checks import check_rows
+from .row_checks import check_sets
 from .training_args import SafeVlmTrainingArguments
 
 ROW_IDS = "row_ids"
+WITH_ALL = " (with `save_only_model` none is complete: it lacks the optimizer)"
 
 
 class NonFiniteError(ValueError):
@@ -75,7 +76,7 @@ class SafeVlmTrainer(Trainer):
         callbacks=None,
         **kwargs,
     ):
-        check_parts(model, args, processing_class)
+        check_parts(model, args, processing_class, train_dataset)
         check_trainer_options(args, kwargs)
         config = model.config
         for name in ("safety_level_loss_coef", "safety_category_loss_coef"):
@@ -117,19 +118,20 @@ class SafeVlmTrainer(Trainer):
         """As in `Trainer`; see this file's head for what it leaves behind."""
         if self.train_dataset is None:
             raise ValueError("`train_dataset` is missing: this trainer can only evaluate.")
-        trains_head = any(part.split(".")[0] == "safety" for part in self.args.trainable)
-        self._check_rows(trains_head)
+        check_sets(self.train_dataset, self.eval_dataset, self.args)
         if self._stage is None:
             self._begin_again()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
-                raise ValueError(f"No complete checkpoint to resume from in {self.args.output_dir!r}.")
+                raise ValueError(f"No complete checkpoint to resume from in {self.args.output_dir!r}{WITH_ALL}.")
+        elif resume_from_checkpoint and not is_complete(resume_from_checkpoint):
+            raise ValueError(f"{str(resume_from_checkpoint)!r} is no complete checkpoint to resume from{WITH_ALL}.")
         empty = without_weights(self.model) if self.is_fsdp_enabled else None
         self._labelled = 0
         self._losses = MeanLosses()
         result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        if isinstance(self.train_dataset, EncodedStream) and trains_head and not resume_from_checkpoint:
+        if isinstance(self.train_dataset, EncodedStream) and self.args.trains_head and not resume_from_checkpoint:
             if not self._labelled:
                 raise ValueError("No training row had a safety label and a picture: the safety head is untrained.")
         self._set_model(self._stage.end(self._unwrapped(), empty))
@@ -137,13 +139,6 @@ class SafeVlmTrainer(Trainer):
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             self.accelerator.free_memory()  # so that an evaluation prepares the plain model
         return result
-
-    def _check_rows(self, trains_head: bool):
-        evaluated = [] if self.args.eval_strategy == "no" else self.eval_dataset
-        sets = evaluated.values() if isinstance(evaluated, dict) else [evaluated]
-        for rows, needs_labels in ((self.train_dataset, trains_head), *((rows, False) for rows in sets)):
-            if isinstance(rows, EncodedDataset):
-                check_rows(rows, needs_labels, progress=not self.args.disable_tqdm)
 
     def _begin_again(self):
         self._stage = StageModel(self.model, self.args)
@@ -248,11 +243,8 @@ class SafeVlmTrainer(Trainer):
         numbers = self._numbers.of_batch(inputs)
         # The LM loss is a sum over this micro-batch divided by the tokens of the accumulated batches of all processes,
         # whose gradients are averaged. The safety losses, means over this micro-batch, become the same over rows.
-        if (
-            num_items_in_batch is not None
-            and self.args.average_tokens_across_devices
-            and outputs.get("lm_loss") is not None
-        ):
+        whole = num_items_in_batch is not None and self.args.average_tokens_across_devices
+        if whole and losses["lm_loss"] is not None:
             losses["lm_loss"] = losses["lm_loss"] * self.accelerator.num_processes
         if model.training:
             for name in LOSS_NAMES[1:]:
@@ -317,7 +309,9 @@ class SafeVlmTrainer(Trainer):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         self._row_ids.clear()
         means = self._eval_losses.means(self.accelerator)
-        if means:  # `Trainer`'s own `loss`, a mean over batches, would depend on how the rows fall into them
+        # `Trainer`'s own `loss`, a mean over batches, depends on how the rows fall into them, and is 0 without labels.
+        output.metrics.pop(f"{metric_key_prefix}_loss", None)
+        if means:
             parts = (torch.tensor(means[name]) if name in means else None for name in LOSS_NAMES)
             means["loss"] = combine_losses(*parts, *self._coefs()).item()
         output.metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in means.items()})

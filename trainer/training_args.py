@@ -68,6 +68,9 @@ class SafeVlmTrainingArguments(TrainingArguments):
     def __post_init__(self):
         if self.stage not in STAGES:
             raise ValueError(f"`stage` must be one of {', '.join(map(repr, STAGES))}, got {self.stage!r}.")
+        for name, kind in self.__dataclass_fields__.items():
+            if kind.type in (float, float | None) and isinstance(value := getattr(self, name), str):
+                setattr(self, name, float(value))  # YAML takes 1e-3 for a text
         for name in ("label_conditioning_start", "label_conditioning_end", "hint_probability"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` must be in [0, 1], got {getattr(self, name)!r}.")
@@ -96,6 +99,11 @@ class SafeVlmTrainingArguments(TrainingArguments):
             self.accelerator_config.dispatch_batches = False
         check_arguments(self)
         check_reporting(self.report_to)
+
+    @property
+    def trains_head(self) -> bool:
+        """Whether the safety head learns, which needs labelled rows."""
+        return any(part.split(".")[0] == "safety" for part in self.trainable)
 
     @property
     def uses_lora(self) -> bool:

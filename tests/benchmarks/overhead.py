@@ -135,7 +135,7 @@ def main():
     plain = torch.cat([question[:, :5], image, question[:, 5:]], dim=1).to(args.device)
     safe = torch.cat([question[:, :5], image, torch.full((1, tokens), 32010), question[:, 5:]], dim=1).to(args.device)
     # The untrained head's verdicts are random: allow everything, so that both sides answer at the same length.
-    policy = {"level_actions": {}, "risk_threshold": 1.0}
+    policy = {"level_actions": {"none": "allow"}, "risk_threshold": 1.0}
 
     def synchronize():
         if args.device.startswith("cuda"):

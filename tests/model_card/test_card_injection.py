@@ -178,7 +178,7 @@ def test_a_section_whose_markers_were_taken_out_comes_back_with_its_default(fold
 
 
 def test_a_published_folder_s_configuration_cannot_inject_either(tmp_path):
-    policy = {"name": "`<b>`\n# x", "level_actions": {}}
+    policy = {"name": "`<b>`\n# x", "level_actions": {"none": "allow"}}
     names = {"category_names": ["<script>|x", "safe"], "level_names": ["none", "[l](http://evil)"]}
     config = SafeVlmConfig(**names, safety_policy=policy)
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import threading
 
 import pytest
@@ -51,12 +52,34 @@ def overflowing_projector(model):
     model.safety.projector.input.weight[:] = 3e38
 
 
+def no_number_in_a_query(model):
+    model.safety.head.layers[0].query.weight[0, 0] = float("nan")
+
+
+def no_number_in_a_key(model):
+    model.safety.head.layers[0].key.bias[0] = float("nan")
+
+
+def no_number_in_the_heads_norm(model):
+    model.safety.head.layers[0].norm.weight[0] = float("nan")
+
+
 def no_number_in_a_safety_token(model):
     model.safety.head.tokens.weight[0] = float("nan")
 
 
+DAMAGES = [
+    broken_head,
+    overflowing_projector,
+    no_number_in_a_safety_token,
+    no_number_in_a_query,
+    no_number_in_a_key,
+    no_number_in_the_heads_norm,
+]
+
+
 @pytest.mark.parametrize("policy", ["default", "paper", "strict"])
-@pytest.mark.parametrize("damage", [broken_head, overflowing_projector, no_number_in_a_safety_token])
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_weights_refuse_every_row_with_an_image(model, processor, batch, damage, policy):
     broken = copy.deepcopy(model)
     with torch.no_grad():
@@ -343,18 +366,33 @@ def test_what_an_assistant_cannot_write_it_need_not_draft():
         ("-1", "the token id -1, outside the vocabulary"),
         ("99999", "the token id 99999, outside"),
         ("2", "the special token 2"),
+        ("0 0", "the special token 0"),
+        ("1 100", "the special token 1"),
         ("100 3 101", "the special token 3"),
     ],
 )
 def test_a_saved_refusal_that_cannot_be_one_is_refused_at_load(model, folder, tmp_path, ids, message):
-    import shutil
-
     copied = shutil.copytree(folder, tmp_path / "model")
     config = json.loads((copied / "config.json").read_text())
     config["policy_token_ids"][REFUSAL] = ids
     (copied / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
         from_pretrained(copied)
+
+
+@pytest.mark.parametrize("opening", [[2], [0], [1], [3], [10**6], [-1], ["a"], [None], [2.5]])
+def test_what_opens_an_answer_cannot_end_it(model, folder, tmp_path, one, verdicts, opening):
+    config = json.loads((folder / "config.json").read_text())
+    config["answer_opening_token_ids"] = opening
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="What opens an answer .* has "):
+        from_pretrained(tmp_path)
+    hostile = copy.deepcopy(model)
+    hostile.config.answer_opening_token_ids = opening
+    verdicts(hostile, "high")
+    with pytest.raises(ValueError, match="What opens an answer .* has "):
+        hostile.generate(**one, max_new_tokens=80)
 
 
 def test_a_saved_refusal_that_says_something_else_is_refused_with_a_tokenizer(model, processor, one, verdicts):

@@ -30,7 +30,8 @@ REMOTE_CODE = [
 # pictures.py, where the caller names a picture by its web address, as transformers lets callers do.
 STANDARD_LIBRARY = {
     *("base64", "binascii", "bisect", "collections", "contextlib", "copy", "dataclasses", "functools", "hashlib"),
-    *("inspect", "io", "itertools", "json", "math", "os", "pathlib", "re", "secrets", "stat", "threading", "typing"),
+    *("inspect", "io", "itertools", "json", "math", "os", "pathlib", "re", "secrets", "stat"),
+    *("threading", "typing", "unicodedata"),
 }
 OS = {"os.PathLike", "os.fspath", "os.stat"}  # beside `os.path`
 TORCH = {"torch", "torch.nn", "torch.nn.functional"}

@@ -2,6 +2,7 @@
 
 import pytest
 from tiny import chat, picture
+from transformers import pipeline
 
 from safevlm import SafeVlmPipeline
 
@@ -37,6 +38,12 @@ def test_a_calls_policy_holds(pipe, model, verdicts, policy):
 def test_a_policy_given_twice_is_refused(pipe):
     with pytest.raises(ValueError, match="`safety_policy` is given twice"):
         pipe(text=messages(), safety_policy="off", generate_kwargs={"safety_policy": "strict"})
+
+
+def test_the_stock_pipeline_does_not_ignore_a_policy(model, processor):
+    stock = pipeline("image-text-to-text", model=model, processor=processor)
+    with pytest.raises(ValueError, match="pipeline_class=safevlm.SafeVlmPipeline"):
+        stock(text=messages(), safety_policy="strict")
 
 
 def test_a_policy_that_does_not_exist_is_refused(pipe):

@@ -149,6 +149,18 @@ def test_a_policy_of_another_copy_of_the_class_is_understood():
     assert SafetyPolicy.from_value(policy) == SafetyPolicy(name="mine")
 
 
+def test_levels_in_the_wrong_order_are_told():
+    found = SafetyPolicy().weaknesses(CATEGORY_NAMES, LEVEL_NAMES[::-1])
+    assert found == ["a higher level leads to a milder action; the levels are high, medium, low, none"]
+
+
+def test_a_threshold_that_is_no_number_lets_nothing_through():
+    policy = SafetyPolicy()
+    policy.category_risk_thresholds["politics"] = math.nan  # behind the back of the checks
+    logits = [20.0 * (name == "politics") for name in CATEGORY_NAMES]
+    assert assess(policy, level_logits(0.01, 0.01, 0.01, 0.97), logits).actions == ["refuse"]
+
+
 def test_texts_fill_in_the_category():
     policy = SafetyPolicy(hints={"warn": "Mind {category}: {x}"}, refusals={"en": "No {category} {0}."})
     assert policy.hint("warn", "privacy") == "Mind privacy: {x}" and policy.hint("allow", "privacy") is None

@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -114,6 +115,13 @@ def test_ctrl_c_in_the_middle_of_an_import_is_one_line(world, module, arguments)
     done = subprocess.run(command, capture_output=True, text=True, cwd=world, timeout=100)
     line = f"safevlm {arguments[0]}: Interrupted; repeat the command to resume.\n"
     assert (done.returncode, done.stderr) == (1, line)
+
+
+def test_ctrl_c_before_the_command_begins_shows_no_traceback(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, "yaml", "data"], capture_output=True, text=True, cwd=tmp_path, timeout=100
+    )
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 
 
 def test_a_reader_that_has_enough_is_no_error(tmp_path):
@@ -244,6 +252,31 @@ def test_without_network_one_try_is_enough(monkeypatch):
     with pytest.raises(ValueError, match="--base 'nobody/none' is no folder here.*cannot be reached .Name or service"):
         model_config("nobody/none", "--base")
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["data", "check", "rows.jsonl", "--labels", "nobody/none"],
+        ["train", "--base", "base", "--data", "rows.jsonl", "--output", "out", "--labels", "nobody/none"],
+        [*COMMANDS["evaluate"], "--compare", "base=nobody/none"],
+        [*COMMANDS["evaluate"], "--compare", "guard:nobody/none"],
+        [*COMMANDS["evaluate"], "--judge", "hf:nobody/none"],
+    ],
+    ids=lambda command: " ".join(command[-2:]),
+)
+def test_each_argument_that_names_a_model_asks_the_hub_once(world, run, command, monkeypatch):
+    from huggingface_hub.errors import HTTPError
+
+    def unreachable(*args, **kwargs):
+        calls.append(args)
+        raise HTTPError("Name or service not known")
+
+    calls = []
+    monkeypatch.chdir(world)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", unreachable)
+    code, line = run(*("base" if word == "MODEL" else word for word in command))
+    assert code == 1 and "'nobody/none' is no folder here" in line and len(calls) == 1
 
 
 @pytest.mark.parametrize("name", ["no such/mo del", "a/b/c", "../x y", "x" * 200])

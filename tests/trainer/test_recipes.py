@@ -75,6 +75,7 @@ def test_a_recipe_file_is_read(load):
             "stages:\n- stage: safety_alignment\n  learning_rate: fast\n",
             "`learning_rate` must be a number, got 'fast'",
         ),
+        ({"stages": [{**STAGE, "output_dir": "x"}]}, "stage 1: leave out `output_dir`"),
         ({"stages": [{**STAGE, "bf16": "auto"}]}, "`bf16` must be true or false, got 'auto'"),
         ("stages: [", "is no valid YAML"),
     ],

@@ -163,6 +163,7 @@ def test_checkpoints_are_ordered_by_number(tmp_path):
     for number in (9, 10, 100):
         (tmp_path / f"checkpoint-{number}").mkdir()
         (tmp_path / f"checkpoint-{number}" / "trainer_state.json").write_text("{}")
+        (tmp_path / f"checkpoint-{number}" / "rng_state.pth").touch()
     (tmp_path / "checkpoint-200").mkdir()
     (tmp_path / "checkpoint-best").mkdir()
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-100")
@@ -281,6 +282,24 @@ def test_rows_may_be_given_by_stage(processor, rows, make_row, tmp_path, killed_
     model = safe_model(tiny_llava(), processor)
     run_schedule(model, processor, by_stage, tmp_path, RECIPES["full"], save_strategy="no")
     assert count.count("safety_alignment") == 2 and count.count("joint_finetuning") == 6
+
+
+@pytest.mark.parametrize(
+    "second, message",
+    [
+        ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor` is not supported"),
+        ({"trainable": ["safety", "foo"]}, "`trainable` names 'foo', which matches no parameter"),
+        ({"max_length": 5}, "`max_length` is 5"),
+    ],
+)
+def test_what_is_wrong_with_a_later_stage_is_found_before_the_first_one_trains(
+    processor, rows, killed_at, tmp_path, second, message
+):
+    recipe = Recipe([{"stage": "safety_alignment", **COMMON}, {"stage": "joint_finetuning", **COMMON, **second}])
+    steps = killed_at(None)
+    with pytest.raises(ValueError, match=message):
+        run_schedule(safe_model(tiny_llava(), processor), processor, rows, tmp_path, recipe)
+    assert not steps and not list(tmp_path.iterdir())
 
 
 def test_a_folder_whose_name_holds_braces_is_named_as_it_is(tmp_path):

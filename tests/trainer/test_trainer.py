@@ -290,6 +290,9 @@ def test_a_processor_for_another_model_is_refused(fresh_model, make_trainer, bas
     "changes, message",
     [
         ({"stage": "third"}, "`stage` must be one of 'safety_alignment', 'joint_finetuning', got 'third'"),
+        ({"lora_r": -1}, "`lora_r` must be a number >= 0, got -1"),
+        ({"safety_level_loss_coef": -1.0}, "`safety_level_loss_coef` must be a number >= 0, got -1.0"),
+        ({"safety_category_loss_coef": float("nan")}, "`safety_category_loss_coef` must be a number >= 0, got nan"),
         ({"hint_probability": 1.5}, r"`hint_probability` must be in \[0, 1\], got 1.5"),
         ({"label_conditioning_end": -1}, r"`label_conditioning_end` must be in \[0, 1\], got -1"),
         (

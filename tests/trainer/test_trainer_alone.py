@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from tiny import safe_model, tiny_llava
-from transformers import EarlyStoppingCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
 from safevlm import SafeVlmForConditionalGeneration
 from safevlm.trainer import SafeVlmTrainer
@@ -176,6 +176,33 @@ def test_resuming_ends_with_the_weights_of_a_run_without_a_break(
     resumed.train(resume_from_checkpoint=True)
     assert [log["step"] for log in resumed.state.log_history if "train_loss" in log] == [5]
     assert not differing(weights(resumed.model), weights(whole.model))
+
+
+def test_checkpoints_of_weights_alone_are_not_resumed_from(fresh_model, make_trainer, rows, tmp_path):
+    settings = dict(save_strategy="steps", save_steps=1, save_only_model=True)
+    make_trainer(fresh_model(), rows, **settings).train()
+    assert (tmp_path / "stage" / "checkpoint-1").is_dir()
+    for asked in (True, tmp_path / "stage" / "checkpoint-1"):
+        with pytest.raises(ValueError, match="o complete checkpoint to resume from.*with `save_only_model`"):
+            make_trainer(fresh_model(), rows, **settings).train(resume_from_checkpoint=asked)
+
+
+def test_a_model_in_the_middle_of_a_lora_training_is_not_saved_as_if_it_was_plain(
+    fresh_model, make_trainer, rows, tmp_path
+):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    model = fresh_model()
+    trainer = make_trainer(model, rows, callbacks=[Stop()], **LORA)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    with pytest.raises(ValueError, match=r"Save it with `trainer.save_model\(folder\)`"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    trainer.save_model(tmp_path / "saved")
+    SafeVlmForConditionalGeneration.from_pretrained(tmp_path / "saved")
 
 
 def test_resuming_without_a_checkpoint_is_an_error(fresh_model, make_trainer, rows):

@@ -22,6 +22,7 @@ LORA = dict(stage="joint_finetuning", lora_r=4)
         ("remove_unused_columns", True),
         ("label_names", ["labels"]),
         ("accelerator_config", {"dispatch_batches": True}),
+        ("debug", "underflow_overflow"),
     ],
 )
 def test_arguments_that_cannot_work_are_refused_by_name(arguments, name, value):

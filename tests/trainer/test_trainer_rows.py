@@ -93,6 +93,8 @@ KINDS = {
     "datasets": columns,
     "torch": TorchRows,
     "torch stream": TorchStream,
+    "datasets of tensors": lambda records: columns(records).with_format("torch"),
+    "datasets of arrays": lambda records: columns(records).with_format("numpy"),
     "datasets stream": lambda records: columns(records).to_iterable_dataset(),
 }
 
@@ -312,6 +314,20 @@ def test_a_bad_row_is_found_before_training(fresh_model, make_trainer, records, 
     bad = {**plain, **bad} if isinstance(bad, dict) else bad
     with pytest.raises(DataError, match=message):
         make_trainer(fresh_model(), [*records, bad]).train()
+
+
+def test_several_sets_or_a_table_are_no_training_set(fresh_model, make_trainer, rows):
+    for several in ({"train": rows}, datasets.DatasetDict(train=datasets.Dataset.from_list([{"a": 1}]))):
+        with pytest.raises(ValueError, match=r"`train_dataset` is a dict of 'train'; pass .* `rows\['train'\]`"):
+            make_trainer(fresh_model(), several)
+    table = datasets.Dataset.from_list([{"a": 1}]).to_pandas()
+    with pytest.raises(ValueError, match=r"of a table pass its rows, `table.to_dict\('records'\)`"):
+        make_trainer(fresh_model(), table)
+
+
+def test_rows_with_nothing_to_learn_from_have_no_loss(fresh_model, make_trainer):
+    question = SafetyExample("q", [picture(3)], chat("Is it?"))
+    assert not [name for name in make_trainer(fresh_model()).predict([question]).metrics if "loss" in name]
 
 
 @pytest.mark.parametrize("rows", [iter([]), 7, "rows.jsonl"])

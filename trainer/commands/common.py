@@ -76,8 +76,10 @@ def load_model(name: str, device: str | None = None):
     return model, processor
 
 
-def check_policy(policy: str | None, argument: str = "--policy"):
-    """Reads the policy that the command got as `argument`; raises before anything heavy is imported or loaded."""
+def check_policy(policy: str | None, argument: str = "--policy", value: str | None = None):
+    """
+    Reads a policy, the `value` of `argument` or a part of it; raises before anything heavy is imported or loaded.
+    """
     if policy is None:
         return None
     from safevlm.safety_policy import SafetyPolicy
@@ -85,7 +87,7 @@ def check_policy(policy: str | None, argument: str = "--policy"):
     try:
         return SafetyPolicy.from_value(policy)
     except (ValueError, OSError) as error:
-        raise ValueError(f"{argument} {policy!r}: {error}") from None
+        raise ValueError(f"{argument} {(value or policy)!r}: {error}") from None
 
 
 def check_device(device: str | None):
@@ -115,56 +117,21 @@ def model_config(name: str, argument: str, revision: str | None = None) -> dict:
     """
     What the `config.json` of a model says, a folder or Hub id, which the command got as `argument`.
 
-    Asks the Hub once at most. transformers would repeat that for half a minute where there is no network.
-
     Raises:
         `ValueError`: There is no such model, or its files are damaged.
     """
     from safevlm.model_card.remote_code import read_json
     from safevlm.model_card.weights import WEIGHTS, check_weights
+    from safevlm.trainer.hub_config import hub_config
 
     folder = Path(name)
     if not folder.is_dir():
-        return read_json(_hub_config(name, argument, revision))
+        return read_json(hub_config(name, argument, revision))
     if not (folder / "config.json").is_file():
         raise ValueError(f"{argument} {name!r} holds no config.json; name the folder of a saved model.")
     if weights := sorted(path.name for path in folder.glob(WEIGHTS)):
         check_weights(folder, weights)
     return read_json(folder / "config.json")
-
-
-def _hub_config(name: str, argument: str, revision: str | None) -> Path:
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        HfHubHTTPError,
-        HFValidationError,
-        HTTPError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    try:
-        if isinstance(cached := try_to_load_from_cache(name, "config.json", revision=revision), str):
-            return Path(cached)
-        get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=10)
-        return Path(hf_hub_download(name, "config.json", revision=revision))
-    except HFValidationError:
-        reason = "and its name is none that a model on the Hub can have"
-    except RepositoryNotFoundError:
-        reason = "and no model on the Hub that you may see; check the name, or log in with `hf auth login`"
-    except RevisionNotFoundError:
-        reason = f"and on the Hub it has no revision {revision!r}; see its commits"
-    except EntryNotFoundError:
-        reason = "and on the Hub it has no config.json"
-    except HfHubHTTPError as error:
-        reason = f"and the Hub does not give it ({str(error).splitlines()[0]})"
-    except OfflineModeIsEnabled:
-        reason = "and not in the cache of the Hub's models; HF_HUB_OFFLINE keeps the Hub from being asked"
-    except (HTTPError, OSError) as error:
-        reason = f"and not in the cache of the Hub's models, and the Hub cannot be reached ({error})"
-    raise ValueError(f"{argument} {name!r} is no folder here, {reason}.")
 
 
 def print_json(value):

@@ -41,6 +41,8 @@ def run(args):
 
     check_policy(args.policy)
     model_config(args.model, "MODEL")
+    for name, argument in _other_models(args):
+        model_config(name, argument)
     check_device(args.device)
     check_tasks(_list(args.tasks), args.data)
     from transformers import logging as transformers_logging
@@ -65,6 +67,15 @@ def run(args):
     )
     sys.stdout.write((args.output / "comparison.md").read_text(encoding="utf-8"))
     sys.stdout.write(f"\nResults: {args.output / 'results.json'}\n")
+
+
+def _other_models(args):
+    """What beside MODEL names a model, and the argument that does."""
+    for item in _list(args.compare):
+        if name := item.partition("=")[2] or item.partition("guard:")[2]:
+            yield name, "--compare"
+    if args.judge.startswith("hf:"):
+        yield args.judge.removeprefix("hf:"), "--judge"
 
 
 def _list(text: str) -> list[str]:

@@ -149,7 +149,7 @@ def _place_policies(folder: Path, names: str) -> str:
 
     placed = []
     for name in filter(None, (part.strip() for part in names.split(","))):
-        policy = check_policy(name, "--policies")
+        policy = check_policy(name, "--policies", names)
         if name.endswith((".yaml", ".yml", ".json")):
             if Path(name).stem.lower() in POLICY_PRESETS:
                 raise ValueError(f"--policies {name!r}: visitors would take the file for the preset. Rename it.")

@@ -18,7 +18,7 @@ from safevlm.safety_labels import SafetyLabels
 from .errors import DataError
 from .format_base import Context, RowFormat, image_list, optional_text
 from .record_fields import is_empty, other_fields
-from .schema import check_text, label_ids, short
+from .schema import check_text, label_ids, plain_label, short
 
 IMAGE_MARKER = "<image>"
 IMAGE_SEPARATOR = "<split>"
@@ -114,7 +114,7 @@ def _row(
 def _labels(record: dict, labels: SafetyLabels) -> tuple[int | None, int | None]:
     found: list[Any] = []
     for names in _LABEL_FIELDS:
-        given = [name for name in names if record.get(name) is not None]
+        given = [name for name in names if plain_label(record.get(name)) is not None]
         fields = "/".join(f"`{name}`" for name in given)
         try:
             pairs = [(record[name], None) if names == _LABEL_FIELDS[0] else (None, record[name]) for name in given]

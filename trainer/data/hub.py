@@ -49,6 +49,7 @@ def open_hub(
 
     if int(datasets.__version__.split(".")[0]) < 4:  # older versions may run a script of the repository
         raise ImportError("Reading from the Hub needs datasets>=4; pip install 'datasets>=4'.")
+    _reach(repository, revision)
     try:
         loaded = datasets.load_dataset(repository, name=subset, split=split, revision=revision, streaming=streaming)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
@@ -77,6 +78,24 @@ def open_hub(
         facts=facts,
         remote=streaming,
     )
+
+
+def _reach(repository: str, revision: str | None) -> None:
+    """One question to the Hub: where there is no network, `datasets` would ask five times more, half a minute long."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        HfApi().dataset_info(repository, revision=revision, timeout=10)
+    except (HfHubHTTPError, ValueError):  # it answered; `datasets` says what is wrong
+        return
+    except Exception as error:  # its HTTP client's own
+        raise DataError(
+            f"{repository!r} is no file here, and the Hub cannot be reached ({type(error).__name__}: {error}); check "
+            "the name and the network, or set HF_HUB_OFFLINE=1 to read the copy in the cache."
+        ) from error
 
 
 def _items(repository: str, rows: Any) -> Iterator[Item]:

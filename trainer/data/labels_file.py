@@ -80,10 +80,10 @@ def _elsewhere(name: str, where: str) -> Path:
     if name in shipped:
         return shipped[name]
     if is_hub_id(name):
-        from huggingface_hub import hf_hub_download
+        from safevlm.trainer.hub_config import hub_config
 
         try:
-            return Path(hf_hub_download(name, "config.json"))
-        except (OSError, ValueError) as error:
-            raise DataError(f"{where} is no file, and no model on the Hub that can be read ({error}).") from None
+            return hub_config(name, "`labels`")
+        except ValueError as error:
+            raise DataError(str(error)) from None
     raise DataError(f"{where} is no file, no model and none of the recipes {sorted(shipped)}; check the name.")

@@ -92,6 +92,7 @@ def label_ids(category: Any, level: Any, labels: SafetyLabels = PAPER_LABELS) ->
     Raises:
         `DataError`: An unknown label, a wrong type or a contradiction.
     """
+    category, level = plain_label(category), plain_label(level)
     category_id = None if category is None else _label_id("category", category, labels.category_names)
     level_id = None if level is None else _label_id("level", level, labels.level_names)
     if category_id == labels.safe_category_id and (level_id or 0) > 0:
@@ -105,6 +106,15 @@ def label_ids(category: Any, level: Any, labels: SafetyLabels = PAPER_LABELS) ->
 def short(value: Any) -> str:
     """A `repr` short enough for an error message."""
     return reprlib.repr(value)
+
+
+def plain_label(value: Any) -> Any:
+    """A label as Python has it: of a tensor or array of one number, of a table's column with holes (2.0, NaN)."""
+    if getattr(value, "ndim", None) == 0:
+        value = value.item()
+    if isinstance(value, float) and (value != value or value.is_integer()):
+        return None if value != value else int(value)
+    return value
 
 
 def _label_id(field: str, value: Any, names: Sequence[str]) -> int:

@@ -82,6 +82,7 @@ def _write_totals(axis, totals) -> None:
     for place, total in enumerate(totals):
         axis.annotate(f"{int(total):,}", (total, place), (4, 0), textcoords="offset points", va="center", fontsize=9)
     axis.margins(x=0.16)
+    axis.locator_params(axis="x", integer=True)  # there are no half rows
 
 
 def _draw_lengths(axis, characters: dict[str, dict[str, float]]) -> None:

@@ -155,7 +155,7 @@ def plot_reliability(outcomes: dict[str, HeadOutcomes], path: str | os.PathLike)
                 left = [b["low"] + step * (0.1 + i * width) for b in bins]
                 histogram.bar(left, [b["count"] for b in bins], width=step * width, align="edge", color=colour)
             curve.set(title=title, ylabel=y_label, xlim=(0, 1), ylim=(0, 1))
-            curve.legend(loc="upper left")
+            curve.legend(loc="best")
             histogram.set(xlabel=x_label, ylabel="rows (log)", xlim=(0, 1), yscale="log", ylim=(0.8, None))
 
 

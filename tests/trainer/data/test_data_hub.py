@@ -187,3 +187,14 @@ def test_existing_folder_of_the_form_of_an_id_is_read_from_disk(monkeypatch, tmp
     (tmp_path / "owner/name/train.json").write_text(json.dumps([record]), encoding="utf-8")
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: pytest.fail("asked the Hub"))
     assert len(read_rows("owner/name")) == 1
+
+
+def test_without_a_network_the_hub_is_asked_once(monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", unreachable)
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: pytest.fail("asked again"))
+    with pytest.raises(DataError, match="'owner/name' is no file here, and the Hub cannot be reached"):
+        read_rows("owner/name")

@@ -2,7 +2,9 @@
 
 import io
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from safevlm.trainer.data import DataError, SafetyLabels, example_from_record
@@ -49,6 +51,15 @@ def test_own_labels_are_read_by_name_and_index():
         assert (row.category, row.level) == (1, 1)
     with pytest.raises(DataError, match="row 'x': `category`: unknown category 'privacy'.*0 fine, 1 deepfake"):
         example_from_record({**record, "category": "privacy"}, OWN, "x")
+
+
+def test_labels_of_tables_and_tensors_are_read():
+    record = {"messages": [{"role": "user", "content": "Hi"}]}
+    for one in (1.0, np.int64(1), np.float32(1), np.array(1), torch.tensor(1)):
+        row = example_from_record({**record, "category": one, "level": float("nan")})
+        assert (row.category, row.level) == (1, None)
+    with pytest.raises(DataError, match="unknown category 1.5"):
+        example_from_record({**record, "category": 1.5})
 
 
 @pytest.mark.parametrize(

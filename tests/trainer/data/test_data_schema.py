@@ -107,7 +107,7 @@ def test_labels_are_given_as_indices_or_names():
     assert label_ids(1, 1, SafetyLabels(("safe", "deepfake"), ("no", "yes"))) == (1, 1)
 
 
-@pytest.mark.parametrize("value", [7, -1, "6", "porn", 1.0, True, [1], {}])
+@pytest.mark.parametrize("value", [7, -1, "6", "porn", 1.5, float("inf"), True, [1], {}])
 def test_unknown_label_is_an_error_listing_the_known_ones(value):
     for category, level, field in ((value, 0, "category"), (6, value, "level")):
         with pytest.raises(DataError, match=f"unknown {field} .*0 (politics|none)"):
