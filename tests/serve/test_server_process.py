@@ -7,7 +7,7 @@ import socket
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import pytest
 from http_client import GENERATED, error_of, post
@@ -59,11 +59,13 @@ def test_a_request_whose_client_left_is_not_computed_to_the_end(endless, chat, s
 
 def test_a_full_queue_is_a_503_and_who_left_it_makes_room(endless, chat):
     body = {"messages": chat(BENIGN), **ENDLESS}
-    with sent(endless, body), sent(endless, body):
-        wait_for(lambda: is_busy(endless) and len(endless.app.state.worker._waiting) == 1)
-        with sent(endless, body, Connection="close") as third:
-            reply = third.makefile().read()
-        head, _, text = reply.partition("\n\n")
+    with ExitStack() as connections:
+        connections.enter_context(sent(endless, body))
+        wait_for(lambda: is_busy(endless))  # it is in the queue until the worker takes it
+        connections.enter_context(sent(endless, body))
+        wait_for(lambda: len(endless.app.state.worker._waiting) == 1)
+        third = connections.enter_context(sent(endless, body, Connection="close"))
+        head, _, text = third.makefile().read().partition("\n\n")
         assert " 503 " in head and "retry-after: 5" in head.lower() and error_of(text).code == "overloaded"
     wait_for(lambda: not is_busy(endless))
     assert post(endless, body=json.dumps({"messages": chat(RISKY), **GENERATED}).encode())[0] == 200

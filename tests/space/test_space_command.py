@@ -150,9 +150,16 @@ import os, pathlib, time
 pathlib.Path("pid").write_text(str(os.getpid()))
 time.sleep(60)
 """
+# The packages' own imports, seconds of them, are left out.
 SERVE = """
-import sys
+import sys, types
 from pathlib import Path
+
+commands = Path(sys.argv[2])
+places = {"safevlm": commands.parents[1], "safevlm.trainer": commands.parent, "safevlm.trainer.commands": commands}
+for name, place in places.items():
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].__path__ = [str(place)]
 from safevlm.trainer.commands.space import serve
 
 serve(Path(sys.argv[1]), {"SAFEVLM_MODEL": "me/model"}, "127.0.0.1", 0)
@@ -163,7 +170,7 @@ serve(Path(sys.argv[1]), {"SAFEVLM_MODEL": "me/model"}, "127.0.0.1", 0)
 def test_the_page_ends_with_the_command_without_a_word(tmp_path, number):
     pytest.importorskip("gradio", reason="gradio is not installed; pip install 'safevlm[space]'")
     (tmp_path / "app.py").write_text(APP)
-    arguments = [sys.executable, "-c", SERVE, str(tmp_path)]
+    arguments = [sys.executable, "-c", SERVE, str(tmp_path), str(Path(space.__file__).parent)]
     with subprocess.Popen(arguments, stderr=subprocess.PIPE, process_group=0) as command:
         deadline = time.monotonic() + 60
         while not (tmp_path / "pid").is_file() or not (tmp_path / "pid").read_text():
