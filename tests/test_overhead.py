@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 
 import overhead
 
-POLICY = {"level_actions": {}, "risk_threshold": 1.0}
+POLICY = {"level_actions": {"none": "allow"}, "risk_threshold": 1.0}
 
 
 def test_base_and_safe_model_write_a_token_in_turns_and_each_is_timed(model, processor):

@@ -61,7 +61,7 @@ def roads(path, model, processor, pipe):
         return templated(part(image=decode_image(url, 1, MAX_PIXELS)))
 
     def asked():
-        args = SimpleNamespace(image=Path(path), model="m", device=None)
+        args = SimpleNamespace(image=Path(path), model="m", policy=None, device=None)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(ask, "load_model", lambda *_: (model, processor))
             return ask._load(args, QUESTION)[2]

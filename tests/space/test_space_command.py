@@ -183,7 +183,7 @@ def test_the_page_ends_with_the_command_without_a_word(tmp_path, number):
         os.kill(page, 0)
 
 
-@pytest.mark.parametrize("policies, message", [(" ,", "at least one policy"), ("strikt", "--policies 'strikt': ")])
+@pytest.mark.parametrize("policies, message", [(" ,", "at least one policy"), ("strikt", "--policies 'strikt,': ")])
 def test_policies_that_do_not_exist_are_told_before_anything_starts(policies, message, capsys):
     assert main(["space", "--model", MODEL, "--policies", policies + ","]) == 1
     assert message in capsys.readouterr().err

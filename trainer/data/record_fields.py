@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import PurePath
 from typing import Any
 
@@ -121,10 +121,12 @@ def _consists(words: list[str], kind: frozenset[str], about: frozenset[str]) -> 
 
 
 def _holds_picture(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return any(_holds_picture(item) for item in value)
+    return any(_is_picture(part) for part in _inside(value))
+
+
+def _is_picture(value: Any) -> bool:
     if isinstance(value, dict):
-        return bool(value) and (value.keys() <= {"bytes", "path"} or any(map(_holds_picture, value.values())))
+        return bool(value) and value.keys() <= {"bytes", "path"}
     return isinstance(value, (bytes, Image.Image)) or (
         isinstance(value, str) and value[:11].lower().startswith(("data:image/", "data:video/", "data:audio/"))
     )
@@ -132,13 +134,18 @@ def _holds_picture(value: Any) -> bool:
 
 def _names_picture(value: Any) -> bool:
     """A file's name or an address, with or without a query."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        return any(_names_picture(item) for item in value)
-    if not isinstance(value, (str, os.PathLike)):
-        return False
-    return PurePath(re.split("[?#]", os.fspath(value), maxsplit=1)[0]).suffix.lower() in _PICTURE_SUFFIXES
+    names = [os.fspath(part) for part in _inside(value) if isinstance(part, (str, os.PathLike))]
+    return any(PurePath(re.split("[?#]", n, maxsplit=1)[0]).suffix.lower() in _PICTURE_SUFFIXES for n in names)
+
+
+def _inside(value: Any) -> Iterator[Any]:
+    """A value and all that its lists and mappings hold, however deep."""
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        yield value
+        if isinstance(value, (list, tuple, dict)):
+            waiting.extend(value.values() if isinstance(value, dict) else value)
 
 
 def _holds_turns(value: Any) -> bool:
