@@ -118,9 +118,10 @@ def main():
     }.items():
         quantized = SafeVlmForConditionalGeneration.from_pretrained(HERE / "full", quantization_config=config)
         quantized.save_pretrained(HERE / name)
-        for code in (HERE / name).glob("*.py"):  # the same as in `full`
-            code.unlink()
         expected[name] = results(SafeVlmForConditionalGeneration.from_pretrained(HERE / name), processor)
+    for folder in ("adapter", "full_8bit", "full_4bit"):
+        for code in (HERE / folder).glob("*.py"):  # the same as in `full`
+            code.unlink()
     (HERE / "expected.json").write_text(json.dumps(expected) + "\n")
 
 
