@@ -1,5 +1,6 @@
-"""
-A model's configuration from the Hub or its cache. The Hub is asked once at most: transformers, and downloads, would
+"""A model's configuration from the Hub or its cache.
+
+The Hub is asked once at most: transformers, and downloads, would
 repeat that for half a minute where there is no network.
 """
 

@@ -126,15 +126,11 @@ def run_schedule(
         overrides: Training arguments for all stages, such as `seed` or `bf16`.
     """
     check_overrides(overrides)
-    for number, arguments in enumerate(recipe.stages):
-        check_stage(
-            model,
-            processor,
-            train_rows,
-            eval_rows,
-            {**arguments, **overrides, "output_dir": str(output_dir)},
-            number > 0,
-        )
+    trains_before = False  # whether a stage is to train before the one that is looked at
+    for number, arguments in enumerate(recipe.stages, start=1):
+        arguments = {**arguments, **overrides, "output_dir": str(output_dir)}
+        check_stage(model, processor, train_rows, eval_rows, arguments, rows_too=trains_before)
+        trains_before |= not (Path(output_dir) / f"{number}-{arguments['stage']}" / "model").is_dir()
     final = Path(output_dir) / "model"
     for number, arguments in enumerate(recipe.stages, start=1):
         arguments = {**arguments, **overrides}
@@ -185,7 +181,7 @@ def check_stage(model, processor, train_rows, eval_rows, arguments: dict, rows_t
         os.environ.update(environment)
     if not args.uses_lora:
         trainable_weights(model, args.trainable)
-    if rows_too:  # those of the first stage are checked by its trainer
+    if rows_too:  # those of the first stage that trains are checked by its trainer
         train, evaluation = (_of_stage(rows, args.stage) for rows in (train_rows, eval_rows))
         encoder = RowEncoder(processor, model.config, args.hint_probability, args.max_length, args.seed)
         plain = RowEncoder(processor, model.config, max_length=args.max_length)

@@ -1,5 +1,6 @@
-"""
-Which tasks `safevlm evaluate` has. It stands here, since importing the package `evaluation` takes seconds: what is
+"""Which tasks `safevlm evaluate` has.
+
+The list stands here, since importing the package `evaluation` takes seconds: what is
 wrong with a list of tasks is told at once.
 """
 

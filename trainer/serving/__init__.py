@@ -1,5 +1,4 @@
-"""
-`safevlm serve`: OpenAI's chat protocol around one SafeVLM, the verdict beside each answer and no way around it.
+"""`safevlm serve`: OpenAI's chat protocol around one SafeVLM, the verdict beside each answer and no way around it.
 
     POST /v1/chat/completions    GET /v1/models    GET /health
 
