@@ -129,7 +129,7 @@ def run_schedule(
     trains_before = False  # whether a stage is to train before the one that is looked at
     for number, arguments in enumerate(recipe.stages, start=1):
         arguments = {**arguments, **overrides, "output_dir": str(output_dir)}
-        check_stage(model, processor, train_rows, eval_rows, arguments, rows_too=trains_before)
+        check_stage(model, processor, train_rows, eval_rows, arguments, trains_before)
         trains_before |= not (Path(output_dir) / f"{number}-{arguments['stage']}" / "model").is_dir()
     final = Path(output_dir) / "model"
     for number, arguments in enumerate(recipe.stages, start=1):
