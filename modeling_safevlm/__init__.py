@@ -26,8 +26,8 @@ if TYPE_CHECKING or not _IS_COMMAND:
     from .registration import (
         ACTIONS,
         POLICY_PRESETS,
-        SafetyAssessment,
         SafetyPolicy,
+        SafetyVerdict,
         SafeVlmConfig,
         SafeVlmForConditionalGeneration,
         SafeVlmOutput,
@@ -43,8 +43,8 @@ __all__ = [
     "SafeVlmOutput",
     "SafeVlmPipeline",
     "SafeVlmProcessor",
-    "SafetyAssessment",
     "SafetyPolicy",
+    "SafetyVerdict",
 ]
 
 

@@ -19,8 +19,8 @@ from .policy_texts import answer_opening_token_ids
 from .prompt_editing import edit_prompt, hint_column, open_answers, per_token
 from .question_reading import PromptParts, prompt_parts
 from .request_checks import check_attention, check_generation, check_inputs
-from .safety_assessment import SafetyAssessment
 from .safety_policy import ACTIONS, UNKNOWN_RISK, SafetyPolicy
+from .safety_verdict import SafetyVerdict
 
 REFUSE = ACTIONS.index("refuse")
 POLICY_OFF = (-1, -1)  # in place of a row's action and category
@@ -34,12 +34,12 @@ class GuardedRequest:
     Args:
         features (`ImageFeatures`, *optional*): `None` if there are no images.
         parts (`PromptParts`): Which tokens are questions.
-        assessment (`SafetyAssessment`): The verdict on each row.
+        verdict (`SafetyVerdict`): The verdict on each row.
     """
 
     features: object | None
     parts: PromptParts
-    assessment: SafetyAssessment
+    verdict: SafetyVerdict
 
 
 class SafeVlmGenerationMixin(GenerationMixin):
@@ -53,7 +53,7 @@ class SafeVlmGenerationMixin(GenerationMixin):
         safety_policy=None,
         safety_question_mask: torch.Tensor | None = None,
         **image_inputs,
-    ) -> SafetyAssessment:
+    ) -> SafetyVerdict:
         """
         The verdict without an answer (guard mode): vision tower and safety head only, no pass of the language model.
 
@@ -68,7 +68,7 @@ class SafeVlmGenerationMixin(GenerationMixin):
         check_inputs(input_ids, self.backbone.pixel_ndims, **image_inputs)
         policy = self.resolve_policy(safety_policy)
         attention_mask = self._attention_mask(input_ids, attention_mask)
-        return self.guard(input_ids, attention_mask, policy, safety_question_mask, **image_inputs).assessment
+        return self.guard(input_ids, attention_mask, policy, safety_question_mask, **image_inputs).verdict
 
     @torch.no_grad()
     def guard(
@@ -121,14 +121,14 @@ class SafeVlmGenerationMixin(GenerationMixin):
             tokenizer (*optional*): Only needed for policies with texts that were not saved with the model; checks the
                 others.
             streamer (*optional*): As in `GenerationMixin.generate`. One with a method `put_safety` gets the
-                [`SafetyAssessment`] before the first token.
+                [`SafetyVerdict`] before the first token.
             inputs, generation_config, logits_processor, kwargs: As in `GenerationMixin.generate`. With
                 `past_key_values`, `input_ids` and images are those of the whole conversation. The cache is used as
                 far as it fits and is cut there: the answer is the same as without.
 
         Returns:
             Input ids as they were passed, followed by the new tokens. With `return_dict_in_generate=True` the output
-            also has `safety`, a [`SafetyAssessment`]. Under a policy that is off all its actions are `"off"`.
+            also has `safety`, a [`SafetyVerdict`]. Under a policy that is off all its actions are `"off"`.
         """
         if inputs is not None and kwargs.get("input_ids") is not None:
             raise ValueError(
@@ -149,15 +149,15 @@ class SafeVlmGenerationMixin(GenerationMixin):
             call["assistant_model"] = call["assistant_model"].base  # it only drafts; what counts is decided here
         image_inputs = {name: call[name] for name in self.backbone.image_inputs if call.get(name) is not None}
 
-        guarded = enforcement = assessment = None
+        guarded = enforcement = verdict = None
         verdicts = [POLICY_OFF] * len(input_ids)
         if policy.enabled:
             guarded = self.guard(input_ids, attention_mask, policy, safety_question_mask, **image_inputs)
-            assessment = guarded.assessment
-            verdicts = list(zip(assessment.action.tolist(), assessment.category.tolist(), strict=True))
+            verdict = guarded.verdict
+            verdicts = list(zip(verdict.action.tolist(), verdict.category.tolist(), strict=True))
             enforcement = self._enforce(call, input_ids, attention_mask, guarded, policy)
             if streamer is not None:
-                streamer.start(enforcement, assessment)
+                streamer.start(enforcement, verdict)
         else:
             self._drop_placeholders(call, input_ids, attention_mask)
 
@@ -165,7 +165,7 @@ class SafeVlmGenerationMixin(GenerationMixin):
         num_cached, pictures = self._continue(call, guarded, image_inputs, verdicts)
         embeddings = None
         if guarded is not None and guarded.features is not None:
-            embeddings = self.condition(guarded.features, assessment.action, assessment.category)
+            embeddings = self.condition(guarded.features, verdict.action, verdict.category)
         prompt, mask, placeholder = call["input_ids"], call["attention_mask"], self.config.safety_token_id
         with place_embeddings(self.base, embeddings, prompt, placeholder, num_cached):
             output = self.base.generate(**call)
@@ -184,7 +184,7 @@ class SafeVlmGenerationMixin(GenerationMixin):
         if not is_dict:
             return sequences
         output.sequences = sequences
-        output["safety"] = SafetyAssessment.off(len(input_ids), self.config) if assessment is None else assessment
+        output["safety"] = SafetyVerdict.off(len(input_ids), self.config) if verdict is None else verdict
         return output
 
     def _no_continuous_batching(self, *args, **kwargs):
@@ -199,7 +199,7 @@ class SafeVlmGenerationMixin(GenerationMixin):
 
     def _enforce(self, call: dict, input_ids, attention_mask, guarded: GuardedRequest, policy) -> EnforcePolicy:
         """Puts hints into the call's prompt and adds what writes forced refusals."""
-        hints, refusals = self._policy_texts(guarded.assessment, policy, call.get("tokenizer"))
+        hints, refusals = self._policy_texts(guarded.verdict, policy, call.get("tokenizer"))
         prompts = [row[mask.bool()].tolist() for row, mask in zip(input_ids, attention_mask, strict=True)]
         opened = self.config.generation_prompt_token_ids, self.config.answer_opening_token_ids
         refusals = open_answers(refusals, prompts, *opened)
@@ -285,13 +285,13 @@ class SafeVlmGenerationMixin(GenerationMixin):
             else:
                 call[name] = length + added
 
-    def _policy_texts(self, assessment: SafetyAssessment, policy: SafetyPolicy, tokenizer):
+    def _policy_texts(self, verdict: SafetyVerdict, policy: SafetyPolicy, tokenizer):
         """
         Token ids of each row's hint and forced refusal, `None` where there is none. What the head could not judge is
         refused under every policy: nobody knows what a hint would have to say.
         """
         hints, refusals = [], []
-        verdicts = (assessment.action.tolist(), assessment.category.tolist(), assessment.failed.tolist())
+        verdicts = (verdict.action.tolist(), verdict.category.tolist(), verdict.failed.tolist())
         for action, category, failed in zip(*verdicts, strict=True):
             name = self.config.category_names[category]
             forced = failed or (action == REFUSE and policy.forced_refusal)

@@ -25,9 +25,9 @@ from .losses import IGNORE_INDEX, combine_losses, safety_losses
 from .policy_texts import answer_opening_token_ids, generation_prompt_token_ids, policy_token_ids
 from .quantization import forget_quantization, keep_safety_modules, share_quantization, unpack
 from .request_checks import check_inputs
-from .safety_assessment import SafetyAssessment, assess_rows, worst_images
 from .safety_modules import SafetyEmbeddings, SafetyModules, SafetyTokens, check_safety_weights
 from .safety_policy import POLICY_PRESETS, SafetyPolicy
+from .safety_verdict import SafetyVerdict, assess_rows, worst_images
 
 logger = logging.get_logger(__name__)
 
@@ -331,7 +331,7 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
     def _label_names(self):
         return self.config.level_names, self.config.category_names
 
-    def apply_policy(self, predictions: list[SafetyPrediction], policy: SafetyPolicy) -> SafetyAssessment:
+    def apply_policy(self, predictions: list[SafetyPrediction], policy: SafetyPolicy) -> SafetyVerdict:
         """The verdict on each row under `policy`: the worst over its images and over all predictions about them."""
         return assess_rows(
             torch.cat([prediction.image_level_logits for prediction in predictions]),

@@ -107,11 +107,11 @@ class PromptStreamer:
         self.streamer, self.input_ids = streamer, input_ids
         self.enforcement = self.sequence = None
 
-    def start(self, enforcement: EnforcePolicy, assessment):
+    def start(self, enforcement: EnforcePolicy, verdict):
         """Hands the verdict on to a streamer that has a method for it; from here on answers are verified."""
         self.enforcement = enforcement
         if hasattr(self.streamer, "put_safety"):
-            self.streamer.put_safety(assessment)
+            self.streamer.put_safety(verdict)
 
     def put(self, value):
         if self.sequence is None:

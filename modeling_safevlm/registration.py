@@ -18,8 +18,8 @@ from .modeling_safevlm import SafeVlmForConditionalGeneration, SafeVlmOutput
 from .pipeline_safevlm import SafeVlmPipeline
 from .processing.processing_safevlm import SafeVlmProcessor
 from .safety_adapter import save_safety_adapter
-from .safety_assessment import SafetyAssessment
 from .safety_policy import ACTIONS, POLICY_PRESETS, SafetyPolicy
+from .safety_verdict import SafetyVerdict
 
 __all__ = [
     "ACTIONS",
@@ -29,8 +29,8 @@ __all__ = [
     "SafeVlmOutput",
     "SafeVlmPipeline",
     "SafeVlmProcessor",
-    "SafetyAssessment",
     "SafetyPolicy",
+    "SafetyVerdict",
 ]
 
 # Making a model needs this package, using one does not: these two are not in the code that a saved model carries.

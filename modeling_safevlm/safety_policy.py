@@ -61,7 +61,7 @@ class SafetyPolicy:
         whole_conversation (`bool`): Whether a verdict covers all user turns of a chat, beside the newest by itself.
             Then a request that is spread over turns is seen, but a chat stays guarded after a risky turn.
         level_temperature, category_temperature (`float` in [0.1, 10]): Calibration of the head's probabilities; above
-            1 they are less sure. See `level_log_probabilities` in safety_assessment.py.
+            1 they are less sure. See `level_log_probabilities` in safety_verdict.py.
     """
 
     name: str = "default"

@@ -16,8 +16,8 @@ from tiny import chat
 from safevlm import SafeVlmPipeline
 from safevlm.processing.pictures import MAX_PIXELS, PictureError, find_picture, load_picture
 from safevlm.trainer.commands import ask
-from safevlm.trainer.data import SafetyExample
-from safevlm.trainer.encoding import encode_example
+from safevlm.trainer.data import SafetyRow
+from safevlm.trainer.encoding import encode_row
 from safevlm.trainer.serving.answering import decode_image
 from safevlm.trainer.serving.errors import RequestError
 
@@ -68,7 +68,7 @@ def roads(path, model, processor, pipe):
 
     def trained():
         messages = [*chat(QUESTION), {"role": "assistant", "content": [{"type": "text", "text": "yes"}]}]
-        return encode_example(SafetyExample("row", (Path(path),), messages, 0, 1), processor, model.config)
+        return encode_row(SafetyRow("row", (Path(path),), messages, 0, 1), processor, model.config)
 
     return {
         "processor, file": lambda: called(Path(path)),

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
+from safevlm.files import replace_text
+
 from .evaluation.environment import environment
-from .files import replace_text
 
 MEASURED = "measured.json"
 

@@ -10,7 +10,7 @@ from accelerate import PartialState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .files import replace_folder
+from safevlm.files import replace_folder
 
 
 def last_complete_checkpoint(folder: str | os.PathLike) -> str | None:

@@ -1,4 +1,4 @@
-"""Data sets as people have them (lists, `datasets`, torch's; rows of dicts or `SafetyExample`s) as encoded rows."""
+"""Data sets as people have them (lists, `datasets`, torch's; rows of dicts or `SafetyRow`s) as encoded rows."""
 
 import hashlib
 from collections.abc import Mapping
@@ -7,12 +7,12 @@ import torch
 
 from safevlm.safety_policy import ACTIONS, SafetyPolicy
 
-from .data import DataError, SafetyExample, SafetyLabels, example_from_record
-from .encoding import encode_example
+from .data import DataError, SafetyLabels, SafetyRow, row_from_record
+from .encoding import encode_row
 
 
 class EncodedRow(dict):
-    """A row's tensors (see `encode_example`), and which row it is."""
+    """A row's tensors (see `encode_row`), and which row it is."""
 
     row_id: str
 
@@ -39,22 +39,21 @@ class RowEncoder:
         self.max_length = max_length
         self.seed = seed
 
-    def example(self, row, index: int) -> SafetyExample:
+    def example(self, row, index: int) -> SafetyRow:
         """The row, checked. Raises `DataError` where it breaks the schema or has labels that the model does not."""
         if isinstance(row, Mapping):
-            return example_from_record(row, self.labels, row_id=str(index))
-        if not isinstance(row, SafetyExample):
+            return row_from_record(row, self.labels, row_id=str(index))
+        if not isinstance(row, SafetyRow):
             raise DataError(
-                f"row {index}: expected a dict with `messages` and `images`, or a SafetyExample, "
-                f"got {type(row).__name__}."
+                f"row {index}: expected a dict with `messages` and `images`, or a SafetyRow, got {type(row).__name__}."
             )
         for name, names in (("category", self.config.category_names), ("level", self.config.level_names)):
             if (label := getattr(row, name)) is not None and label >= len(names):
                 raise DataError(f"row {row.row_id!r}: `{name}` {label} is not one of the model's {len(names)}.")
         return row
 
-    def encode(self, example: SafetyExample, index: int) -> EncodedRow:
-        row = EncodedRow(encode_example(example, self.processor, self.config, hint=self._hint(example, index)))
+    def encode(self, example: SafetyRow, index: int) -> EncodedRow:
+        row = EncodedRow(encode_row(example, self.processor, self.config, hint=self._hint(example, index)))
         row.row_id = example.row_id
         if self.max_length is not None and len(row["input_ids"]) > self.max_length:
             raise DataError(
@@ -63,7 +62,7 @@ class RowEncoder:
             )
         return row
 
-    def _hint(self, example: SafetyExample, index: int) -> list[int] | None:
+    def _hint(self, example: SafetyRow, index: int) -> list[int] | None:
         if example.category is None or example.level is None or not self._chance(index):
             return None
         action = ACTIONS[self.actions[example.category, example.level]]
@@ -94,7 +93,7 @@ class EncodedDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def example(self, index: int) -> SafetyExample:
+    def example(self, index: int) -> SafetyRow:
         """The row as it is before encoding."""
         return self.encoder.example(self.rows[index], index)
 

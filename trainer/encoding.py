@@ -10,15 +10,13 @@ from safevlm.losses import IGNORE_INDEX
 from safevlm.processing.chat_prompt import ChatPrompt
 from safevlm.prompt_editing import hint_column
 
-from .data import DataError, SafetyExample
+from .data import DataError, SafetyRow
 
 # What the processor returns beside `input_ids`, in its shape; 0 is neither question nor image.
 PER_TOKEN = ("safety_question_mask", "token_type_ids", "mm_token_type_ids")
 
 
-def encode_example(
-    example: SafetyExample, processor, config, hint: list[int] | None = None
-) -> dict[str, torch.Tensor]:
+def encode_row(example: SafetyRow, processor, config, hint: list[int] | None = None) -> dict[str, torch.Tensor]:
     """
     Encodes one row. One that ends with a question has no answer to supervise: its labels train the safety head alone.
 

@@ -7,7 +7,7 @@ from functools import lru_cache
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .data import SafetyExample, probe_image
+from .data import SafetyRow, probe_image
 from .encoded_rows import EncodedDataset, RowEncoder
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ class RowCounts:
     assessed: int = 0
     useless: int = 0
 
-    def add(self, example: SafetyExample):
+    def add(self, example: SafetyRow):
         labelled = example.category is not None or example.level is not None
         self.rows += 1
         self.labelled += labelled
@@ -100,7 +100,7 @@ class LengthEstimate:
         self.longest_hint = max((len(text.split()) for text in texts), default=0)
         self.image_tokens = lru_cache(maxsize=None)(self._image_tokens)
 
-    def may_exceed(self, example: SafetyExample, limit: int) -> bool:
+    def may_exceed(self, example: SafetyRow, limit: int) -> bool:
         """Whether the row may have more than `limit` tokens; if not, it has no more."""
         sizes = tuple(probe_image(image, row_id=example.row_id) for image in example.images)
         turned = tuple(size[::-1] for size in sizes)  # as EXIF orientation may have it

@@ -16,13 +16,14 @@ import yaml
 from accelerate import PartialState
 
 from safevlm import SafeVlmForConditionalGeneration
+from safevlm.files import replace_folder
 from safevlm.from_base import SAFETY_FIELDS
 
 from .checkpoints import last_complete_checkpoint, save_atomically
 from .encoded_rows import RowEncoder, encode_rows
-from .files import check_settings, load_settings, replace_folder
 from .preparation import trainable_weights
 from .row_checks import check_sets
+from .settings import check_settings, load_settings
 from .trainer import SafeVlmTrainer
 from .training_args import STAGES, SafeVlmTrainingArguments
 

@@ -56,10 +56,10 @@ class SafeVlmTrainer(Trainer):
     Args:
         model (`SafeVlmForConditionalGeneration`): Plain; the trainer adds LoRA itself.
         args (`SafeVlmTrainingArguments`)
-        data_collator (callable, *optional*): Gets encoded rows (see `encode_example`); by default
+        data_collator (callable, *optional*): Gets encoded rows (see `encode_row`); by default
             [`SafeVlmDataCollator`].
         train_dataset, eval_dataset: Lists, `datasets` or torch data sets, also iterable ones (`eval_dataset` also a
-            dict of them), of [`SafetyExample`]s or of dicts as `example_from_record` reads them:
+            dict of them), of [`SafetyRow`]s or of dicts as `row_from_record` reads them:
             `{"messages": [...], "images": [...], "category": ..., "level": ...}`.
         processing_class (`SafeVlmProcessor`): The model's.
         kwargs: As in `Trainer`; what is refused says so by name.

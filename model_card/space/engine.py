@@ -54,7 +54,7 @@ class Turn:
         question (`str`)
         picture (`Picture`, *optional*): What came with it.
         answer (`str`): The answer so far.
-        safety (`dict`, *optional*): The verdict on the conversation up to here, a row of `SafetyAssessment.to_list()`.
+        safety (`dict`, *optional*): The verdict on the conversation up to here, a row of `SafetyVerdict.to_list()`.
     """
 
     question: str
@@ -183,8 +183,8 @@ def _on_gpu(function):
 class _VerdictStreamer(TextIteratorStreamer):
     """Also hands over the verdict, which `generate` gives it before the first token."""
 
-    def put_safety(self, assessment):
-        self.text_queue.put(assessment.to_list()[0])
+    def put_safety(self, verdict):
+        self.text_queue.put(verdict.to_list()[0])
 
 
 class _StopWhen(StoppingCriteria):

@@ -92,7 +92,7 @@ def badge(action: str) -> str:
 def verdict(safety: dict, policy: str) -> str:
     """
     Args:
-        safety (`dict`): A row of `SafetyAssessment.to_list()`; its action is `"off"` where nothing was to be assessed.
+        safety (`dict`): A row of `SafetyVerdict.to_list()`; its action is `"off"` where nothing was to be assessed.
         policy (`str`): The name of the policy in force.
     """
     if safety["action"] == "off":

@@ -21,7 +21,7 @@ from tiny import SIZES, chat, new_tokens, picture, safe_model
 from safevlm import SafeVlmForConditionalGeneration, SafeVlmProcessor
 from safevlm.backbones import BACKBONES
 from safevlm.trainer import Recipe, run_schedule
-from safevlm.trainer.data import SafetyExample
+from safevlm.trainer.data import SafetyRow
 
 # One image, several of other sizes (and so other tile counts), none.
 ROWS = [("What is in the picture?", 1), ("Is it yes?", 2), ("no", 0)]
@@ -173,7 +173,7 @@ def test_user_text_cannot_spell_control_tokens(processor, model):
 def training_rows():
     def row(i, question, images, answer, category, level):
         turn = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
-        return SafetyExample(f"row-{i}", images, chat(question, len(images)) + [turn], category, level)
+        return SafetyRow(f"row-{i}", images, chat(question, len(images)) + [turn], category, level)
 
     return [
         row(0, "What is in the picture?", [PICTURES[0]], "yes", 6, 0),
@@ -224,9 +224,9 @@ def test_both_stages_train(family, processor, training_rows, tmp_path):
 def test_the_loss_is_that_of_the_answer_tokens_over_all_accumulated_ones(processor, model, training_rows):
     """What the Trainer relies on under gradient accumulation, and for a row of its own beside others."""
     from safevlm.trainer.data_collator import SafeVlmDataCollator
-    from safevlm.trainer.encoding import encode_example
+    from safevlm.trainer.encoding import encode_row
 
-    rows = [encode_example(row, processor, model.config) for row in training_rows]
+    rows = [encode_row(row, processor, model.config) for row in training_rows]
     batch = SafeVlmDataCollator(processor.tokenizer.pad_token_id)(rows)
     answers = int((batch["labels"][:, 1:] != -100).sum())
     with torch.no_grad():

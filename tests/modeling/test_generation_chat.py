@@ -9,9 +9,9 @@ from tiny import answers, picture
 
 from safevlm import question_reading
 from safevlm.question_reading import prompt_parts
-from safevlm.safety_assessment import worst_verdicts
-from safevlm.trainer.data import SafetyExample
-from safevlm.trainer.encoding import encode_example
+from safevlm.safety_verdict import worst_verdicts
+from safevlm.trainer.data import SafetyRow
+from safevlm.trainer.encoding import encode_row
 
 HARMLESS = "There is nothing harmful here, only two shapes. " * 3
 RISKY = "attack"
@@ -110,8 +110,8 @@ def test_users_who_spell_role_markers_are_read(case, readings):
 
 def test_answers_are_left_out_as_in_training(case):
     messages = [user("What is it?", 1), assistant("yes it is"), user("why?"), assistant("because")]
-    row = SafetyExample(row_id="row", images=(picture(),), messages=messages, category=6, level=0)
-    encoded = encode_example(row, case.processor, case.model.config)
+    row = SafetyRow(row_id="row", images=(picture(),), messages=messages, category=6, level=0)
+    encoded = encode_row(row, case.processor, case.model.config)
     inputs = case.chat(messages[:-1])
     length = inputs["input_ids"].shape[1]
     assert torch.equal(encoded["input_ids"][:length], inputs["input_ids"][0])
@@ -262,16 +262,16 @@ def test_a_prompt_of_answers_only_has_no_question():
 def test_the_strictest_action_counts_before_the_higher_score(case):
     """A reading or image of a lower score can have a stricter action, as categories have thresholds of their own."""
     model, inputs = case.model, case.chat([user("hello", 1)])
-    assessment = model.assess(**inputs)
-    mild = replace(assessment, action=torch.tensor([1]), score=torch.tensor([0.9]), level=torch.tensor([1]))
-    strict = replace(assessment, action=torch.tensor([3]), score=torch.tensor([0.6]), level=torch.tensor([2]))
+    verdict = model.assess(**inputs)
+    mild = replace(verdict, action=torch.tensor([1]), score=torch.tensor([0.9]), level=torch.tensor([1]))
+    strict = replace(verdict, action=torch.tensor([3]), score=torch.tensor([0.6]), level=torch.tensor([2]))
     for order in ([mild, strict], [strict, mild]):
         both = {
             field.name: torch.cat([getattr(one, field.name) for one in order])
-            for field in fields(assessment)
-            if isinstance(getattr(assessment, field.name), torch.Tensor)
+            for field in fields(verdict)
+            if isinstance(getattr(verdict, field.name), torch.Tensor)
         }
-        worst = worst_verdicts(replace(assessment, **both), torch.tensor([0, 0]), assessment)
+        worst = worst_verdicts(replace(verdict, **both), torch.tensor([0, 0]), verdict)
         assert worst.actions == ["refuse"] and worst.level.item() == 2 and worst.score.item() == pytest.approx(0.6)
 
 

@@ -241,8 +241,8 @@ class Listener:
     def __init__(self):
         self.given = []
 
-    def put_safety(self, assessment):
-        self.given.append(assessment)
+    def put_safety(self, verdict):
+        self.given.append(verdict)
 
     def put(self, value):
         self.given.append("tokens")

@@ -58,8 +58,8 @@ def test_padding_does_not_change_safety_logits(model, processor, side, amount):
     per_token = ("input_ids", "attention_mask", "safety_question_mask")
     padded = {**inputs, **{name: torch.nn.functional.pad(inputs[name], pad, value=0) for name in per_token}}
     assert_same(safety_logits(model, padded), reference)
-    assessment = model.assess(**{name: value for name, value in padded.items() if name != "attention_mask"})
-    assert_same(assessment.level_probabilities, reference[:, :4].softmax(dim=1))  # the mask is made from the padding
+    verdict = model.assess(**{name: value for name, value in padded.items() if name != "attention_mask"})
+    assert_same(verdict.level_probabilities, reference[:, :4].softmax(dim=1))  # the mask is made from the padding
 
 
 def test_batch_neighbours_do_not_change_safety_logits(model, processor):
@@ -128,10 +128,10 @@ def test_the_order_of_a_rows_images_does_not_change_its_verdict(model, processor
 
 
 def test_rows_without_an_image_are_not_assessed(model, batch):
-    assessment = model.assess(**batch)
-    assert assessment.assessed.tolist() == [True, True, False]
-    assert assessment.score[2] == 0 and assessment.actions[2] == "allow"
-    row = assessment.to_list()[2]
+    verdict = model.assess(**batch)
+    assert verdict.assessed.tolist() == [True, True, False]
+    assert verdict.score[2] == 0 and verdict.actions[2] == "allow"
+    row = verdict.to_list()[2]
     assert row["assessed"] is False and row["level"] is None and row["score"] is None
 
 
@@ -155,11 +155,11 @@ def test_an_image_without_a_question_gets_finite_logits(model):
 
 
 def test_probabilities_sum_to_one_and_verdict_and_category_agree(model, batch):
-    assessment = model.assess(**batch)[:2]
-    torch.testing.assert_close(assessment.level_probabilities.sum(dim=1), torch.ones(2))
-    torch.testing.assert_close(assessment.score, 1 - assessment.level_probabilities[:, 0])
+    verdict = model.assess(**batch)[:2]
+    torch.testing.assert_close(verdict.level_probabilities.sum(dim=1), torch.ones(2))
+    torch.testing.assert_close(verdict.score, 1 - verdict.level_probabilities[:, 0])
     safe = model.config.safe_category_id
-    assert torch.equal(assessment.level == 0, assessment.category == safe)
+    assert torch.equal(verdict.level == 0, verdict.category == safe)
 
 
 def test_assess_runs_no_language_model(model, batch, monkeypatch):

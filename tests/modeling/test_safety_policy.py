@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tiny import safe_model
 
 from safevlm import ACTIONS, POLICY_PRESETS, SafetyPolicy, SafeVlmConfig
-from safevlm.safety_assessment import assess_logits, worst_verdicts
 from safevlm.safety_labels import PAPER_LABELS
+from safevlm.safety_verdict import assess_logits, worst_verdicts
 
 CATEGORY_NAMES, LEVEL_NAMES = PAPER_LABELS.category_names, PAPER_LABELS.level_names
 LOGITS = st.floats(-20, 20, width=32)
@@ -389,14 +389,14 @@ def test_an_image_that_is_no_number_does_not_lift_anothers_refusal(order):
 
 def test_an_assessment_prints_as_one_line_a_row():
     levels, categories = torch.eye(4)[[0, 3, 0]] * 9, torch.eye(7)[[6, 1, 6]] * 9
-    assessment = assess_logits(levels, categories, torch.tensor([True, True, False]), SafetyPolicy(), PAPER_LABELS)
-    assert repr(assessment).splitlines() == [
-        "SafetyAssessment:",
+    verdict = assess_logits(levels, categories, torch.tensor([True, True, False]), SafetyPolicy(), PAPER_LABELS)
+    assert repr(verdict).splitlines() == [
+        "SafetyVerdict:",
         "  row 0: allow (safe, none, risk 0.000)",
         "  row 1: refuse (illegal risk, high, risk 1.000)",
         "  row 2: allow (not assessed)",
     ]
-    assert str(assessment[1:2]) == "SafetyAssessment:\n  row 0: refuse (illegal risk, high, risk 1.000)"
+    assert str(verdict[1:2]) == "SafetyVerdict:\n  row 0: refuse (illegal risk, high, risk 1.000)"
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ from published_templates import THINKING
 from tiny import LEVELS, answers, encode, picture, safe_model
 
 from safevlm import SafeVlmProcessor
-from safevlm.trainer.data import DataError, SafetyExample
+from safevlm.trainer.data import DataError, SafetyRow
 from safevlm.trainer.encoded_rows import EncodedDataset, RowEncoder
-from safevlm.trainer.encoding import encode_example
+from safevlm.trainer.encoding import encode_row
 
 
 @pytest.fixture(scope="module", params=THINKING)
@@ -25,7 +25,7 @@ def thinking(request):
 
 def row(*messages, level=0):
     images = [picture(i) for i in range(sum(part["type"] == "image" for m in messages for part in m["content"]))]
-    return SafetyExample("row-7", images, list(messages), 0 if level else 6, level)
+    return SafetyRow("row-7", images, list(messages), 0 if level else 6, level)
 
 
 def visible(text):
@@ -84,7 +84,7 @@ def test_a_hint_stands_in_the_users_turn_in_training_and_in_generation(thinking,
 def test_every_answer_is_supervised_and_no_question_is(thinking):
     model, processor = thinking
     messages = [user("Is it yes?", 1), assistant("no"), user("And here?"), assistant("yes, yes")]
-    encoded = encode_example(row(*messages), processor, model.config)
+    encoded = encode_row(row(*messages), processor, model.config)
     runs = processor.decode([i for i in encoded["labels"].tolist() if i != -100]).split("<|im_end|>")
     assert [visible(run) for run in runs[:2]] == ["no", "yes, yes"]
     read = processor.decode(encoded["input_ids"][encoded["safety_question_mask"].bool()])
@@ -94,7 +94,7 @@ def test_every_answer_is_supervised_and_no_question_is(thinking):
 def test_training_and_generation_read_the_same_question(thinking):
     model, processor = thinking
     messages = [user("Is it yes?", 1), assistant("no"), user("And here?"), assistant("yes")]
-    encoded = encode_example(row(*messages), processor, model.config)
+    encoded = encode_row(row(*messages), processor, model.config)
     prompt = processor.apply_chat_template(messages[:-1], add_generation_prompt=True)
     inputs = processor(images=[picture()], text=[prompt], return_tensors="pt")
     asked = inputs["input_ids"][0][inputs["safety_question_mask"][0].bool()]
@@ -111,4 +111,4 @@ def test_a_template_that_hides_the_answers_cannot_be_trained_on(processor, model
     hiding.chat_template = hiding.chat_template.replace("{{ p['text'] }}", "{{ p['text'] | reverse }}")
     hiding = SafeVlmProcessor.from_base(hiding)
     with pytest.raises(DataError, match="row 'row-7': .* does not show where the last answer"):
-        encode_example(row(user("Is it?", 1), assistant("yes")), hiding, model.config)
+        encode_row(row(user("Is it?", 1), assistant("yes")), hiding, model.config)

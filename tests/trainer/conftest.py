@@ -9,7 +9,7 @@ import torch
 from tiny import chat, picture, safe_model, tiny_llava
 
 from safevlm.trainer import SafeVlmTrainer, SafeVlmTrainingArguments
-from safevlm.trainer.data import SafetyExample
+from safevlm.trainer.data import SafetyRow
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -27,7 +27,7 @@ def make_row():
     def make(i, question="Is it yes?", answer="no", images=1, category=1, level=3):
         answer_turn = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
         pictures = [picture(10 * i + k) for k in range(images)]
-        return SafetyExample(f"row-{i}", pictures, chat(question, images) + [answer_turn], category, level)
+        return SafetyRow(f"row-{i}", pictures, chat(question, images) + [answer_turn], category, level)
 
     return make
 

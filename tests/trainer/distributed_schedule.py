@@ -12,7 +12,7 @@ from tiny import chat, picture, safe_model, tiny_llava, tiny_processor
 
 from safevlm import SafeVlmProcessor
 from safevlm.trainer import Recipe, run_schedule
-from safevlm.trainer.data import SafetyExample
+from safevlm.trainer.data import SafetyRow
 
 DEFAULTS = dict(
     optim="sgd",
@@ -54,7 +54,7 @@ def main(output_dir: str, stages: str, without_picture: str = ""):
         pictures = [] if str(i) in without_picture else [picture(i)]
         turn = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
         messages = [*chat("Is it yes?", len(pictures)), turn]
-        rows.append(SafetyExample(f"row-{i}", pictures, messages, category=i, level=i))
+        rows.append(SafetyRow(f"row-{i}", pictures, messages, category=i, level=i))
     processor = SafeVlmProcessor.from_base(tiny_processor())
     recipe = Recipe([{**DEFAULTS, **stage} for stage in json.loads(stages)])
     run_schedule(safe_model(tiny_llava(), processor), processor, rows, output_dir, recipe)

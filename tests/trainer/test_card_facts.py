@@ -25,7 +25,7 @@ from safevlm.trainer.card_facts import (
 )
 from safevlm.trainer.cli import _parser
 from safevlm.trainer.commands.train import _override
-from safevlm.trainer.data import SafetyExample
+from safevlm.trainer.data import SafetyRow
 from safevlm.trainer.run import train_from_files
 from safevlm.trainer.stages import Recipe, run_schedule
 
@@ -41,10 +41,10 @@ STAGE = {
 }
 
 
-def rows(count: int) -> list[SafetyExample]:
+def rows(count: int) -> list[SafetyRow]:
     answer = {"role": "assistant", "content": [{"type": "text", "text": "yes"}]}
     return [
-        SafetyExample(
+        SafetyRow(
             row_id=str(i), images=(picture(i),), messages=[*chat(), answer], category=i % 7, level=3 * (i % 7 != 6)
         )
         for i in range(count)

@@ -18,9 +18,9 @@ from transformers.utils import logging as transformers_logging
 
 from safevlm import SafeVlmConfig
 from safevlm.trainer import SafeVlmTrainingArguments
-from safevlm.trainer.files import load_settings
 from safevlm.trainer.overruled import check_before_training, overruled, overruled_safety
 from safevlm.trainer.progress import plain_progress
+from safevlm.trainer.settings import load_settings
 from safevlm.trainer.stages import Recipe
 
 

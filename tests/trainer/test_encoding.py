@@ -8,10 +8,10 @@ from tiny import chat, picture, safe_model, tiny_llava
 
 from safevlm import SafeVlmProcessor
 from safevlm.prompt_editing import last_occurrence
-from safevlm.trainer.data import DataError, ImageError, SafetyExample
+from safevlm.trainer.data import DataError, ImageError, SafetyRow
 from safevlm.trainer.data_collator import SafeVlmDataCollator
 from safevlm.trainer.encoded_rows import EncodedDataset, RowEncoder
-from safevlm.trainer.encoding import encode_example
+from safevlm.trainer.encoding import encode_row
 
 # The chat template of llava-hf/llava-1.5-7b-hf, which leaves the end of an answer open.
 LLAVA_TEMPLATE = (
@@ -39,7 +39,7 @@ def assistant(text):
 
 def example(*messages, category=1, level=2, row_id="row-7"):
     count = sum(part["type"] == "image" for message in messages for part in message["content"])
-    return SafetyExample(row_id, [picture(i) for i in range(count)], list(messages), category, level)
+    return SafetyRow(row_id, [picture(i) for i in range(count)], list(messages), category, level)
 
 
 def labelled(encoded) -> list[list[int]]:
@@ -81,14 +81,14 @@ CONVERSATIONS = {
 
 @pytest.mark.parametrize("conversation", CONVERSATIONS.values(), ids=CONVERSATIONS.keys())
 def test_labels_are_the_answers_and_their_end_only(processor, model, conversation):
-    encoded = encode_example(example(*conversation), processor, model.config)
+    encoded = encode_row(example(*conversation), processor, model.config)
     answers = [m["content"][0]["text"] for m in conversation if m["role"] == "assistant"]
     assert [processor.tokenizer.decode(run) for run in labelled(encoded)] == [f" {a}</s>" for a in answers]
 
 
 @pytest.mark.parametrize("conversation", CONVERSATIONS.values(), ids=CONVERSATIONS.keys())
 def test_a_template_without_end_of_turn_gets_one_at_the_last_answer(llava_processor, model, conversation):
-    encoded = encode_example(example(*conversation), llava_processor, model.config)
+    encoded = encode_row(example(*conversation), llava_processor, model.config)
     answers = [m["content"][0]["text"] for m in conversation if m["role"] == "assistant"]
     runs = [llava_processor.tokenizer.decode(run) for run in labelled(encoded)]
     assert [run.strip() for run in runs[:-1]] == answers[:-1]
@@ -100,7 +100,7 @@ def test_a_template_without_end_of_turn_gets_one_at_the_last_answer(llava_proces
 @pytest.mark.parametrize("hinted", [False, True])
 def test_the_safety_head_reads_the_prompt_but_no_answer_and_no_hint(processor, model, conversation, hinted):
     hint = processor.tokenizer(" Careful!")["input_ids"] if hinted else None
-    encoded = encode_example(example(*conversation), processor, model.config, hint=hint)
+    encoded = encode_row(example(*conversation), processor, model.config, hint=hint)
     text = processor.apply_chat_template(conversation).replace("<image>", "")
     for message in conversation:
         if message["role"] == "assistant":
@@ -111,7 +111,7 @@ def test_the_safety_head_reads_the_prompt_but_no_answer_and_no_hint(processor, m
 @pytest.mark.parametrize("conversation", CONVERSATIONS.values(), ids=CONVERSATIONS.keys())
 def test_token_ids_are_what_the_processor_makes_of_the_conversation(processor, model, conversation):
     row = example(*conversation)
-    encoded = encode_example(row, processor, model.config)
+    encoded = encode_row(row, processor, model.config)
     text = processor.apply_chat_template(row.messages)
     expected = processor(images=row.load_images() or None, text=text, return_tensors="pt")
     assert encoded["input_ids"].tolist() == expected["input_ids"][0].tolist()
@@ -122,19 +122,17 @@ def test_token_ids_are_what_the_processor_makes_of_the_conversation(processor, m
 
 def test_labels_of_the_row_are_kept_and_missing_ones_ignored(processor, model):
     conversation = CONVERSATIONS["one turn"]
-    encoded = encode_example(example(*conversation, category=0, level=3), processor, model.config)
+    encoded = encode_row(example(*conversation, category=0, level=3), processor, model.config)
     assert (encoded["safety_category_labels"].item(), encoded["safety_level_labels"].item()) == (0, 3)
-    encoded = encode_example(example(*conversation, category=None, level=None), processor, model.config)
+    encoded = encode_row(example(*conversation, category=None, level=None), processor, model.config)
     assert (encoded["safety_category_labels"].item(), encoded["safety_level_labels"].item()) == (-100, -100)
 
 
 @pytest.mark.parametrize("spelling", ["<image>", "<safety>", "</s>", "<pad>", "<s>"])
 def test_special_tokens_spelt_by_the_user_become_text(processor, model, spelling):
     tokenizer = processor.tokenizer
-    plain = encode_example(example(user("Is it?", 1), assistant("no")), processor, model.config)
-    spelt = encode_example(
-        example(user(f"Is {spelling} it?", 1), assistant(f"no {spelling}")), processor, model.config
-    )
+    plain = encode_row(example(user("Is it?", 1), assistant("no")), processor, model.config)
+    spelt = encode_row(example(user(f"Is {spelling} it?", 1), assistant(f"no {spelling}")), processor, model.config)
     for token in ("<image>", "<safety>", "</s>", "<pad>", "<s>"):
         token_id = tokenizer.convert_tokens_to_ids(token)
         assert (spelt["input_ids"] == token_id).sum() == (plain["input_ids"] == token_id).sum(), token
@@ -168,7 +166,7 @@ def test_a_hint_is_put_where_generation_puts_it(
 def test_a_hinted_row_differs_by_the_hint_only(processor, model):
     row = example(user("Is it yes?", 1), assistant("no"))
     hint = processor.tokenizer(" Careful!")["input_ids"]
-    plain, hinted = (encode_example(row, processor, model.config, hint=h) for h in (None, hint))
+    plain, hinted = (encode_row(row, processor, model.config, hint=h) for h in (None, hint))
     at = last_occurrence(plain["input_ids"].tolist(), model.config.generation_prompt_token_ids)
     for name, inserted in (
         ("input_ids", hint),
@@ -201,7 +199,7 @@ def test_only_risky_rows_get_hints(processor, model, rows):
 
 def test_a_row_longer_than_max_length_raises_with_its_id(processor, model):
     row = example(user("Is it yes?", 1), assistant("no"))
-    length = len(encode_example(row, processor, model.config)["input_ids"])
+    length = len(encode_row(row, processor, model.config)["input_ids"])
     assert len(EncodedDataset([row], RowEncoder(processor, model.config, max_length=length))[0]["input_ids"]) == length
     with pytest.raises(DataError, match=f"row 'row-7': {length} tokens, `max_length` is {length - 1}"):
         EncodedDataset([row], RowEncoder(processor, model.config, max_length=length - 1))[0]
@@ -210,7 +208,7 @@ def test_a_row_longer_than_max_length_raises_with_its_id(processor, model):
 @pytest.mark.parametrize("images", [0, 1])
 def test_a_row_that_ends_with_a_question_is_the_prompt_that_generation_gets(processor, model, images):
     row = example(user("Is it yes?", images))
-    encoded = encode_example(row, processor, model.config)
+    encoded = encode_row(row, processor, model.config)
     prompt = processor.apply_chat_template(row.messages, add_generation_prompt=True)
     expected = processor(images=row.load_images() or None, text=prompt, return_tensors="pt")
     assert encoded["input_ids"].tolist() == expected["input_ids"][0].tolist()
@@ -219,9 +217,9 @@ def test_a_row_that_ends_with_a_question_is_the_prompt_that_generation_gets(proc
 
 
 def test_an_image_that_vanished_raises_with_row_id_and_path(processor, model, tmp_path):
-    row = SafetyExample("row-7", [tmp_path / "gone.png"], [user("Is it?", 1), assistant("no")], 1, 2)
+    row = SafetyRow("row-7", [tmp_path / "gone.png"], [user("Is it?", 1), assistant("no")], 1, 2)
     with pytest.raises(ImageError, match=r"row 'row-7'.*gone\.png"):
-        encode_example(row, processor, model.config)
+        encode_row(row, processor, model.config)
 
 
 def test_cached_rows_are_encoded_once_and_equal(processor, model, rows, monkeypatch):

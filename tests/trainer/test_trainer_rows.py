@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import chat, picture
 
-from safevlm.trainer.data import DataError, SafetyExample
+from safevlm.trainer.data import DataError, SafetyRow
 from safevlm.trainer.encoded_rows import EncodedDataset, RowEncoder
 from safevlm.trainer.evaluation import trainer_metrics
 from safevlm.trainer.row_checks import LengthEstimate
@@ -32,12 +32,12 @@ def records(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def examples(records):
-    """The same rows as `SafetyExample`s."""
+    """The same rows as `SafetyRow`s."""
     labels = [(1, 3), (4, 3), (6, 0), (6, 0)]
     pictures = [[picture(0)], [picture(10)], [picture(20)], []]
     questions = [chat("Is it yes?")] * 3 + [chat("Is it?", 0)]
     return [
-        SafetyExample(str(i), images, [*question, ANSWER], *label)
+        SafetyRow(str(i), images, [*question, ANSWER], *label)
         for i, (images, question, label) in enumerate(zip(pictures, questions, labels, strict=True))
     ]
 
@@ -234,7 +234,7 @@ def test_rows_without_an_answer_in_a_step_leave_the_others_loss_as_it_is(fresh_m
         return before - model.safety.embeddings.tokens.weight.detach()
 
     answered = make_row(0)
-    question = SafetyExample("q", [picture(3)], chat("Is it?"), 6, 0)
+    question = SafetyRow("q", [picture(3)], chat("Is it?"), 6, 0)
     alone, mixed = gradients([answered]), gradients([question, answered])
     assert alone.abs().max() > 0
     assert torch.allclose(alone, mixed, rtol=1e-4, atol=1e-7)
@@ -291,7 +291,7 @@ def test_a_stream_without_any_labelled_row_is_an_error_at_its_end(fresh_model, m
 
 
 def test_unlabelled_rows_are_counted(fresh_model, make_trainer, make_row, caplog):
-    rows = [make_row(0), make_row(1, category=None, level=None), SafetyExample("q", [picture(1)], chat("Is it?"))]
+    rows = [make_row(0), make_row(1, category=None, level=None), SafetyRow("q", [picture(1)], chat("Is it?"))]
     make_trainer(fresh_model(), rows).train()
     assert "2 of 3 training rows have no safety label" in caplog.text
     assert "1 of them have no answer either and teach nothing" in caplog.text
@@ -302,9 +302,9 @@ def test_unlabelled_rows_are_counted(fresh_model, make_trainer, make_row, caplog
     [
         ({"category": "politcs"}, "row '4': .*politcs"),
         ({"messages": []}, "row '4'"),
-        (["a list"], "row 4: expected a dict with `messages` and `images`, or a SafetyExample, got list"),
+        (["a list"], "row 4: expected a dict with `messages` and `images`, or a SafetyRow, got list"),
         (
-            SafetyExample("far", [picture(1)], chat("Is it?"), 9, 0),
+            SafetyRow("far", [picture(1)], chat("Is it?"), 9, 0),
             "row 'far': `category` 9 is not one of the model's 7",
         ),
     ],
@@ -326,7 +326,7 @@ def test_several_sets_or_a_table_are_no_training_set(fresh_model, make_trainer, 
 
 
 def test_rows_with_nothing_to_learn_from_have_no_loss(fresh_model, make_trainer):
-    question = SafetyExample("q", [picture(3)], chat("Is it?"))
+    question = SafetyRow("q", [picture(3)], chat("Is it?"))
     assert not [name for name in make_trainer(fresh_model()).predict([question]).metrics if "loss" in name]
 
 
@@ -358,7 +358,7 @@ def test_a_too_long_row_of_a_stream_is_found_when_it_is_reached(fresh_model, mak
 def test_the_estimate_of_a_row_s_length_is_an_upper_bound_and_decodes_no_picture(processor, model, rows, monkeypatch):
     encoder = RowEncoder(processor, model.config, hint_probability=1.0)
     lengths = [len(row["input_ids"]) for row in (EncodedDataset(rows, encoder)[i] for i in range(len(rows)))]
-    monkeypatch.setattr(SafetyExample, "load_images", lambda self: pytest.fail("decoded"))
+    monkeypatch.setattr(SafetyRow, "load_images", lambda self: pytest.fail("decoded"))
     estimate = LengthEstimate(encoder)
     slack = estimate.longest_hint + 40
     for row, length in zip(rows, lengths, strict=True):

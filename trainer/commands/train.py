@@ -4,7 +4,7 @@ from pathlib import Path
 
 import yaml
 
-from safevlm.trainer.files import load_settings
+from safevlm.trainer.settings import load_settings
 
 from .common import add_command, add_labels_argument, add_reader_arguments, model_config, print_json, reader_options
 

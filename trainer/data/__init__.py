@@ -16,9 +16,9 @@ from .readers import (
     read_safevlm_jsonl,
     register_format,
 )
-from .records import example_from_record
+from .records import row_from_record
 from .sampling import balance, split_holdout
-from .schema import SafetyExample, label_ids
+from .schema import SafetyRow, label_ids
 from .taxonomy import Taxonomy, shipped_taxonomies
 from .writers import write_safevlm_jsonl
 
@@ -32,12 +32,12 @@ __all__ = [
     "ImageSource",
     "RowFormat",
     "Rows",
-    "SafetyExample",
+    "SafetyRow",
     "SafetyLabels",
     "Taxonomy",
     "balance",
     "detect_format",
-    "example_from_record",
+    "row_from_record",
     "iter_rows",
     "label_ids",
     "load_image",

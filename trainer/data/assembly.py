@@ -17,7 +17,7 @@ from .format_base import identifier
 from .formats import Context, RowFormat
 from .images import MAX_PIXELS, ImageSource, load_image, probe_image
 from .record_fields import is_empty, other_fields
-from .schema import SafetyExample, label_ids
+from .schema import SafetyRow, label_ids
 from .taxonomy import Taxonomy, UnmappedLabel
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class Assembly:
     _checked: set[ImageSource] = field(default_factory=set)
     _other_splits: set[str] = field(default_factory=set)
 
-    def rows(self, parts: Sequence[tuple[Container, str, Iterable[Item]]]) -> Iterator[SafetyExample]:
+    def rows(self, parts: Sequence[tuple[Container, str, Iterable[Item]]]) -> Iterator[SafetyRow]:
         """The rows of all parts: a container, what it calls a record, and its records."""
         first_skipped, read, made = len(self.skipped), 0, 0
         for container, unit, items in parts:
@@ -72,7 +72,7 @@ class Assembly:
             total = made + len(skipped)
             logger.warning("%s: skipped %d of %d rows, the first: %s", name, len(skipped), total, skipped[0][1])
 
-    def _record(self, container: Container, unit: str, item: Item) -> Iterator[SafetyExample]:
+    def _record(self, container: Container, unit: str, item: Item) -> Iterator[SafetyRow]:
         place = f"{container.name}, {unit} {item.number}"
         row_id = f"{container.file_name}:{item.number}"
         try:
@@ -103,7 +103,7 @@ class Assembly:
         parsed = self.row_format.parse(record, labels=self.labels, assume_safe=self.assume_safe, context=context)
         return [parsed] if isinstance(parsed, dict) else parsed
 
-    def row(self, row_id: str, fields: dict[str, Any], record: dict, container: Container) -> SafetyExample | None:
+    def row(self, row_id: str, fields: dict[str, Any], record: dict, container: Container) -> SafetyRow | None:
         """`None` if the row is of another split than the one asked for."""
         if (used := fields.pop("used", None)) is not None:
             self._keep_metadata(fields, record, used)
@@ -121,7 +121,7 @@ class Assembly:
         fields["images"] = [_image(image, container) for image in fields["images"]]
         if self.source is not None or not fields.get("source"):
             fields["source"] = self._source(container)
-        return SafetyExample(row_id=row_id, **fields)
+        return SafetyRow(row_id=row_id, **fields)
 
     def _keep_metadata(self, fields: dict[str, Any], record: dict, used: set[str]) -> None:
         """What no one read is the row's metadata, unless it carries a picture, a turn or a label."""
@@ -141,7 +141,7 @@ class Assembly:
             return self.taxonomy.name
         return container.stem or container.name
 
-    def _check(self, row: SafetyExample) -> None:
+    def _check(self, row: SafetyRow) -> None:
         if self.require_answer and not (row.has_answer or row.is_labelled):
             raise DataError("has neither an answer nor a label; add one, or drop the row")
         if self.check_images == "none":

@@ -16,7 +16,7 @@ from .duplicates import contradict, find_conflicts, question_of
 from .errors import DataError
 from .fingerprints import ImageIndex
 from .readers import Rows
-from .schema import SafetyExample
+from .schema import SafetyRow
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ _NO_LABELS = (
 )
 
 
-def _row_problems(row: SafetyExample, index: ImageIndex, require_answer: bool) -> list[tuple[str, str]]:
+def _row_problems(row: SafetyRow, index: ImageIndex, require_answer: bool) -> list[tuple[str, str]]:
     errors = (index.error(image) for image in dict.fromkeys(row.images))
     problems = [("image", str(error)) for error in errors if error is not None]
     if "" in question_of(row):

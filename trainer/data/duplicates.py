@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from .fingerprints import ImageIndex
 from .images import ImageSource
-from .schema import SafetyExample
+from .schema import SafetyRow
 
 
 class Leak(NamedTuple):
@@ -35,7 +35,7 @@ class Leak(NamedTuple):
     distance: int | None
 
 
-def question_of(row: SafetyExample) -> tuple[str, ...]:
+def question_of(row: SafetyRow) -> tuple[str, ...]:
     """The texts of the user turns, white space aside."""
     turns = (turn for turn in row.messages if turn["role"] == "user")
     return tuple(
@@ -44,13 +44,13 @@ def question_of(row: SafetyExample) -> tuple[str, ...]:
     )
 
 
-def contradict(row: SafetyExample, other: SafetyExample) -> bool:
+def contradict(row: SafetyRow, other: SafetyRow) -> bool:
     """Whether both have a category, or both a level, and not the same. An unknown label contradicts none."""
     pairs = ((row.category, other.category), (row.level, other.level))
     return any(one is not None and two is not None and one != two for one, two in pairs)
 
 
-def find_conflicts(rows: Sequence[SafetyExample], index: ImageIndex) -> list[list[int]]:
+def find_conflicts(rows: Sequence[SafetyRow], index: ImageIndex) -> list[list[int]]:
     """Groups of row indices with the same pixels and the same question, each contradicting another of its group."""
     alike = _grouped(range(len(rows)), lambda number: (_images(rows[number], index.exact), question_of(rows[number])))
     conflicts = []
@@ -63,7 +63,7 @@ def find_conflicts(rows: Sequence[SafetyExample], index: ImageIndex) -> list[lis
     return conflicts
 
 
-def find_duplicates(rows: Sequence[SafetyExample], same_image: Callable[[ImageSource], str]) -> list[tuple[int, int]]:
+def find_duplicates(rows: Sequence[SafetyRow], same_image: Callable[[ImageSource], str]) -> list[tuple[int, int]]:
     """Pairs (duplicate, first row like it): the same images by `same_image`, the same question, the same labels.
 
     Args:
@@ -81,7 +81,7 @@ def find_duplicates(rows: Sequence[SafetyExample], same_image: Callable[[ImageSo
     return sorted((number, group[0]) for group in alike for number in group[1:])
 
 
-def find_leaks(rows: Sequence[SafetyExample], tests: Sequence[SafetyExample], index: ImageIndex) -> list[Leak]:
+def find_leaks(rows: Sequence[SafetyRow], tests: Sequence[SafetyRow], index: ImageIndex) -> list[Leak]:
     """The rows that share an image, exactly or nearly, with a test row, each with the first one found."""
     texts, exact, near = {}, {}, {}
     for number, row in enumerate(tests):
@@ -106,7 +106,7 @@ def find_leaks(rows: Sequence[SafetyExample], tests: Sequence[SafetyExample], in
     return leaks
 
 
-def _images(row: SafetyExample, same_image: Callable[[ImageSource], str]) -> tuple[str, ...]:
+def _images(row: SafetyRow, same_image: Callable[[ImageSource], str]) -> tuple[str, ...]:
     return tuple(same_image(image) for image in row.images)
 
 

@@ -27,7 +27,7 @@ from .archives import ArchivedImage
 from .errors import ImageError
 from .images import MAX_FILE_BYTES, ImageSource, load_image
 from .sampling import image_key
-from .schema import SafetyExample
+from .schema import SafetyRow
 
 HASH_BITS = 256
 NEAR_DISTANCE = 24
@@ -124,7 +124,7 @@ class ImageIndex:
     """The fingerprints of all images of some rows; each image is decoded once, on all cores.
 
     Args:
-        rows (`Iterable[SafetyExample]`): Rows whose images are looked up later.
+        rows (`Iterable[SafetyRow]`): Rows whose images are looked up later.
         perceptual (`bool`, *optional*, defaults to `True`): Whether near duplicates are wanted.
         distance (`int`, *optional*, defaults to 24): Largest number of differing bits, of 256, of near duplicates.
         progress (`bool`, *optional*, defaults to `True`): Whether a bar goes to standard error.
@@ -135,7 +135,7 @@ class ImageIndex:
 
     def __init__(
         self,
-        rows: Iterable[SafetyExample],
+        rows: Iterable[SafetyRow],
         *,
         perceptual: bool = True,
         distance: int = NEAR_DISTANCE,

@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from safevlm.trainer.files import replace_folder
+from safevlm.files import replace_folder
 
 from .duplicates import find_conflicts, find_duplicates, find_leaks, question_of
 from .errors import DataError
@@ -26,7 +26,7 @@ from .mix_output import MANIFEST, MANIFEST_FORMAT, ImagePlacer, check_output, co
 from .mix_recipe import MixFile, MixRecipe, MixSource
 from .readers import Rows, read_rows
 from .sampling import balance, split_holdout
-from .schema import SafetyExample
+from .schema import SafetyRow
 from .writers import IMAGE_MARKER, write_safevlm_jsonl
 
 _LIBRARIES = ("safevlm", "imagehash", "numpy", "pillow", "scipy")
@@ -94,7 +94,7 @@ class _Build:
         self.inputs: dict[str, str | None] = {}
         self.test_rows_skipped = 0
 
-    def run(self) -> dict[str, list[SafetyExample]]:
+    def run(self) -> dict[str, list[SafetyRow]]:
         """The chosen rows of each part, `"train"` and, if wanted, `"heldout"`."""
         recipe = self.recipe
         rows = [row for source in recipe.sources for row in self._read_source(source)]
@@ -120,7 +120,7 @@ class _Build:
         arguments = file.reader_arguments(self.root)
         return read_rows(**arguments, labels=self.labels, check_images="none", on_error="skip", **options)
 
-    def _read_source(self, source: MixSource) -> list[SafetyExample]:
+    def _read_source(self, source: MixSource) -> list[SafetyRow]:
         read = self._read(source, assume_safe=source.assume_safe)
         self.read_counts[source.name] = len(read) + len(read.skipped)
         self._drop(Dropped(source.name, row_id, "bad_row", self._portable(why)) for row_id, why in read.skipped)
@@ -145,8 +145,8 @@ class _Build:
             self.counts[entry.source][entry.reason] += 1
 
     def _keep(
-        self, rows: Sequence[SafetyExample], reason: str, problem: Callable[[SafetyExample], str | None]
-    ) -> list[SafetyExample]:
+        self, rows: Sequence[SafetyRow], reason: str, problem: Callable[[SafetyRow], str | None]
+    ) -> list[SafetyRow]:
         """The rows without a problem."""
         kept = []
         for row in rows:
@@ -156,28 +156,28 @@ class _Build:
                 self._drop([Dropped(row.source, row.row_id, reason, detail)])
         return kept
 
-    def _without(self, rows: Sequence[SafetyExample], reason: str, details: Mapping[int, str]) -> list[SafetyExample]:
+    def _without(self, rows: Sequence[SafetyRow], reason: str, details: Mapping[int, str]) -> list[SafetyRow]:
         self._drop(Dropped(rows[i].source, rows[i].row_id, reason, details[i]) for i in sorted(details))
         return [row for i, row in enumerate(rows) if i not in details]
 
-    def _image_error(self, row: SafetyExample) -> str | None:
+    def _image_error(self, row: SafetyRow) -> str | None:
         errors = [error for image in row.images if (error := self.index.error(image)) is not None]
         return self._portable(str(errors[0])) if errors else None
 
-    def _without_leaks(self, rows: Sequence[SafetyExample], tests: Sequence[SafetyExample]) -> list[SafetyExample]:
+    def _without_leaks(self, rows: Sequence[SafetyRow], tests: Sequence[SafetyRow]) -> list[SafetyRow]:
         what = {"exact": "shares an image with", "near": "has a near duplicate of an image of", "text": "asks as"}
         leaks = find_leaks(rows, tests, self.index)
         details = {leak.row: f"{what[leak.kind]} test row {tests[leak.test_row].row_id}" for leak in leaks}
         return self._without(rows, "leak", details)
 
-    def _without_conflicts(self, rows: Sequence[SafetyExample]) -> list[SafetyExample]:
+    def _without_conflicts(self, rows: Sequence[SafetyRow]) -> list[SafetyRow]:
         details = {}
         for group in find_conflicts(rows, self.index):
             names = ", ".join(rows[number].row_id for number in group)
             details.update(dict.fromkeys(group, f"same image and question, different labels: {names}"))
         return self._without(rows, "conflict", details)
 
-    def _without_duplicates(self, rows: Sequence[SafetyExample]) -> list[SafetyExample]:
+    def _without_duplicates(self, rows: Sequence[SafetyRow]) -> list[SafetyRow]:
         if self.recipe.duplicates == "keep":
             return list(rows)
         same_image = self.index.group if self.recipe.duplicates == "near" else self.index.exact
@@ -188,10 +188,10 @@ class _Build:
 
     # --- drawing
 
-    def _choose(self, rows: list[SafetyExample]) -> list[SafetyExample]:
+    def _choose(self, rows: list[SafetyRow]) -> list[SafetyRow]:
         recipe, safe = self.recipe, self.labels.safe_category_id
 
-        def category(row: SafetyExample) -> int:
+        def category(row: SafetyRow) -> int:
             return row.category
 
         risky = set(range(len(self.labels.category_names))) - {safe}
@@ -216,11 +216,11 @@ class _Build:
 
     def _cap(
         self,
-        rows: list[SafetyExample],
+        rows: list[SafetyRow],
         reason: str,
-        key: Callable[[SafetyExample], Hashable],
+        key: Callable[[SafetyRow], Hashable],
         limits: Mapping[Hashable, int | None],
-    ) -> list[SafetyExample]:
+    ) -> list[SafetyRow]:
         """At most `limits[key]` rows of each key, drawn by seed, in their order."""
         members = defaultdict(list)
         for number, row in enumerate(rows):
@@ -235,14 +235,14 @@ class _Build:
         self._count_missing(rows, kept, reason)
         return kept
 
-    def _count_missing(self, rows: Sequence[SafetyExample], kept: Sequence[SafetyExample], reason: str) -> None:
+    def _count_missing(self, rows: Sequence[SafetyRow], kept: Sequence[SafetyRow], reason: str) -> None:
         missing = Counter(row.source for row in rows) - Counter(row.source for row in kept)
         for source, count in missing.items():
             self.counts[source][reason] += count
 
     # --- writing
 
-    def write(self, parts: Mapping[str, Sequence[SafetyExample]], folder: Path) -> dict[str, Any]:
+    def write(self, parts: Mapping[str, Sequence[SafetyRow]], folder: Path) -> dict[str, Any]:
         """Writes all files into a new folder; returns the manifest, which is the last of them."""
         folder.mkdir()
         placer = ImagePlacer(self.recipe.images, self.root, folder, self.index, progress=self.progress)
@@ -288,13 +288,13 @@ class _Build:
         return text.replace(str(self.root) + os.sep, "")
 
 
-def _label_missing(row: SafetyExample) -> str | None:
+def _label_missing(row: SafetyRow) -> str | None:
     if row.category is None or row.level is None:
         return "has no category or level; label it, or set `assume_safe` for a source of clean rows"
     return None
 
 
-def _marker_in_text(row: SafetyExample) -> str | None:
+def _marker_in_text(row: SafetyRow) -> str | None:
     if any(IMAGE_MARKER in turn for turn in question_of(row)):
         return f"a user turn spells {IMAGE_MARKER}, which the output cannot hold"
     return None

@@ -23,7 +23,7 @@ from .errors import DataError
 from .fingerprints import ImageIndex, image_file
 from .images import ImageSource, load_image
 from .mix_recipe import MixRecipe
-from .schema import SafetyExample
+from .schema import SafetyRow
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = "safevlm-mix/1"
@@ -48,7 +48,7 @@ class ImagePlacer:
         self.images, self.root, self.folder, self.index, self.progress = images, root, folder, index, progress
         self.base = folder if images == "copy" else root
 
-    def place(self, rows: Sequence[SafetyExample]) -> tuple[list[SafetyExample], dict[str, str]]:
+    def place(self, rows: Sequence[SafetyRow]) -> tuple[list[SafetyRow], dict[str, str]]:
         """The rows as they are to be written, and the SHA-256 of each of their image files by its name in them.
 
         Raises:
@@ -116,7 +116,7 @@ def check_output(output: Path, recipe: MixRecipe) -> None:
         )
 
 
-def count_labels(rows: Sequence[SafetyExample], labels: SafetyLabels) -> dict[str, Any]:
+def count_labels(rows: Sequence[SafetyRow], labels: SafetyLabels) -> dict[str, Any]:
     """Counts by label, in the order of the labels, and by source."""
     categories, levels = Counter(row.category for row in rows), Counter(row.level for row in rows)
     return {

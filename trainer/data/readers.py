@@ -1,4 +1,4 @@
-"""From data files and Hub data sets to `SafetyExample`s: one loop over records, whatever holds them.
+"""From data files and Hub data sets to `SafetyRow`s: one loop over records, whatever holds them.
 
 A *container* (`containers`, `hub`) yields records and finds their images; a *format* (`formats`) turns one record into
 the parts of one or several rows; a *taxonomy* maps the set's own labels to ours. Formats are recognised by content.
@@ -23,17 +23,17 @@ from .errors import DataError
 from .formats import CODED_FORMATS, RowFormat, flat_formats, parse_flat
 from .hub import is_hub_id, open_hub
 from .images import MAX_PIXELS
-from .schema import SafetyExample, short
+from .schema import SafetyRow, short
 from .taxonomy import Taxonomy, shipped_taxonomies
 
 _FORMATS: dict[str, RowFormat] = dict(CODED_FORMATS)
 _RECOGNISE_WITHIN = 1000  # records looked at to recognise the format
 
 
-class Rows(list[SafetyExample]):
+class Rows(list[SafetyRow]):
     """The rows read, in file order. `skipped` holds `(row_id, reason)` for each row left out by `on_error="skip"`."""
 
-    def __init__(self, rows: Sequence[SafetyExample] = (), skipped: Sequence[tuple[str, str]] = ()) -> None:
+    def __init__(self, rows: Sequence[SafetyRow] = (), skipped: Sequence[tuple[str, str]] = ()) -> None:
         super().__init__(rows)
         self.skipped = list(skipped)
 
@@ -84,7 +84,7 @@ def read_rows(
             extension, or the Hub id.
 
     Returns:
-        `Rows`: A list of `SafetyExample`. A row's id is the record's `id`, else `"<file name>:<number>"`, counting
+        `Rows`: A list of `SafetyRow`. A row's id is the record's `id`, else `"<file name>:<number>"`, counting
         lines (JSONL), items (list) or rows (tables) from 1.
 
     Raises:
@@ -118,7 +118,7 @@ def iter_rows(
     max_pixels: int = MAX_PIXELS,
     on_error: Literal["raise", "skip"] = "raise",
     source: str | None = None,
-) -> Iterator[SafetyExample]:
+) -> Iterator[SafetyRow]:
     """As `read_rows`, row by row: memory and waiting do not grow with the set (JSON lists excepted).
 
     Args:

@@ -12,13 +12,11 @@ from .assembly import Assembly
 from .containers import Container
 from .errors import DataError
 from .readers import format_of, known_formats
-from .schema import SafetyExample, short
+from .schema import SafetyRow, short
 from .taxonomy import Taxonomy, shipped_taxonomies
 
 
-def example_from_record(
-    record: Mapping[str, Any], labels: SafetyLabels = PAPER_LABELS, row_id: str = "row"
-) -> SafetyExample:
+def row_from_record(record: Mapping[str, Any], labels: SafetyLabels = PAPER_LABELS, row_id: str = "row") -> SafetyRow:
     """
     A row of any known format, such as `{"messages": [{"role": "user", "content": "What is this?"}, ...],
     "images": [image], "category": "privacy", "level": "high"}`.
@@ -35,14 +33,14 @@ def example_from_record(
     """
     try:
         if not isinstance(record, Mapping):
-            raise DataError(f"a row must be a mapping or a `SafetyExample`, got {short(record)}")
+            raise DataError(f"a row must be a mapping or a `SafetyRow`, got {short(record)}")
         return _example(dict(record), labels, row_id)
     except DataError as error:
         where = f"row {row_id!r}: "
         raise DataError(where + str(error).removeprefix(where).rstrip(".") + ".") from None
 
 
-def _example(record: dict[str, Any], labels: SafetyLabels, row_id: str) -> SafetyExample:
+def _example(record: dict[str, Any], labels: SafetyLabels, row_id: str) -> SafetyRow:
     name = format_of(record)
     if name is None:
         raise DataError(

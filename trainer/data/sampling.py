@@ -15,33 +15,33 @@ from safevlm.safety_labels import PAPER_LABELS, SafetyLabels
 
 from .errors import DataError
 from .images import ImageSource
-from .schema import SafetyExample
+from .schema import SafetyRow
 
 logger = logging.getLogger(__name__)
 
 
 def balance(
-    rows: Sequence[SafetyExample],
+    rows: Sequence[SafetyRow],
     *,
     per_category: int | None = None,
     clean: int | None = None,
     seed: int = 0,
     labels: SafetyLabels = PAPER_LABELS,
-) -> list[SafetyExample]:
+) -> list[SafetyRow]:
     """The same number of rows of each risk category present, plus clean (safe) rows, sampled without repeats.
 
     The paper's stage 1 has about 11,000 risky rows and 3,000 clean ones, "close to the size of one risk type"; the
     count of clean rows trades head accuracy against utility.
 
     Args:
-        rows (`Sequence[SafetyExample]`): Labelled rows.
+        rows (`Sequence[SafetyRow]`): Labelled rows.
         per_category (`int`, *optional*): Rows per risk category. Defaults to the size of the smallest one.
         clean (`int`, *optional*): Clean rows. Defaults to `per_category`, or all where there are fewer.
         seed (`int`, *optional*, defaults to 0): Which rows are drawn.
         labels (`SafetyLabels`, *optional*): Says which category is the clean one.
 
     Returns:
-        `list[SafetyExample]` in the order of `rows`.
+        `list[SafetyRow]` in the order of `rows`.
 
     Raises:
         `DataError`: A row without category, no risky row, or fewer rows than asked for.
@@ -87,25 +87,25 @@ def image_key(image: ImageSource) -> str:
 
 
 def split_holdout(
-    rows: Sequence[SafetyExample],
+    rows: Sequence[SafetyRow],
     fraction: float,
     seed: int = 0,
     same_image: Callable[[ImageSource], str] = image_key,
-) -> tuple[list[SafetyExample], list[SafetyExample]]:
+) -> tuple[list[SafetyRow], list[SafetyRow]]:
     """Splits off a held-out part; rows that share an image, directly or through other rows, stay on the same side.
 
     Strata are the sets of categories that such groups hold; each gives about `fraction` of its rows, and what one
     cannot give (its groups are too large) the next makes up for.
 
     Args:
-        rows (`Sequence[SafetyExample]`): Rows; unlabelled ones are a stratum of their own.
+        rows (`Sequence[SafetyRow]`): Rows; unlabelled ones are a stratum of their own.
         fraction (`float`): Wanted size of the held-out part, in (0, 1). The groups decide how near the result is.
         seed (`int`, *optional*, defaults to 0): Which groups are drawn.
         same_image (`Callable`, *optional*): Gives two images that count as one the same key. By default only the same
             file is; `ImageIndex.group` finds copies and near duplicates, too.
 
     Returns:
-        `tuple[list[SafetyExample], list[SafetyExample]]`: The rest and the held-out part, in the order of `rows`.
+        `tuple[list[SafetyRow], list[SafetyRow]]`: The rest and the held-out part, in the order of `rows`.
 
     Raises:
         `ValueError`: `fraction` is not in (0, 1).
@@ -138,7 +138,7 @@ def split_holdout(
     return rest, [rows[index] for index in sorted(held_out)]
 
 
-def _groups_by_image(rows: Sequence[SafetyExample], same_image: Callable[[ImageSource], str]) -> list[list[int]]:
+def _groups_by_image(rows: Sequence[SafetyRow], same_image: Callable[[ImageSource], str]) -> list[list[int]]:
     """Connected components of "shares an image", as lists of row indices (union-find)."""
     parent = list(range(len(rows)))
 

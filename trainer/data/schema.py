@@ -1,7 +1,7 @@
 """The one row schema: images, a conversation in the Hub chat format, and the two safety labels.
 
-Every reader produces `SafetyExample`s and everything after reads only these. A row is checked when it is made, so a
-`SafetyExample` that exists is well-formed; nothing downstream checks again.
+Every reader produces `SafetyRow`s and everything after reads only these. A row is checked when it is made, so a
+`SafetyRow` that exists is well-formed; nothing downstream checks again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .images import MAX_PIXELS, ImageSource, load_image
 
 
 @dataclass(frozen=True)
-class SafetyExample:
+class SafetyRow:
     """One row.
 
     Args:

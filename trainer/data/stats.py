@@ -15,22 +15,22 @@ from safevlm.safety_labels import PAPER_LABELS, SafetyLabels
 from .duplicates import Leak, find_conflicts, find_duplicates, find_leaks, question_of
 from .fingerprints import ImageIndex
 from .images import ImageSource
-from .schema import SafetyExample
+from .schema import SafetyRow
 
 UNKNOWN = "unknown"
 
 
 def data_stats(
-    rows: Sequence[SafetyExample],
-    tests: Sequence[SafetyExample],
+    rows: Sequence[SafetyRow],
+    tests: Sequence[SafetyRow],
     index: ImageIndex,
     labels: SafetyLabels = PAPER_LABELS,
 ) -> dict[str, Any]:
     """Everything `safevlm data stats` says about some rows, ready for JSON.
 
     Args:
-        rows (`Sequence[SafetyExample]`): The rows described.
-        tests (`Sequence[SafetyExample]`): Rows that none of `rows` may share an image with.
+        rows (`Sequence[SafetyRow]`): The rows described.
+        tests (`Sequence[SafetyRow]`): Rows that none of `rows` may share an image with.
         index (`ImageIndex`): Knows the images of both; rows with unusable images are left out of duplicates and leaks.
         labels (`SafetyLabels`, *optional*): What the rows' labels are called.
 
@@ -71,7 +71,7 @@ def data_stats(
     }
 
 
-def _duplicates(rows: Sequence[SafetyExample], index: ImageIndex) -> dict[str, Any]:
+def _duplicates(rows: Sequence[SafetyRow], index: ImageIndex) -> dict[str, Any]:
     """Rows that repeat an earlier one, and groups of images that are the same."""
     exact = find_duplicates(rows, index.exact)
     near = find_duplicates(rows, index.group)
@@ -88,9 +88,9 @@ def _duplicates(rows: Sequence[SafetyExample], index: ImageIndex) -> dict[str, A
     }
 
 
-def _leaks(rows: Sequence[SafetyExample], tests: Sequence[SafetyExample], index: ImageIndex):
+def _leaks(rows: Sequence[SafetyRow], tests: Sequence[SafetyRow], index: ImageIndex):
     tests = [row for row in tests if not any(map(index.error, row.images))]
-    by_split: dict[str, list[SafetyExample]] = {}
+    by_split: dict[str, list[SafetyRow]] = {}
     for row in rows:
         if row.split:
             by_split.setdefault(row.split, []).append(row)
@@ -105,7 +105,7 @@ def _leaks(rows: Sequence[SafetyExample], tests: Sequence[SafetyExample], index:
     return found
 
 
-def _leak(leak: Leak, rows: Sequence[SafetyExample], tests: Sequence[SafetyExample]) -> dict[str, Any]:
+def _leak(leak: Leak, rows: Sequence[SafetyRow], tests: Sequence[SafetyRow]) -> dict[str, Any]:
     row, test = rows[leak.row], tests[leak.test_row]
     return {
         "row": row.row_id,
@@ -140,7 +140,7 @@ def _counted(values: Iterable) -> dict[str, int]:
     return {str(value): count for value, count in sorted(Counter(values).items())}
 
 
-def _answer_length(row: SafetyExample) -> int:
+def _answer_length(row: SafetyRow) -> int:
     return sum(len(part["text"]) for turn in row.messages if turn["role"] == "assistant" for part in turn["content"])
 
 

@@ -10,13 +10,13 @@ from pathlib import Path
 from .archives import ArchivedImage
 from .errors import DataError
 from .format_conversations import ANY_MARKER, IMAGE_MARKER, IMAGE_SEPARATOR
-from .schema import SafetyExample
+from .schema import SafetyRow
 
 _SPEAKERS = {"user": "USER", "assistant": "ASSISTANT", "system": "SYSTEM"}
 
 
 def write_safevlm_jsonl(
-    rows: Iterable[SafetyExample], path: str | os.PathLike, image_folder: str | os.PathLike | None = None
+    rows: Iterable[SafetyRow], path: str | os.PathLike, image_folder: str | os.PathLike | None = None
 ) -> None:
     """Writes rows with their image paths relative to `image_folder`; replaces `path` only when complete.
 
@@ -24,7 +24,7 @@ def write_safevlm_jsonl(
     an unknown label is written as null. What JSON has no type for, such as a date in the metadata, becomes a text.
 
     Args:
-        rows (`Iterable[SafetyExample]`): Rows with images as paths inside `image_folder`.
+        rows (`Iterable[SafetyRow]`): Rows with images as paths inside `image_folder`.
         path (`str` or `os.PathLike`): The file to write.
         image_folder (`str` or `os.PathLike`, *optional*): Defaults to the folder of `path`.
 
@@ -40,7 +40,7 @@ def write_safevlm_jsonl(
     os.replace(partial, path)
 
 
-def _record(row: SafetyExample, folder: Path) -> dict:
+def _record(row: SafetyRow, folder: Path) -> dict:
     record = {"id": row.row_id, "safe_type": row.category, "safe_level": row.level}
     for field in ("source", "split", "question_dependent", "metadata"):
         if getattr(row, field) not in ("", None, {}):

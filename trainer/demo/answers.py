@@ -3,7 +3,7 @@
 from typing import Literal
 
 from safevlm.safety_policy import SafetyPolicy
-from safevlm.trainer.data import SafetyExample
+from safevlm.trainer.data import SafetyRow
 
 from .world import CATEGORY_NAMES, LEVEL_NAMES, SAFE, Example
 
@@ -29,11 +29,11 @@ def instructions(policy: SafetyPolicy) -> list[tuple[str, str]]:
     ]
 
 
-def to_row(example: Example, policy: SafetyPolicy) -> SafetyExample:
+def to_row(example: Example, policy: SafetyPolicy) -> SafetyRow:
     """A training row with the safe answer."""
     question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": example.question}]}
     answer = {"role": "assistant", "content": [{"type": "text", "text": safe_answer(example, policy)}]}
-    return SafetyExample(
+    return SafetyRow(
         row_id=example.row_id,
         images=(example.image,),
         messages=[question, answer],

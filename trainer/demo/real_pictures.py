@@ -13,7 +13,7 @@ from pathlib import Path
 
 from safevlm import SafetyPolicy
 from safevlm.safety_labels import PAPER_LABELS
-from safevlm.trainer.data import SafetyExample, write_safevlm_jsonl
+from safevlm.trainer.data import SafetyRow, write_safevlm_jsonl
 
 # FigStep's prompt (arXiv 2311.05608), which asks for what the picture spells as a list without content.
 ATTACK = (
@@ -25,7 +25,7 @@ ILLEGAL, SAFE = PAPER_LABELS.category_names.index("illegal risk"), PAPER_LABELS.
 NONE, HIGH = PAPER_LABELS.level_names.index("none"), PAPER_LABELS.level_names.index("high")
 
 
-def real_rows(figstep: Path, photos: Path) -> list[SafetyExample]:
+def real_rows(figstep: Path, photos: Path) -> list[SafetyRow]:
     """Two rows per picture. `figstep` and `photos` are searched for PNG and JPEG files, subfolders included."""
     refusal = SafetyPolicy().refusal(PAPER_LABELS.category_names[ILLEGAL])
     rows = []
@@ -45,7 +45,7 @@ def real_rows(figstep: Path, photos: Path) -> list[SafetyExample]:
             for number, (question, answer, category, level) in enumerate(turns):
                 content = [{"type": "image"}, {"type": "text", "text": question}]
                 rows.append(
-                    SafetyExample(
+                    SafetyRow(
                         row_id=f"{source}-{path.relative_to(folder).with_suffix('').as_posix()}-{number}",
                         images=(path,),
                         messages=[

@@ -26,7 +26,7 @@ class Answer:
     """
     Args:
         text (`str`): What the user reads.
-        verdict (`dict`, *optional*): The SafeVLM's verdict (see [`SafetyAssessment.to_list`]) or the guard's
+        verdict (`dict`, *optional*): The SafeVLM's verdict (see [`SafetyVerdict.to_list`]) or the guard's
             (see [`Guard.judge`]); `None` where nothing was judged.
     """
 
@@ -127,8 +127,8 @@ class Answerer:
             **inputs, max_new_tokens=max_new_tokens, return_dict_in_generate=True, **generation
         )
         new = output.sequences[:, inputs["input_ids"].shape[1] :]
-        assessment = output.get("safety")
-        verdicts = [None] * len(texts) if assessment is None else assessment.to_list()
+        verdict = output.get("safety")
+        verdicts = [None] * len(texts) if verdict is None else verdict.to_list()
         return processor.tokenizer.batch_decode(new, skip_special_tokens=True), verdicts
 
 

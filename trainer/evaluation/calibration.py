@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from safevlm.safety_assessment import level_log_probabilities, risk_logits
+from safevlm.files import replace_text
 from safevlm.safety_policy import POLICY_PRESETS, TEMPERATURE_RANGE, SafetyPolicy
-from safevlm.trainer.files import replace_text
+from safevlm.safety_verdict import level_log_probabilities, risk_logits
 
 from .head_measures import HeadOutcomes, head_outcomes, readings, usable
 from .head_predictions import HeadPrediction

@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from safevlm import SafeVlmConfig
+from safevlm.files import replace_text
 from safevlm.safety_policy import SafetyPolicy
-from safevlm.trainer.files import check_settings, replace_text
+from safevlm.trainer.settings import check_settings
 
 from .answering import Answerer, load_checkpoint
 from .environment import environment

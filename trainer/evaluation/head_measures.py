@@ -13,8 +13,8 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from safevlm.safety_assessment import assess_logits, assess_rows
 from safevlm.safety_policy import SafetyPolicy
+from safevlm.safety_verdict import assess_logits, assess_rows
 
 from .bootstrap import image_groups
 from .head_predictions import HeadPrediction

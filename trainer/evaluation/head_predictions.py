@@ -16,11 +16,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from safevlm.files import replace_text
 from safevlm.safety_adapter import whole_state_dict
-from safevlm.trainer.data import DataError, SafetyExample
+from safevlm.trainer.data import DataError, SafetyRow
 from safevlm.trainer.data.fingerprints import image_file
 from safevlm.trainer.data.sampling import image_key
-from safevlm.trainer.files import replace_text
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def read_predictions(path: str | os.PathLike) -> list[HeadPrediction]:
 def predict_rows(
     model,
     processor,
-    rows: Sequence[SafetyExample],
+    rows: Sequence[SafetyRow],
     batch_size: int = 16,
     device: str | None = None,
     path: str | os.PathLike | None = None,
@@ -79,7 +79,7 @@ def predict_rows(
 
     Args:
         model (`SafeVlmForConditionalGeneration`), processor (`SafeVlmProcessor`)
-        rows (`Sequence[SafetyExample]`): With or without labels and answers.
+        rows (`Sequence[SafetyRow]`): With or without labels and answers.
         device (`str`, *optional*): The model is moved there first; by default it stays where it is.
         path (`str` or `os.PathLike`, *optional*): JSONL file to write. Predictions already in it, or in the
             `.partial` file of an interrupted run, are used where row and safety modules are unchanged.
@@ -139,7 +139,7 @@ def predict_rows(
     return predictions
 
 
-def _predict_batch(model, processor, rows: Sequence[SafetyExample]) -> list[dict]:
+def _predict_batch(model, processor, rows: Sequence[SafetyRow]) -> list[dict]:
     """What the head says about rows that all have images."""
     import torch
 
@@ -175,12 +175,12 @@ def _predict_batch(model, processor, rows: Sequence[SafetyExample]) -> list[dict
     return [{name: tuple(values) for name, values in output.items()} for output in found]
 
 
-def _question(row: SafetyExample) -> list[dict]:
+def _question(row: SafetyRow) -> list[dict]:
     """The conversation without a last answer: what the model is asked at inference."""
     return row.messages[:-1] if row.messages[-1]["role"] == "assistant" else row.messages
 
 
-def _text_length(row: SafetyExample) -> int:
+def _text_length(row: SafetyRow) -> int:
     return sum(len(part.get("text", "")) for turn in _question(row) for part in turn["content"])
 
 
@@ -197,7 +197,7 @@ def _weights_hash(module) -> str:
     return digest.hexdigest()
 
 
-def _image_hashes(rows: Sequence[SafetyExample]) -> list[tuple[str, ...]]:
+def _image_hashes(rows: Sequence[SafetyRow]) -> list[tuple[str, ...]]:
     """Per row, of its images' content: copies of a file under two names are one image. Each file is read once."""
     known: dict[str, str] = {}
     for image in (image for row in rows for image in row.images):
@@ -208,7 +208,7 @@ def _image_hashes(rows: Sequence[SafetyExample]) -> list[tuple[str, ...]]:
     return [tuple(known[image_key(image)] for image in row.images) for row in rows]
 
 
-def _fingerprint(row: SafetyExample, images: tuple[str, ...], weights: str) -> str:
+def _fingerprint(row: SafetyRow, images: tuple[str, ...], weights: str) -> str:
     content = [row.row_id, row.source, row.level, row.category, row.messages, images, weights]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safevlm.trainer.files import replace_text
+from safevlm.files import replace_text
 
 from .reasoning import split_reasoning
 from .scoring import rates_by

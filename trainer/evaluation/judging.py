@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from safevlm.trainer.data import SafetyExample
+from safevlm.trainer.data import SafetyRow
 
 from .judge_prompt import load_rubrics
 from .judge_types import JudgeItem
@@ -36,7 +36,7 @@ def make_judge(spec: str, cache: Path, device: str | None = None) -> Judge | Non
     raise ValueError(f"--judge must be rules, openai:MODEL or hf:ID, got {spec!r}.")
 
 
-def judge_records(judge: Judge, task: str, records: list[dict], rows: Sequence[SafetyExample]) -> dict[str, int]:
+def judge_records(judge: Judge, task: str, records: list[dict], rows: Sequence[SafetyRow]) -> dict[str, int]:
     """
     Adds `judgement`, and `judge_score` (0 to 10) among the metrics where there is a score, to a task's records.
 

@@ -28,7 +28,7 @@ from typing import Any
 from datasets import Dataset
 from lmms_eval.api.task import ConfigurableMessagesTask
 
-from safevlm.trainer.data import SafetyExample
+from safevlm.trainer.data import SafetyRow
 
 from .answering import question_text
 from .scoring import score_answer
@@ -55,7 +55,7 @@ class SafetyTask(ConfigurableMessagesTask):
         self.dataset = {"test": Dataset.from_list(docs)}
         self.dataset_no_image = self.dataset
 
-    def _doc(self, index: int, row: SafetyExample, kind: str | None) -> dict[str, Any]:
+    def _doc(self, index: int, row: SafetyRow, kind: str | None) -> dict[str, Any]:
         answer = None
         if row.messages[-1]["role"] == "assistant":
             answer = "".join(part["text"] for part in row.messages[-1]["content"])

@@ -50,7 +50,7 @@ def head_predictions(records: list[dict], rows, config) -> list[HeadPrediction]:
 
     Args:
         records (`list[dict]`): Items of one task.
-        rows (sequence of `SafetyExample`): The task's, which the items' `doc_id` counts.
+        rows (sequence of `SafetyRow`): The task's, which the items' `doc_id` counts.
         config (`SafeVlmConfig`): Its labels. An item with one that it does not have counts as unlabelled.
     """
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import lmms_eval.tasks
 from lmms_eval.tasks import TaskManager
 
-from safevlm.trainer.data import SafetyExample
+from safevlm.trainer.data import SafetyRow
 from safevlm.trainer.task_names import ALIASES, TASKS_FOLDER, unknown_task
 
 from .task_rows import task_labels, task_rows
@@ -67,7 +67,7 @@ class LocalTaskManager(TaskManager):
                 self.rows(leaf)
         return names
 
-    def rows(self, name: str) -> list[SafetyExample] | None:
+    def rows(self, name: str) -> list[SafetyRow] | None:
         """The rows of one of our tasks, `None` for lmms-eval's."""
         config = self._get_config(name)
         if "class" not in config:

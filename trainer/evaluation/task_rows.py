@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from safevlm.safety_labels import PAPER_LABELS, SafetyLabels
-from safevlm.trainer.data import DataError, SafetyExample, load_labels, read_rows
+from safevlm.trainer.data import DataError, SafetyRow, load_labels, read_rows
 from safevlm.trainer.task_names import HOW_TO_GET, task_files
 
 LABELS_VARIABLE = "SAFEVLM_EVAL_LABELS"
@@ -21,7 +21,7 @@ def task_rows(
     images: str | None = None,
     format: str | None = None,
     labels: SafetyLabels = PAPER_LABELS,
-) -> list[SafetyExample]:
+) -> list[SafetyRow]:
     """
     Reads a task's rows; a bad row raises, since a benchmark with rows left out is another benchmark.
 
@@ -47,7 +47,7 @@ def task_labels(metadata: dict) -> SafetyLabels:
     return load_labels(os.environ.get(LABELS_VARIABLE)) if metadata.get("own_labels") else PAPER_LABELS
 
 
-def mossbench_rows(path: Path, image_folder: Path) -> list[SafetyExample]:
+def mossbench_rows(path: Path, image_folder: Path) -> list[SafetyRow]:
     """
     MOSSBench's `information.json` (arXiv 2406.17806): `{pid: {image, question, metadata: {over, ...}}}`.
 
@@ -74,7 +74,7 @@ def mossbench_rows(path: Path, image_folder: Path) -> list[SafetyExample]:
             raise DataError(f"{path}, record {pid!r}: no image {image}; {HOW_TO_GET}.")
         content = [{"type": "image"}, {"type": "text", "text": question}]
         rows.append(
-            SafetyExample(
+            SafetyRow(
                 row_id=f"mossbench-{pid}",
                 images=(image,),
                 messages=[{"role": "user", "content": content}],

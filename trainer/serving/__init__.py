@@ -2,7 +2,7 @@
 
     POST /v1/chat/completions    GET /v1/models    GET /health
 
-A reply is OpenAI's with the field `safety`, a row of `SafetyAssessment.to_list()` (under the policy `"off"` its action
+A reply is OpenAI's with the field `safety`, a row of `SafetyVerdict.to_list()` (under the policy `"off"` its action
 is `"off"`). In a stream it comes with the first chunk, before any text, and again with the finish reason. A
 stream ends with `data: [DONE]`, and an error within it is its last event before that. All errors have OpenAI's shape.
 

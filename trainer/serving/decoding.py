@@ -64,8 +64,8 @@ class AnswerStreamer:
         self._start = self._read = 0  # tokens that give the next ones their context; those whose text is out
         self._held = ""  # may be the beginning of a stop text
 
-    def put_safety(self, assessment):
-        self.send((assessment.to_list()[0],))
+    def put_safety(self, verdict):
+        self.send((verdict.to_list()[0],))
 
     def put(self, tokens: torch.Tensor):
         if self._prompt_seen:

@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 
-from safevlm.trainer.data import ImageError, SafetyExample, load_image
+from safevlm.trainer.data import ImageError, SafetyRow, load_image
 from safevlm.trainer.data.duplicates import contradict, find_conflicts, find_duplicates, find_leaks, question_of
 from safevlm.trainer.data.fingerprints import (
     NEAR_DISTANCE,
@@ -35,7 +35,7 @@ def jpeg(image, quality):
 
 def row(name, *images, question="What is this?", category=6, level=0, split=""):
     content = [{"type": "image"}] * len(images) + [{"type": "text", "text": question}]
-    return SafetyExample(name, images, [{"role": "user", "content": content}], category, level, split=split)
+    return SafetyRow(name, images, [{"role": "user", "content": content}], category, level, split=split)
 
 
 def index(*rows, **options):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from safevlm.trainer.data import PAPER_LABELS, DataError, Taxonomy, example_from_record, iter_rows, write_safevlm_jsonl
+from safevlm.trainer.data import PAPER_LABELS, DataError, Taxonomy, iter_rows, row_from_record, write_safevlm_jsonl
 from safevlm.trainer.data.readers import known_formats
 
 TALK = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]
@@ -267,21 +267,21 @@ def test_other_fields_stay_with_the_row_as_metadata(name, read):
 def test_row_without_picture_may_not_name_one_anywhere():
     record = {"messages": CHAT, "origin": "pictures/a.jpg"}
     with pytest.raises(DataError, match="`origin`.*looks like a picture"):
-        example_from_record(record)
+        row_from_record(record)
     with pytest.raises(DataError, match="`image_id`.*looks like a picture"):
-        example_from_record({"messages": CHAT, "image_id": 17})
+        row_from_record({"messages": CHAT, "image_id": 17})
     for value in ("http://a.org/b.jpg?x=1#y", [{"type": "image", "file": "0.png"}], {"path": "0.png", "width": 3}):
         with pytest.raises(DataError, match="`odd`.*looks like a picture"):
-            example_from_record({"messages": CHAT, "odd": value})
-    row = example_from_record({**record, "image_id": 17, "images": ["a.png"]})
+            row_from_record({"messages": CHAT, "odd": value})
+    row = row_from_record({**record, "image_id": 17, "images": ["a.png"]})
     assert row.metadata == {"origin": "pictures/a.jpg", "image_id": 17}
 
 
 def test_metadata_and_a_taxonomy_say_that_a_field_is_something_else(tmp_path, read):
-    row = example_from_record({"messages": CHAT, "metadata": {"label": 3, "image": "a.png"}, "author": "Ann"})
+    row = row_from_record({"messages": CHAT, "metadata": {"label": 3, "image": "a.png"}, "author": "Ann"})
     assert row.metadata == {"label": 3, "image": "a.png", "author": "Ann"}
     with pytest.raises(DataError, match=r"\['author'\] are in `metadata`, too"):
-        example_from_record({"messages": CHAT, "metadata": {"author": "Bob"}, "author": "Ann"})
+        row_from_record({"messages": CHAT, "metadata": {"author": "Bob"}, "author": "Ann"})
     (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": CHAT, "label": 3, "kind": "clean"}))
     (tmp_path / "own.yaml").write_text("name: own\nformat: mllm\nlabels: [safe, none]\nmetadata: [label]\n")
     (row,) = iter_rows(tmp_path / "rows.jsonl", taxonomy=tmp_path / "own.yaml")
@@ -297,7 +297,7 @@ VALUES = st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.li
 def test_whatever_fields_a_row_has_it_is_refused_or_all_of_them_survive_writing(tmp_path, fields):
     record = {"messages": CHAT, **fields}
     try:
-        row = example_from_record(record)
+        row = row_from_record(record)
     except DataError:
         return
     used = {"messages", "id", "source", "split", "images", "image", "category", "level", "metadata"}

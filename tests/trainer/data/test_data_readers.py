@@ -13,8 +13,8 @@ from safevlm.trainer.data import (
     ImageError,
     RowFormat,
     Rows,
-    SafetyExample,
     SafetyLabels,
+    SafetyRow,
     detect_format,
     read_llava_json,
     read_rows,
@@ -371,7 +371,7 @@ def labelled_rows(draw, folder):
     category = draw(st.none() | st.integers(0, 6))
     level = draw(st.sampled_from([0, None]) if category == 6 else st.none() | st.integers(0, 3))
     source, split = draw(st.sampled_from(["rows", "VLGuard"])), draw(st.sampled_from(["", "test"]))
-    return SafetyExample(draw(TEXT), images, messages, category, level, source, split, draw(st.none() | st.booleans()))
+    return SafetyRow(draw(TEXT), images, messages, category, level, source, split, draw(st.none() | st.booleans()))
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -385,7 +385,7 @@ def test_written_rows_read_back_equal(tmp_path, image_folder, data):
 def test_newlines_beside_an_image_survive_writing(tmp_path, image_folder):
     content = [text("before\n"), IMAGE, text("\nbetween\n"), IMAGE, IMAGE, text("\n after")]
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": [text("\nYes\n")]}]
-    rows = [SafetyExample("r", [image_folder / "a.png"] * 3, messages, 6, 0, "rows")]
+    rows = [SafetyRow("r", [image_folder / "a.png"] * 3, messages, 6, 0, "rows")]
     write_safevlm_jsonl(rows, tmp_path / "rows.jsonl", image_folder)
     assert read_safevlm_jsonl(tmp_path / "rows.jsonl", image_folder) == rows
 
@@ -399,7 +399,7 @@ def test_rows_the_format_cannot_hold_are_refused_and_the_old_file_kept(tmp_path,
 
     def row(value="Hi", images=(), **labels):
         content = [IMAGE] * len(images) + [text(value)]
-        return SafetyExample("r1", images, [{"role": "user", "content": content}], **labels)
+        return SafetyRow("r1", images, [{"role": "user", "content": content}], **labels)
 
     labels = {"category": 6, "level": 0}
     for bad, reason in (

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from safevlm.trainer.data import SafetyExample, read_rows, readers, taxonomy
+from safevlm.trainer.data import SafetyRow, read_rows, readers, taxonomy
 
 README = (Path(inspect.getfile(readers)).parent / "README.md").read_text(encoding="utf-8")
 
@@ -37,7 +37,7 @@ def test_table_of_formats_is_complete():
 
 
 def test_table_of_row_fields_is_complete():
-    assert {name for names in table("## A row") for name in names} == set(SafetyExample.__dataclass_fields__)
+    assert {name for names in table("## A row") for name in names} == set(SafetyRow.__dataclass_fields__)
 
 
 def test_table_of_taxonomy_keys_is_complete():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from safevlm.trainer.data import DataError, SafetyLabels, example_from_record
+from safevlm.trainer.data import DataError, SafetyLabels, row_from_record
 
 PICTURE = Image.new("RGB", (4, 4), "red")
 IMAGE = {"type": "image"}
@@ -27,7 +27,7 @@ def png():
 @pytest.mark.parametrize("image", [PICTURE, "a.png", {"bytes": png(), "path": None}, png()])
 def test_messages_images_and_labels_side_by_side_are_a_row(content, labels, image):
     record = {"messages": [{"role": "user", "content": content}, ANSWER], "images": [image], **labels}
-    row = example_from_record(record, SafetyLabels(), "row 7")
+    row = row_from_record(record, SafetyLabels(), "row 7")
     assert row.messages[0]["content"] == [IMAGE, QUESTION]
     assert (row.category, row.level, row.row_id, row.metadata) == (1, 3, "row 7", {})
     assert len(row.images) == 1
@@ -37,29 +37,29 @@ def test_messages_images_and_labels_side_by_side_are_a_row(content, labels, imag
 
 def test_pictures_in_the_parts_and_rows_without_answer_picture_or_label_are_read():
     turn = {"role": "user", "content": [{"type": "image", "image": PICTURE}, QUESTION]}
-    row = example_from_record({"id": 5, "messages": [turn], "category": "privacy", "author": "Ann", "note": None})
+    row = row_from_record({"id": 5, "messages": [turn], "category": "privacy", "author": "Ann", "note": None})
     assert (row.images, row.category, row.level, row.row_id) == ((PICTURE,), 4, None, "5")
     assert row.metadata == {"author": "Ann"}
-    row = example_from_record({"messages": [{"role": "user", "content": "Hi"}], "image": None})
+    row = row_from_record({"messages": [{"role": "user", "content": "Hi"}], "image": None})
     assert (row.images, row.category, row.level) == ((), None, None)
 
 
 def test_own_labels_are_read_by_name_and_index():
     record = {"messages": [{"role": "user", "content": "Hi"}]}
     for given in ({"safe_type": 1, "safe_level": "yes"}, {"category": "deepfake", "level": 1}):
-        row = example_from_record({**record, **given}, OWN)
+        row = row_from_record({**record, **given}, OWN)
         assert (row.category, row.level) == (1, 1)
     with pytest.raises(DataError, match="row 'x': `category`: unknown category 'privacy'.*0 fine, 1 deepfake"):
-        example_from_record({**record, "category": "privacy"}, OWN, "x")
+        row_from_record({**record, "category": "privacy"}, OWN, "x")
 
 
 def test_labels_of_tables_and_tensors_are_read():
     record = {"messages": [{"role": "user", "content": "Hi"}]}
     for one in (1.0, np.int64(1), np.float32(1), np.array(1), torch.tensor(1)):
-        row = example_from_record({**record, "category": one, "level": float("nan")})
+        row = row_from_record({**record, "category": one, "level": float("nan")})
         assert (row.category, row.level) == (1, None)
     with pytest.raises(DataError, match="unknown category 1.5"):
-        example_from_record({**record, "category": 1.5})
+        row_from_record({**record, "category": 1.5})
 
 
 @pytest.mark.parametrize(
@@ -80,5 +80,5 @@ def test_labels_of_tables_and_tensors_are_read():
 )
 def test_what_cannot_be_a_row_is_an_error_that_names_it(record, reason):
     with pytest.raises(DataError, match=f"row 'r1': .*{reason}") as caught:
-        example_from_record(record, SafetyLabels(), "r1")
+        row_from_record(record, SafetyLabels(), "r1")
     assert str(caught.value).count("row 'r1'") == 1

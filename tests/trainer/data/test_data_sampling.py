@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from safevlm.trainer.data import DataError, SafetyExample, balance, split_holdout
+from safevlm.trainer.data import DataError, SafetyRow, balance, split_holdout
 
 
 def row(number, category=6, images=()):
     content = [{"type": "image"}] * len(images) + [{"type": "text", "text": "Hi"}]
-    return SafetyExample(str(number), images, [{"role": "user", "content": content}], category)
+    return SafetyRow(str(number), images, [{"role": "user", "content": content}], category)
 
 
 def counts(rows):

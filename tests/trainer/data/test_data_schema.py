@@ -11,8 +11,8 @@ from safevlm.trainer.data import (
     PAPER_LABELS,
     DataError,
     ImageError,
-    SafetyExample,
     SafetyLabels,
+    SafetyRow,
     label_ids,
 )
 
@@ -44,7 +44,7 @@ USER, ASSISTANT = turn("user", text("Hi")), turn("assistant", text("Hello"))
 )
 def test_well_formed_conversations_are_accepted(messages):
     images = [PICTURE] * sum(IMAGE in message["content"] for message in messages)
-    row = SafetyExample("r", images, messages)
+    row = SafetyRow("r", images, messages)
     assert row.images == tuple(images) and (row.category, row.level) == (None, None)
 
 
@@ -76,26 +76,26 @@ def test_well_formed_conversations_are_accepted(messages):
 )
 def test_malformed_conversation_is_an_error_naming_row_and_turn(messages, reason):
     with pytest.raises(DataError, match=reason) as caught:
-        SafetyExample("row-9", (), messages)
+        SafetyRow("row-9", (), messages)
     assert "'row-9'" in str(caught.value)
 
 
 def test_images_without_a_part_are_an_error():
     with pytest.raises(DataError, match=r"1 image\(s\) but 0 image part"):
-        SafetyExample("r", (PICTURE,), [USER])
+        SafetyRow("r", (PICTURE,), [USER])
 
 
 @pytest.mark.parametrize("labels", [{"category": -1}, {"level": 1.0}, {"category": True}, {"level": "high"}])
 def test_labels_must_be_indices(labels):
     with pytest.raises(DataError, match="label index or None"):
-        SafetyExample("r", (), [USER], **labels)
+        SafetyRow("r", (), [USER], **labels)
 
 
 def test_images_load_lazily_and_errors_name_the_row(image_folder):
-    row = SafetyExample("r1", (image_folder / "a.png", image_folder / "broken.png"), [turn("user", IMAGE, IMAGE)])
+    row = SafetyRow("r1", (image_folder / "a.png", image_folder / "broken.png"), [turn("user", IMAGE, IMAGE)])
     with pytest.raises(ImageError, match=r"row 'r1': image '.*broken.png' is truncated"):
         row.load_images()
-    row = SafetyExample("r2", (image_folder / "a.png", PICTURE), [turn("user", IMAGE, IMAGE)])
+    row = SafetyRow("r2", (image_folder / "a.png", PICTURE), [turn("user", IMAGE, IMAGE)])
     assert [image.size for image in row.load_images()] == [(4, 4), (2, 2)]
     with pytest.raises(ImageError, match="`max_pixels`"):
         row.load_images(max_pixels=4)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from safevlm.trainer.data import SafetyExample
+from safevlm.trainer.data import SafetyRow
 from safevlm.trainer.data.fingerprints import ImageIndex
 from safevlm.trainer.data.stats import data_stats
 from safevlm.trainer.data.stats_plot import draw_stats
@@ -25,7 +25,7 @@ def row(name, *images, question="Why?", answer="So.", category=6, level=0, sourc
     messages = [{"role": "user", "content": content}]
     if answer:
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-    return SafetyExample(name, images, messages, category, level, source, split, dependent)
+    return SafetyRow(name, images, messages, category, level, source, split, dependent)
 
 
 def stats_of(rows, tests=()):

@@ -16,8 +16,8 @@ from published_templates import THINKING
 from tiny import safe_model
 
 from safevlm import SafeVlmConfig, SafeVlmForConditionalGeneration, SafeVlmProcessor
-from safevlm.safety_assessment import assess_logits, level_log_probabilities
 from safevlm.safety_policy import SafetyPolicy
+from safevlm.safety_verdict import assess_logits, level_log_probabilities
 from safevlm.trainer.evaluation import calibrate, store_policy
 from safevlm.trainer.evaluation.calibration import (
     MIN_ROWS,

@@ -9,7 +9,7 @@ from head_records import scored
 from tiny import chat, picture
 
 from safevlm.safety_policy import SafetyPolicy
-from safevlm.trainer.data import SafetyExample
+from safevlm.trainer.data import SafetyRow
 from safevlm.trainer.evaluation import calibrate, predict_rows
 from safevlm.trainer.evaluation.head_measures import head_outcomes
 
@@ -26,7 +26,7 @@ def many_rows():
         for _ in range(draw.randrange(3)):
             messages += [{"role": "assistant", "content": [{"type": "text", "text": "The answer is yes."}]}]
             messages += chat(draw.choice(QUESTIONS), 0)
-        rows.append(SafetyExample(f"row-{i}", images, messages, *((i // 2 % 6, 3) if i % 2 else (6, 0))))
+        rows.append(SafetyRow(f"row-{i}", images, messages, *((i // 2 % 6, 3) if i % 2 else (6, 0))))
     return rows
 
 

@@ -11,8 +11,8 @@ from head_records import random_records, record
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safevlm.safety_assessment import assess_rows
 from safevlm.safety_policy import SafetyPolicy
+from safevlm.safety_verdict import assess_rows
 from safevlm.trainer.data import DataError
 from safevlm.trainer.evaluation import predict_rows, read_predictions, write_predictions
 from safevlm.trainer.evaluation.head_measures import readings

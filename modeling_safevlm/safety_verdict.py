@@ -16,7 +16,7 @@ NOT_FINITE = "The safety head's numbers are not finite, so the request is refuse
 
 
 @dataclass(repr=False)
-class SafetyAssessment:
+class SafetyVerdict:
     """
     The verdict on each row of a batch. A row's verdict is its worst image's; a row without an image is not assessed.
 
@@ -46,13 +46,13 @@ class SafetyAssessment:
     def __len__(self) -> int:
         return len(self.score)
 
-    def __getitem__(self, row) -> "SafetyAssessment":
+    def __getitem__(self, row) -> "SafetyVerdict":
         """The assessment of some rows (a slice or an index tensor)."""
         picked = {f.name: getattr(self, f.name) for f in fields(self)}
-        return SafetyAssessment(**{k: v[row] if isinstance(v, torch.Tensor) else v for k, v in picked.items()})
+        return SafetyVerdict(**{k: v[row] if isinstance(v, torch.Tensor) else v for k, v in picked.items()})
 
     @classmethod
-    def off(cls, batch_size: int, config: SafeVlmConfig) -> "SafetyAssessment":
+    def off(cls, batch_size: int, config: SafeVlmConfig) -> "SafetyVerdict":
         """What stands for the verdict under a policy that is off: nothing was assessed, and every action is "off"."""
         none = torch.zeros(batch_size, dtype=torch.long)
         return cls(
@@ -84,7 +84,7 @@ class SafetyAssessment:
             if row["level"] is not None:
                 verdict = f"{row['category']}, {row['level']}, risk {row['score']:.3f}"
             lines.append(f"  row {i}: {row['action']} ({verdict})")
-        return "\n".join(["SafetyAssessment:", *lines])
+        return "\n".join(["SafetyVerdict:", *lines])
 
     def to_list(self) -> list[dict]:
         """
@@ -118,7 +118,7 @@ def assess_logits(
     assessed: torch.Tensor,
     policy: SafetyPolicy,
     config: SafeVlmConfig,
-) -> SafetyAssessment:
+) -> SafetyVerdict:
     """
     Applies calibration, thresholds and actions of `policy` to the head's logits.
 
@@ -154,7 +154,7 @@ def assess_logits(
     if not policy.enabled:
         action = torch.zeros_like(action)
     unassessed = ~assessed
-    return SafetyAssessment(
+    return SafetyVerdict(
         level_probabilities=level_probabilities.masked_fill(unassessed.unsqueeze(1), 0.0),
         category_probabilities=category_probabilities.masked_fill(unassessed.unsqueeze(1), 0.0),
         score=score.masked_fill(unassessed, 0.0),
@@ -174,7 +174,7 @@ def assess_rows(
     batch_size: int,
     policy: SafetyPolicy,
     config: SafeVlmConfig,
-) -> SafetyAssessment:
+) -> SafetyVerdict:
     """
     The verdict on each row: its worst over images and readings. What `assess` and `generate` enforce, and what
     calibration measures.
@@ -225,14 +225,14 @@ def worst_images(level_logits: torch.Tensor, rows: torch.Tensor, batch_size: int
     return torch.where(belongs.any(dim=1), best, -1)
 
 
-def worst_verdicts(images: SafetyAssessment, rows: torch.Tensor, unassessed: SafetyAssessment) -> SafetyAssessment:
+def worst_verdicts(images: SafetyVerdict, rows: torch.Tensor, unassessed: SafetyVerdict) -> SafetyVerdict:
     """
     Each row's verdict: that of its image with the strictest action, and of those the highest score.
 
     Args:
-        images (`SafetyAssessment`): One verdict per image.
+        images (`SafetyVerdict`): One verdict per image.
         rows (`torch.LongTensor` of shape `(num_images,)`): The row each image belongs to.
-        unassessed (`SafetyAssessment`): What rows without an image get.
+        unassessed (`SafetyVerdict`): What rows without an image get.
     """
     if not len(rows):
         return unassessed
@@ -241,9 +241,9 @@ def worst_verdicts(images: SafetyAssessment, rows: torch.Tensor, unassessed: Saf
     rank = rank.unsqueeze(0).masked_fill(~belongs, -1.0)
     worst, assessed = rank.argmax(dim=1), belongs.any(dim=1)
     chosen = {}
-    for field in fields(SafetyAssessment):
+    for field in fields(SafetyVerdict):
         mine, instead = getattr(images, field.name), getattr(unassessed, field.name)
         if isinstance(mine, torch.Tensor):
             mine = torch.where(assessed.view(-1, *[1] * (mine.ndim - 1)), mine[worst], instead)
         chosen[field.name] = mine
-    return SafetyAssessment(**chosen)
+    return SafetyVerdict(**chosen)

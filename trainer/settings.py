@@ -1,36 +1,12 @@
-"""Writing files and folders so that a crash never leaves half of one, or a mix of two runs; settings in YAML."""
+"""Settings of a run: read from YAML, and compared with those that the run was begun with."""
 
 import json
 import re
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import yaml
 
-
-def replace_folder(write: Callable[[Path], None], folder: Path) -> None:
-    """Calls `write(partial_folder)`, which creates it, then puts that folder in the place of `folder`.
-
-    A crash leaves the former `folder` whole, or, between two renames, none.
-    """
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    write(partial)
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Writes `text` to `path`, making its folder; a crash leaves the former file whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8", newline="\n")
-    partial.replace(path)
+from safevlm.files import replace_json
 
 
 def check_settings(path: Path, settings: dict, message: str, write: bool = True) -> None:
@@ -53,7 +29,7 @@ def check_settings(path: Path, settings: dict, message: str, write: bool = True)
             changes = [f"{name} was {found.get(name)!r}, now {settings.get(name)!r}" for name in changed]
             raise ValueError(message.replace("{changes}", ", ".join(changes)))  # paths may hold braces, too
     elif write:
-        replace_text(path, json.dumps(settings, indent=2) + "\n")
+        replace_json(path, settings)
 
 
 class _SettingsLoader(yaml.SafeLoader):
