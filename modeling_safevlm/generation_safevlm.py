@@ -20,7 +20,7 @@ from .prompt_editing import edit_prompt, hint_column, open_answers, per_token
 from .question_reading import PromptParts, prompt_parts
 from .request_checks import check_attention, check_generation, check_inputs
 from .safety_policy import ACTIONS, UNKNOWN_RISK, SafetyPolicy
-from .safety_verdict import SafetyVerdict
+from .safety_verdict import OFF, SafetyVerdict
 
 REFUSE = ACTIONS.index("refuse")
 POLICY_OFF = (-1, -1)  # in place of a row's action and category
@@ -184,7 +184,7 @@ class SafeVlmGenerationMixin(GenerationMixin):
         if not is_dict:
             return sequences
         output.sequences = sequences
-        output["safety"] = SafetyVerdict.off(len(input_ids), self.config) if verdict is None else verdict
+        output["safety"] = SafetyVerdict.unassessed(len(input_ids), self.config, OFF) if verdict is None else verdict
         return output
 
     def _no_continuous_batching(self, *args, **kwargs):

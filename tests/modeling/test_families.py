@@ -127,7 +127,7 @@ def test_the_verdict_depends_on_every_image_and_on_the_question(processor, model
         inputs = processor(images=pictures, text=[prompt], return_tensors="pt")
         images = model.encode_images(**{k: v for k, v in inputs.items() if k != "attention_mask"})
         with torch.no_grad():
-            return model.predict_safety(inputs["input_ids"], inputs["attention_mask"], images).image_level_logits
+            return model.predict_safety(inputs["input_ids"], inputs["attention_mask"], images).level_logits
 
     here = verdict(PICTURES[:2])
     assert here.shape == (2, 4)

@@ -140,13 +140,12 @@ def head_outcomes(predictions: Sequence[HeadPrediction], policy: SafetyPolicy, c
 
 
 def _verdicts(predictions: Sequence[HeadPrediction], policy: SafetyPolicy, config) -> dict[str, np.ndarray]:
-    import torch
 
     level_logits, category_logits, rows = readings(predictions, config, policy.whole_conversation)
     verdict = assess_rows(level_logits, category_logits, rows, len(predictions), policy, config)
     confidence, most_probable = verdict.category_probabilities.max(dim=-1)
     flag_all = policy.replace(risk_threshold=0.0, category_risk_thresholds={})  # each reading's risky category shows
-    each = assess_logits(level_logits, category_logits, torch.ones_like(rows, dtype=torch.bool), flag_all, config)
+    each = assess_logits(level_logits, category_logits, flag_all, config)
     category_scores = np.full((len(predictions), len(config.category_names)), -1, np.float32)
     np.maximum.at(category_scores, (rows.numpy(), each.category.numpy()), each.score.numpy())
     return {

@@ -160,8 +160,8 @@ def _predict_batch(model, processor, rows: Sequence[SafetyRow]) -> list[dict]:
     found = [{"level_logits": [], "category_logits": [], "whole_conversation": []} for _ in rows]
     for number, reading in enumerate(readings):
         levels, categories = (
-            reading.image_level_logits.float().tolist(),
-            reading.image_category_logits.float().tolist(),
+            reading.level_logits.float().tolist(),
+            reading.category_logits.float().tolist(),
         )
         for i, level, category in zip(reading.rows.tolist(), levels, categories, strict=True):
             if not all(map(math.isfinite, level + category)):

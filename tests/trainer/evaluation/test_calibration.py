@@ -32,8 +32,7 @@ from safevlm.trainer.evaluation.head_measures import head_outcomes
 def verdicts(level_logits, category_logits, **policy):
     level_logits = torch.tensor(level_logits, dtype=torch.float32)
     category_logits = torch.tensor(category_logits, dtype=torch.float32)
-    assessed = torch.ones(len(level_logits), dtype=torch.bool)
-    return assess_logits(level_logits, category_logits, assessed, SafetyPolicy(**policy), LABELS)
+    return assess_logits(level_logits, category_logits, SafetyPolicy(**policy), LABELS)
 
 
 # -- temperatures ----------------------------------------------------------------------------------------------------
