@@ -19,12 +19,12 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 from .backbones import VisionFeatures, get_backbone, patches_of_images, units_of_images
 from .configuration_safevlm import SafeVlmConfig
 from .devices import compute_device
-from .embedding_hook import place_embeddings
+from .embedding_override import override_embeddings
 from .generation_safevlm import SafeVlmGenerationMixin
 from .losses import IGNORE_INDEX, combine_losses, safety_losses
 from .policy_texts import answer_opening_token_ids, generation_prompt_token_ids, policy_token_ids
+from .prompt import check_inputs
 from .quantization import forget_quantization, keep_safety_modules, share_quantization, unpack
-from .request_checks import check_inputs
 from .safety_modules import SafetyEmbeddings, SafetyModules, SafetyTokens, check_safety_weights
 from .safety_policy import POLICY_PRESETS, SafetyPolicy
 from .safety_verdict import SafetyVerdict, assess_rows, worst_images
@@ -410,7 +410,7 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
             base_inputs["mm_encoder_outputs"] = features.vision.mm_encoder_outputs
             embeddings = self.condition(features, action, category)
             start = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-            with place_embeddings(self.base, embeddings, input_ids, self.config.safety_token_id, start=start):
+            with override_embeddings(self.base, embeddings, input_ids, self.config.safety_token_id, start=start):
                 output = self.base(**base_inputs)
 
         level_logits, category_logits, assessed = reading.per_row()

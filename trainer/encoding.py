@@ -8,7 +8,7 @@ import torch
 
 from safevlm.losses import IGNORE_INDEX
 from safevlm.processing.chat_prompt import ChatPrompt
-from safevlm.prompt_editing import hint_column
+from safevlm.prompt import hint_column
 
 from .data import DataError, SafetyRow
 

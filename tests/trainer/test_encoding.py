@@ -7,7 +7,7 @@ import torch
 from tiny import chat, picture, safe_model, tiny_llava
 
 from safevlm import SafeVlmProcessor
-from safevlm.prompt_editing import last_occurrence
+from safevlm.prompt import last_occurrence
 from safevlm.trainer.data import DataError, ImageError, SafetyRow
 from safevlm.trainer.data_collator import SafeVlmDataCollator
 from safevlm.trainer.encoded_rows import EncodedDataset, RowEncoder

@@ -2,7 +2,7 @@
 
 The model runs once, in [`predict_rows`]; measures, plots and calibration are computed from the records alone, for any
 policy. The prompt is the one of inference: the row's turns up to the question last asked, without its answer. As at
-inference, too, a row is read as often as it has images and readings of its turns (see question_reading.py): a record
+inference, too, a row is read as often as it has images and readings of its turns (see prompt.py): a record
 holds what the head says each time, and [`assess_rows`] makes one verdict of that, as in `assess` and `generate`.
 """
 

@@ -15,10 +15,10 @@ from torch import nn
 
 
 @dataclass
-class Placement:
+class EmbeddingOverride:
     """
     Args:
-        embedding (`nn.Module`): The embedding module that this placement is meant for.
+        embedding (`nn.Module`): The embedding module that this override is meant for.
         values (`torch.FloatTensor` of shape `(num_placeholders, hidden_size)`)
         token_id (`int`): The placeholder's; no other token is ever replaced.
         slots (`torch.LongTensor` of shape `(batch_size, prompt_length)`): Index into `values`, or -1.
@@ -40,7 +40,7 @@ class Placement:
 
 
 class _Active(threading.local):
-    placement: Placement | None = None
+    override: EmbeddingOverride | None = None
 
 
 _ACTIVE = _Active()
@@ -53,7 +53,7 @@ def placeholder_slots(input_ids: torch.Tensor, safety_token_id: int) -> torch.Te
 
 
 @contextmanager
-def place_embeddings(
+def override_embeddings(
     base: nn.Module,
     values: torch.Tensor | None,
     input_ids: torch.Tensor,
@@ -75,20 +75,20 @@ def place_embeddings(
     Raises:
         `RuntimeError`: The base ran, and a placeholder went through without its embedding.
     """
-    before, placement = _ACTIVE.placement, None
+    before, override = _ACTIVE.override, None
     if values is not None and len(values):
         _install_hooks(base)
         slots = placeholder_slots(input_ids, token_id)
         placed = torch.zeros(len(values), dtype=torch.long, device=slots.device)
-        placement = Placement(base.get_input_embeddings(), values, token_id, slots, placed, start=start)
-    _ACTIVE.placement = placement
+        override = EmbeddingOverride(base.get_input_embeddings(), values, token_id, slots, placed, start=start)
+    _ACTIVE.override = override
     try:
         yield
     finally:
-        _ACTIVE.placement = before
-    if placement is not None and placement.used:
+        _ACTIVE.override = before
+    if override is not None and override.used:
         expected = slots[:, num_cached:]
-        missing = int((placement.placed[expected[expected >= 0]] == 0).sum())
+        missing = int((override.placed[expected[expected >= 0]] == 0).sum())
         if missing:
             raise RuntimeError(
                 f"{missing} of {len(values)} safety embeddings did not reach the base model's input: something else "
@@ -107,18 +107,18 @@ def _install_hooks(base: nn.Module):
 
 
 def _note_offset(base, args, kwargs):
-    placement = _ACTIVE.placement
-    if placement is not None and placement.embedding is base.get_input_embeddings():
+    override = _ACTIVE.override
+    if override is not None and override.embedding is base.get_input_embeddings():
         cache = kwargs.get("past_key_values")
-        placement.used = True
-        placement.offset = 0 if cache is None else cache.get_seq_length() - placement.start
+        override.used = True
+        override.offset = 0 if cache is None else cache.get_seq_length() - override.start
 
 
 def _replace_placeholders(embedding, args, output):
-    placement = _ACTIVE.placement
-    if placement is None or placement.embedding is not embedding or output.ndim != 3:
+    override = _ACTIVE.override
+    if override is None or override.embedding is not embedding or output.ndim != 3:
         return output
-    offset, slots = placement.offset, placement.slots.to(output.device)
+    offset, slots = override.offset, override.slots.to(output.device)
     prompt_length = slots.shape[1]
     if isinstance(offset, int) and offset >= prompt_length:  # decoding: every placeholder is in the cache already
         return output
@@ -128,10 +128,10 @@ def _replace_placeholders(embedding, args, output):
     # Tokens after the prompt are no placeholders; beams and several sequences per prompt repeat each row.
     slots = torch.where(columns < prompt_length, slots[:, columns.clamp(max=prompt_length - 1)], -1)
     slots = slots.repeat_interleave(output.shape[0] // slots.shape[0], dim=0)
-    values = placement.values.to(output.device, output.dtype)
+    values = override.values.to(output.device, output.dtype)
     # Passes over other tokens at these positions (classifier-free guidance has its own cache) keep their embeddings.
-    placed = (slots >= 0) & (args[0].to(output.device) == placement.token_id)
+    placed = (slots >= 0) & (args[0].to(output.device) == override.token_id)
     slots = slots.clamp(min=0)
-    counts = placement.placed
-    placement.placed = counts.index_add(0, slots.flatten().to(counts.device), placed.flatten().to(counts))
+    counts = override.placed
+    override.placed = counts.index_add(0, slots.flatten().to(counts.device), placed.flatten().to(counts))
     return torch.where(placed.unsqueeze(-1), values[slots], output)

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from safevlm.backbones import rows_of_units
-from safevlm.embedding_hook import place_embeddings, placeholder_slots
-from safevlm.prompt_editing import edit_prompt, hint_column, last_occurrence
+from safevlm.embedding_override import override_embeddings, placeholder_slots
+from safevlm.prompt import edit_prompt, hint_column, last_occurrence
 
 PAD, SAFETY = 0, 9
 TOKENS = st.integers(1, 9)
@@ -143,7 +143,7 @@ def test_placeholders_get_their_own_values_under_expansion_and_chunking(data, ro
         expected = torch.cat([expected, base(tokens)], dim=1)
         sequence = torch.cat([prompt.repeat_interleave(copies, dim=0), tokens], dim=1)
         cuts = sorted(data.draw(st.sets(st.integers(1, sequence.shape[1]), max_size=4)) | {sequence.shape[1]})
-        with place_embeddings(base, values, prompt, SAFETY):
+        with override_embeddings(base, values, prompt, SAFETY):
             parts, start = [], 0
             for end in cuts:
                 parts.append(base(sequence[:, start:end], past_key_values=Cache(start, static)))
@@ -162,11 +162,11 @@ def test_nothing_is_placed_outside_the_context_nor_in_another_model():
     prompt = torch.tensor([[1, SAFETY]])
     with torch.no_grad():
         plain = base(prompt)
-        with place_embeddings(base, torch.ones(1, 3), prompt, SAFETY):
+        with override_embeddings(base, torch.ones(1, 3), prompt, SAFETY):
             assert not torch.equal(base(prompt), plain)
             assert torch.equal(other(prompt), plain)
         assert torch.equal(base(prompt), plain)
-        with pytest.raises(RuntimeError), place_embeddings(base, torch.ones(1, 3), prompt, SAFETY):
+        with pytest.raises(RuntimeError), override_embeddings(base, torch.ones(1, 3), prompt, SAFETY):
             raise RuntimeError
         assert torch.equal(base(prompt), plain)
 
@@ -175,6 +175,6 @@ def test_a_replaced_embedding_module_is_hooked_again():
     base = ToyBase()
     prompt = torch.tensor([[1, SAFETY]])
     for _ in range(2):
-        with torch.no_grad(), place_embeddings(base, torch.ones(1, 3), prompt, SAFETY):
+        with torch.no_grad(), override_embeddings(base, torch.ones(1, 3), prompt, SAFETY):
             assert torch.equal(base(prompt)[0, 1], torch.ones(3))
         base.embedding = nn.Embedding(30, 3)
