@@ -11,7 +11,7 @@ from safevlm import question_reading
 from safevlm.question_reading import prompt_parts
 from safevlm.safety_verdict import worst_verdicts
 from safevlm.trainer.data import SafetyRow
-from safevlm.trainer.encoding import encode_row
+from safevlm.trainer.encoding.row_encoder import encode_row
 
 HARMLESS = "There is nothing harmful here, only two shapes. " * 3
 RISKY = "attack"
