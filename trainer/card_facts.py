@@ -15,11 +15,11 @@ from safevlm.model_card import write_card
 from safevlm.model_card.card import is_hub_id
 from safevlm.model_card.facts import policy_mark, portable_command, portable_word, read_facts
 
-from .card_callback import read_measured
 from .data.mix_output import MANIFEST, MANIFEST_FORMAT, file_sha256, input_hashes
 from .evaluation.environment import environment
-from .stages import Recipe
-from .training_args import STAGES
+from .recipe import Recipe
+from .stage.card_callback import read_measured
+from .stage.training_args import STAGES
 
 VERSIONS = ("safevlm", "torch", "transformers", "lmms_eval")
 SHARES = {

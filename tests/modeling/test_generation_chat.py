@@ -11,7 +11,7 @@ from safevlm import prompt as prompt_module
 from safevlm.prompt import prompt_parts
 from safevlm.safety_verdict import strictest
 from safevlm.trainer.data import SafetyRow
-from safevlm.trainer.encoding import encode_row
+from safevlm.trainer.encoding.row_encoder import encode_row
 
 HARMLESS = "There is nothing harmful here, only two shapes. " * 3
 RISKY = "attack"

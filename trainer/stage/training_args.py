@@ -7,10 +7,10 @@ from pathlib import Path
 
 from transformers import TrainingArguments
 
-from .features import LABEL_NAMES, check_arguments, check_reporting
+from .argument_checks import LABEL_NAMES, check_arguments, check_reporting
 
 STAGES = ("safety_alignment", "joint_finetuning")
-DEEPSPEED_CONFIGS = Path(__file__).parent / "recipes"
+DEEPSPEED_CONFIGS = Path(__file__).parents[1] / "recipes"
 
 
 @dataclass

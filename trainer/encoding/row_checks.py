@@ -7,8 +7,10 @@ from functools import lru_cache
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .data import SafetyRow, probe_image
-from .encoded_rows import EncodedDataset, RowEncoder
+from safevlm.trainer.data import SafetyRow, probe_image
+
+from .encoded_datasets import EncodedDataset
+from .row_encoder import RowEncoder
 
 logger = logging.getLogger(__name__)
 SLACK = 8

@@ -1,16 +1,14 @@
 """What a stage does to a model before it trains, and how the model is made plain again when it has."""
 
-import re
-from contextlib import nullcontext
 from pathlib import Path
 
-from torch import nn
 from transformers import set_seed
 
 from safevlm import SafeVlmForConditionalGeneration
 
-from .peft_alone import without_bitsandbytes
-from .placement import check_weights, gather_weights, merge_lora, train_in_float32
+from .lora import add_lora, merge_lora
+from .precision import align_storage, check_weights, train_in_float32
+from .sharding import gather_weights
 from .training_args import SafeVlmTrainingArguments
 
 
@@ -67,17 +65,6 @@ class StageModel:
         return model
 
 
-def align_storage(model):
-    """
-    Moves weights that lie at odd addresses (those of a mapped checkpoint file) to memory of their own.
-
-    CPU kernels round differently there: a run resumed from a file would drift from one that was never interrupted.
-    """
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
-            tensor.data = tensor.data.clone()
-
-
 def set_trainable(model: SafeVlmForConditionalGeneration, trainable: list[str]) -> int:
     """
     Freezes everything but the named parts; returns the number of trainable parameters.
@@ -113,28 +100,3 @@ def trainable_weights(model: SafeVlmForConditionalGeneration, trainable: list[st
             f"use 'safety', 'language_model' or a prefix of parameter names."
         )
     return weights
-
-
-def add_lora(model: SafeVlmForConditionalGeneration, args: SafeVlmTrainingArguments):
-    """Wraps the model with LoRA on the language model's linear layers; the safety modules train in full beside it."""
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ImportError("LoRA needs peft: pip install 'safevlm[train]'.") from error
-    prefix = f"base.{model.backbone.language_model_parts[0]}"
-    leaves = sorted(
-        {
-            name.rsplit(".", 1)[-1]
-            for name, module in model.named_modules()
-            if name.startswith(prefix + ".") and isinstance(module, nn.Linear)
-        }
-    )
-    config = LoraConfig(
-        r=args.lora_r,
-        lora_alpha=args.lora_alpha,
-        lora_dropout=args.lora_dropout,
-        target_modules=rf"{re.escape(prefix)}\..*\.({'|'.join(leaves)})",
-        modules_to_save=["safety"] if "safety" in args.trainable else None,
-    )
-    with nullcontext() if getattr(model, "is_quantized", False) else without_bitsandbytes():
-        return get_peft_model(model, config)

@@ -10,8 +10,7 @@ import torch
 from transformers import TrainerCallback
 
 from safevlm.files import replace_text
-
-from .evaluation.environment import environment
+from safevlm.trainer.evaluation.environment import environment
 
 MEASURED = "measured.json"
 

@@ -29,16 +29,19 @@ from transformers import Trainer
 
 from safevlm.losses import combine_losses
 from safevlm.model_card import write_card
+from safevlm.trainer.encoding.data_collator import SafeVlmDataCollator
+from safevlm.trainer.encoding.encoded_datasets import EncodedDataset, EncodedStream, encode_rows
+from safevlm.trainer.encoding.row_checks import check_sets
+from safevlm.trainer.encoding.row_encoder import RowEncoder
 
 from .card_callback import CardCallback, read_measured
 from .checkpoints import is_complete, last_complete_checkpoint, load_weights
-from .data_collator import SafeVlmDataCollator
-from .encoded_rows import EncodedDataset, EncodedStream, RowEncoder, encode_rows
-from .features import check_parts, check_trainer_options
+from .lora import merged_copy
 from .mean_losses import LOSS_NAMES, MeanLosses, Numbers
-from .placement import check_sharding, merged_copy, quantized_base_allowed, without_weights
-from .preparation import StageModel
-from .row_checks import check_sets
+from .precision import quantized_base_allowed
+from .sharding import check_sharding, without_weights
+from .stage_model import StageModel
+from .trainer_checks import check_parts, check_trainer_options
 from .training_args import SafeVlmTrainingArguments
 
 ROW_IDS = "row_ids"

@@ -8,8 +8,8 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 
-from .features import check_reporting
-from .training_args import SafeVlmTrainingArguments
+from .stage.argument_checks import check_reporting
+from .stage.training_args import SafeVlmTrainingArguments
 
 logger = logging.getLogger(__name__)
 

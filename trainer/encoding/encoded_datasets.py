@@ -1,78 +1,10 @@
 """Data sets as people have them (lists, `datasets`, torch's; rows of dicts or `SafetyRow`s) as encoded rows."""
 
-import hashlib
-from collections.abc import Mapping
-
 import torch
 
-from safevlm.safety_policy import ACTIONS, SafetyPolicy
+from safevlm.trainer.data import SafetyRow
 
-from .data import DataError, SafetyLabels, SafetyRow, row_from_record
-from .encoding import encode_row
-
-
-class EncodedRow(dict):
-    """A row's tensors (see `encode_row`), and which row it is."""
-
-    row_id: str
-
-
-class RowEncoder:
-    """
-    Encodes one row after the other.
-
-    Args:
-        processor (`SafeVlmProcessor`)
-        config (`SafeVlmConfig`): The model's: its labels, and its policy, which writes the hints.
-        hint_probability (`float` in [0, 1]): Share of risky rows that carry the hint for their label. Which ones
-            depends on `seed` and the row's index only, so that an interrupted run resumes with the same rows.
-        max_length (`int`, *optional*): Longer rows raise `DataError`.
-    """
-
-    def __init__(self, processor, config, hint_probability=0.0, max_length=None, seed=0):
-        self.processor = processor
-        self.config = config
-        self.labels = SafetyLabels.from_config(config)
-        self.policy = SafetyPolicy.from_value(config.safety_policy)
-        self.actions = self.policy.action_table(config.category_names, config.level_names)
-        self.hint_probability = hint_probability
-        self.max_length = max_length
-        self.seed = seed
-
-    def example(self, row, index: int) -> SafetyRow:
-        """The row, checked. Raises `DataError` where it breaks the schema or has labels that the model does not."""
-        if isinstance(row, Mapping):
-            return row_from_record(row, self.labels, row_id=str(index))
-        if not isinstance(row, SafetyRow):
-            raise DataError(
-                f"row {index}: expected a dict with `messages` and `images`, or a SafetyRow, got {type(row).__name__}."
-            )
-        for name, names in (("category", self.config.category_names), ("level", self.config.level_names)):
-            if (label := getattr(row, name)) is not None and label >= len(names):
-                raise DataError(f"row {row.row_id!r}: `{name}` {label} is not one of the model's {len(names)}.")
-        return row
-
-    def encode(self, example: SafetyRow, index: int) -> EncodedRow:
-        row = EncodedRow(encode_row(example, self.processor, self.config, hint=self._hint(example, index)))
-        row.row_id = example.row_id
-        if self.max_length is not None and len(row["input_ids"]) > self.max_length:
-            raise DataError(
-                f"row {example.row_id!r}: {len(row['input_ids'])} tokens, `max_length` is {self.max_length}; "
-                f"raise `max_length` or shorten the row."
-            )
-        return row
-
-    def _hint(self, example: SafetyRow, index: int) -> list[int] | None:
-        if example.category is None or example.level is None or not self._chance(index):
-            return None
-        action = ACTIONS[self.actions[example.category, example.level]]
-        text = self.policy.hint(action, self.config.category_names[example.category])
-        return None if text is None else [int(i) for i in self.config.policy_token_ids[text].split()]
-
-    def _chance(self, index: int) -> bool:
-        """True for a fixed `hint_probability` of all indices."""
-        digest = hashlib.sha256(f"{self.seed}:{index}".encode()).digest()
-        return int.from_bytes(digest[:8], "big") < self.hint_probability * 2**64
+from .row_encoder import EncodedRow, RowEncoder
 
 
 class EncodedDataset(torch.utils.data.Dataset):

@@ -26,12 +26,13 @@ from .card_facts import (
 )
 from .data import SafetyLabels, load_labels, read_rows, split_holdout
 from .data.labels_file import labels_dict
+from .encoding.row_checks import RowCounts, check_counts, count_rows
 from .evaluation import trainer_metrics
-from .overruled import check_before_training
-from .row_checks import RowCounts, check_counts, count_rows
-from .stages import Recipe, check_overrides, run_schedule
-from .trainer import SafeVlmTrainer
-from .training_args import SafeVlmTrainingArguments
+from .recipe import Recipe, check_overrides
+from .schedule import run_schedule
+from .settings_without_effect import check_before_training
+from .stage.trainer import SafeVlmTrainer
+from .stage.training_args import SafeVlmTrainingArguments
 
 logger = logging.getLogger(__name__)
 
