@@ -203,7 +203,7 @@ def origin(environment: dict, data: str, command: str, policy: dict | None = Non
 
 def add_evaluation(model_dir: str | os.PathLike, results_dir: str | os.PathLike) -> Path:
     """Adds what `safevlm evaluate` wrote to the card of the model that it evaluated; returns the card's path."""
-    from .evaluation.comparison import cell, columns, num_items
+    from .evaluation.benchmarks.comparison import cell, columns, num_items
 
     model_dir, results_dir = Path(model_dir), Path(results_dir)
     path = results_dir / "results.json"
