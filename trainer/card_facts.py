@@ -16,11 +16,11 @@ from safevlm.model_card import write_card
 from safevlm.model_card.card import is_hub_id
 from safevlm.model_card.facts import policy_mark, portable_command, portable_word, read_facts
 
-from .card_callback import read_measured
 from .data.mix_output import MANIFEST, MANIFEST_FORMAT, input_hashes
 from .evaluation.environment import environment
-from .stages import Recipe
-from .training_args import STAGES
+from .recipe import Recipe
+from .stage.card_callback import read_measured
+from .stage.training_args import STAGES
 
 VERSIONS = ("safevlm", "torch", "transformers", "lmms_eval")
 SHARES = {
@@ -204,7 +204,7 @@ def origin(environment: dict, data: str, command: str, policy: dict | None = Non
 
 def add_evaluation(model_dir: str | os.PathLike, results_dir: str | os.PathLike) -> Path:
     """Adds what `safevlm evaluate` wrote to the card of the model that it evaluated; returns the card's path."""
-    from .evaluation.comparison import cell, columns, num_items
+    from .evaluation.benchmarks.comparison import cell, columns, num_items
 
     model_dir, results_dir = Path(model_dir), Path(results_dir)
     path = results_dir / "results.json"

@@ -52,8 +52,8 @@ def run(args):
     from safevlm.trainer.card_facts import add_calibration
     from safevlm.trainer.data import SafetyLabels, read_rows
     from safevlm.trainer.evaluation import calibrate, environment, plot_calibration, predict_rows, store_policy
-    from safevlm.trainer.evaluation.calibration import check_aim
-    from safevlm.trainer.evaluation.head_measures import require_eval_extra
+    from safevlm.trainer.evaluation.head.calibration import check_aim
+    from safevlm.trainer.evaluation.head.measures import require_eval_extra
 
     require_eval_extra()
     check_aim(args.target_fpr, args.cost_ratio)
@@ -96,7 +96,7 @@ def run(args):
 
 
 def _summary(report: dict, args) -> str:
-    from safevlm.trainer.evaluation.head_report import format_measure
+    from safevlm.trainer.evaluation.head.report import format_measure
 
     lines = [
         f"{part}: {counts['rows']} rows ({counts['risky']} risky, {counts['clean']} clean) about "

@@ -23,10 +23,11 @@ from safevlm import SafetyPolicy, SafeVlmConfig, SafeVlmForConditionalGeneration
 from safevlm.files import file_sha256
 from safevlm.model_card import write_card
 from safevlm.trainer.card_facts import model_facts, origin, row_counts, share_measures, stage_facts
-from safevlm.trainer.checkpoints import write_atomically
 from safevlm.trainer.data import balance
 from safevlm.trainer.evaluation import environment
-from safevlm.trainer.stages import Recipe, check_same_run, run_schedule
+from safevlm.trainer.recipe import Recipe
+from safevlm.trainer.schedule import check_same_run, run_schedule
+from safevlm.trainer.stage.checkpoints import write_atomically
 
 from .answers import instructions, to_row
 from .base import build_base

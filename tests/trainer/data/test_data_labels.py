@@ -194,7 +194,7 @@ def test_commands_take_labels_and_need_no_torch(tmp_path):
 
 
 def test_training_a_safe_model_further_keeps_its_labels(tmp_path):
-    from safevlm.trainer.run import train_from_files
+    from safevlm.trainer.training_run import train_from_files
 
     SafeVlmConfig(**OWN, safety_policy={"level_actions": {"yes": "refuse"}}).save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match="`labels` 'paper' are not those of the base, a SafeVLM: .*deepfake"):
