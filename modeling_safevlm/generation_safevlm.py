@@ -184,7 +184,7 @@ class SafeVlmGenerationMixin(GenerationMixin):
         if not is_dict:
             return sequences
         output.sequences = sequences
-        output["safety"] = SafetyVerdict.off(len(input_ids), self.config) if verdict is None else verdict
+        output["safety"] = SafetyVerdict.off(len(input_ids), self.config.labels) if verdict is None else verdict
         return output
 
     def _no_continuous_batching(self, *args, **kwargs):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch.nn.functional import logsigmoid
 
-from .configuration_safevlm import SafeVlmConfig
+from .safety_labels import SafetyLabels
 from .safety_policy import ACTIONS, SafetyPolicy
 
 NOT_FINITE = "The safety head's numbers are not finite, so the request is refused."
@@ -52,19 +52,19 @@ class SafetyVerdict:
         return SafetyVerdict(**{k: v[row] if isinstance(v, torch.Tensor) else v for k, v in picked.items()})
 
     @classmethod
-    def off(cls, batch_size: int, config: SafeVlmConfig) -> "SafetyVerdict":
+    def off(cls, batch_size: int, labels: SafetyLabels) -> "SafetyVerdict":
         """What stands for the verdict under a policy that is off: nothing was assessed, and every action is "off"."""
         none = torch.zeros(batch_size, dtype=torch.long)
         return cls(
-            level_probabilities=torch.zeros(batch_size, len(config.level_names)),
-            category_probabilities=torch.zeros(batch_size, len(config.category_names)),
+            level_probabilities=torch.zeros(batch_size, len(labels.level_names)),
+            category_probabilities=torch.zeros(batch_size, len(labels.category_names)),
             score=torch.zeros(batch_size),
             level=none,
-            category=none + config.safe_category_id,
+            category=none + labels.safe_category_id,
             action=none - 1,
             assessed=none.bool(),
-            category_names=list(config.category_names),
-            level_names=list(config.level_names),
+            category_names=list(labels.category_names),
+            level_names=list(labels.level_names),
         )
 
     @property
@@ -117,7 +117,7 @@ def assess_logits(
     category_logits: torch.Tensor,
     assessed: torch.Tensor,
     policy: SafetyPolicy,
-    config: SafeVlmConfig,
+    labels: SafetyLabels,
 ) -> SafetyVerdict:
     """
     Applies calibration, thresholds and actions of `policy` to the head's logits.
@@ -135,16 +135,16 @@ def assess_logits(
 
     # Levels and categories are separate classifiers. Level decides whether there is risk; the category then is the
     # most probable risky one, so that a verdict never says "high" and "safe" at once.
-    safe = config.safe_category_id
+    safe = labels.safe_category_id
     # Compared as logs: beside a head that is sure of "safe", small probabilities are all rounded to 0.
     risky_category = category_logits.index_fill(
         1, torch.tensor([safe], device=category_logits.device), float("-inf")
     ).argmax(dim=-1)
-    thresholds = policy.thresholds(config.category_names).to(score.device)
+    thresholds = policy.thresholds(labels).to(score.device)
     risky = assessed & ~(score < thresholds[risky_category])  # a threshold that is no number lets nothing through
     level = torch.where(risky, level_log_probs[:, 1:].argmax(dim=-1) + 1, 0)
     category = torch.where(risky, risky_category, safe)
-    action = policy.action_table(config.category_names, config.level_names).to(level.device)[category, level]
+    action = policy.action_table(labels).to(level.device)[category, level]
     # The logits, too: a temperature or a soft max can hide that one of them is infinite.
     numbers = (level_logits, category_logits, level_probabilities, category_probabilities, score.unsqueeze(1))
     failed = assessed & ~torch.stack([values.isfinite().all(dim=-1) for values in numbers]).all(dim=0)
@@ -162,8 +162,8 @@ def assess_logits(
         category=category,
         action=action.masked_fill(unassessed, 0),
         assessed=assessed,
-        category_names=list(config.category_names),
-        level_names=list(config.level_names),
+        category_names=list(labels.category_names),
+        level_names=list(labels.level_names),
     )
 
 
@@ -173,7 +173,7 @@ def assess_rows(
     rows: torch.Tensor,
     batch_size: int,
     policy: SafetyPolicy,
-    config: SafeVlmConfig,
+    labels: SafetyLabels,
 ) -> SafetyVerdict:
     """
     The verdict on each row: its worst over images and readings. What `assess` and `generate` enforce, and what
@@ -186,9 +186,9 @@ def assess_rows(
         batch_size (`int`): How many rows there are. Those without a reading are not assessed.
     """
     read = torch.ones_like(rows, dtype=torch.bool)
-    readings = assess_logits(level_logits, category_logits, read, policy, config)
+    readings = assess_logits(level_logits, category_logits, read, policy, labels)
     nothing = [logits.new_zeros(batch_size, logits.shape[1]) for logits in (level_logits, category_logits)]
-    unassessed = assess_logits(*nothing, read.new_zeros(batch_size), policy, config)
+    unassessed = assess_logits(*nothing, read.new_zeros(batch_size), policy, labels)
     return worst_verdicts(readings, rows, unassessed)
 
 

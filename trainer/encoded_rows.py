@@ -7,7 +7,7 @@ import torch
 
 from safevlm.safety_policy import ACTIONS, SafetyPolicy
 
-from .data import DataError, SafetyLabels, SafetyRow, row_from_record
+from .data import DataError, SafetyRow, row_from_record
 from .encoding import encode_row
 
 
@@ -32,9 +32,9 @@ class RowEncoder:
     def __init__(self, processor, config, hint_probability=0.0, max_length=None, seed=0):
         self.processor = processor
         self.config = config
-        self.labels = SafetyLabels.from_config(config)
+        self.labels = config.labels
         self.policy = SafetyPolicy.from_value(config.safety_policy)
-        self.actions = self.policy.action_table(config.category_names, config.level_names)
+        self.actions = self.policy.action_table(self.labels)
         self.hint_probability = hint_probability
         self.max_length = max_length
         self.seed = seed
@@ -47,7 +47,7 @@ class RowEncoder:
             raise DataError(
                 f"row {index}: expected a dict with `messages` and `images`, or a SafetyRow, got {type(row).__name__}."
             )
-        for name, names in (("category", self.config.category_names), ("level", self.config.level_names)):
+        for name, names in (("category", self.labels.category_names), ("level", self.labels.level_names)):
             if (label := getattr(row, name)) is not None and label >= len(names):
                 raise DataError(f"row {row.row_id!r}: `{name}` {label} is not one of the model's {len(names)}.")
         return row
@@ -66,7 +66,7 @@ class RowEncoder:
         if example.category is None or example.level is None or not self._chance(index):
             return None
         action = ACTIONS[self.actions[example.category, example.level]]
-        text = self.policy.hint(action, self.config.category_names[example.category])
+        text = self.policy.hint(action, self.labels.category_names[example.category])
         return None if text is None else [int(i) for i in self.config.policy_token_ids[text].split()]
 
     def _chance(self, index: int) -> bool:
