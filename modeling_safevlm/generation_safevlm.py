@@ -192,7 +192,9 @@ class SafeVlmGenerationMixin(GenerationMixin):
         if not is_dict:
             return sequences
         output.sequences = sequences
-        output["safety"] = SafetyVerdict.unassessed(len(input_ids), self.config, OFF) if verdict is None else verdict
+        output["safety"] = (
+            SafetyVerdict.unassessed(len(input_ids), self.config.labels, OFF) if verdict is None else verdict
+        )
         return output
 
     def _no_continuous_batching(self, *args, **kwargs):

@@ -55,7 +55,7 @@ def test_the_papers_names_stand_once_in_the_repository():
             elif path.suffix in (".yaml", ".yml"):
                 places += [path.name] * ("category_names" in path.read_text(encoding="utf-8"))
     assert places == ["safety_labels.py"]
-    assert SafetyLabels.from_config(SafeVlmConfig()) == PAPER_LABELS
+    assert SafeVlmConfig().labels == PAPER_LABELS
 
 
 @pytest.mark.parametrize(
