@@ -28,7 +28,7 @@ from .prompt import (
     prompt_parts,
 )
 from .safety_policy import SafetyPolicy
-from .safety_verdict import SafetyVerdict
+from .safety_verdict import OFF, SafetyVerdict
 
 POLICY_OFF = (-1, -1)  # in place of a row's action and category
 
@@ -191,7 +191,9 @@ class SafeVlmGenerationMixin(GenerationMixin):
         if not is_dict:
             return sequences
         output.sequences = sequences
-        output["safety"] = SafetyVerdict.off(len(input_ids), self.config) if verdict is None else verdict
+        output["safety"] = (
+            SafetyVerdict.unassessed(len(input_ids), self.config.labels, OFF) if verdict is None else verdict
+        )
         return output
 
     def _no_continuous_batching(self, *args, **kwargs):

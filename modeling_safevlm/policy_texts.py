@@ -15,7 +15,7 @@ from .safety_policy import ACTIONS, UNKNOWN_RISK, SafetyPolicy
 
 def store_policy_texts(config, policy: SafetyPolicy, processor, control_ids: set[int]):
     """Adds the token ids of all texts of `policy` to `config`, once they are checked. See [`check_policy_texts`]."""
-    texts = policy_token_ids(processor, policy.texts(config.category_names))
+    texts = policy_token_ids(processor, policy.texts(config.labels))
     for text, ids in texts.items():
         _check_ids(text, _parse(ids), config, control_ids, getattr(processor, "tokenizer", processor))
     config.policy_token_ids = {**config.policy_token_ids, **texts}

@@ -129,7 +129,7 @@ def test_one_reading_that_fails_is_enough(model, processor, verdicts, one, monke
         prediction = predict(*args, **kwargs)
         seen.append(prediction)
         if len(seen) % 2 == 0:
-            prediction.image_level_logits = prediction.image_level_logits * float("nan")
+            prediction.level_logits = prediction.level_logits * float("nan")
         return prediction
 
     monkeypatch.setattr(model, "predict_safety", second_is_none)
