@@ -22,8 +22,6 @@ from .prompt import (
     check_generation,
     check_inputs,
     edit_prompt,
-    hint_column,
-    open_answers,
     per_token,
     prompt_parts,
 )
@@ -211,11 +209,8 @@ class SafeVlmGenerationMixin(GenerationMixin):
         hints, refusals = row_texts(
             guarded.verdict, policy, self.config, self._control_token_ids(), call.get("tokenizer")
         )
-        prompts = [row[mask.bool()].tolist() for row, mask in zip(input_ids, attention_mask, strict=True)]
-        opened = self.config.generation_prompt_token_ids, self.config.answer_opening_token_ids
-        refusals = open_answers(refusals, prompts, *opened)
-        rows = zip(input_ids.tolist(), guarded.parts.questions.tolist(), strict=True)
-        columns = [hint_column(ids, mask, self.config.generation_prompt_token_ids) for ids, mask in rows]
+        refusals = guarded.parts.open_answers(refusals, self.config.answer_opening_token_ids)
+        columns = guarded.parts.hint_columns
         prompt = edit_prompt(input_ids, attention_mask, per_token(call, input_ids), hints, columns)
         added = prompt["input_ids"].shape[1] - input_ids.shape[1]
         self._keep_answer_length(call, added)
