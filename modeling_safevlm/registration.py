@@ -16,6 +16,7 @@ from transformers import (
 from .from_base import from_base
 from .modeling_safevlm import SafeVlmForConditionalGeneration, SafeVlmOutput
 from .pipeline_safevlm import SafeVlmPipeline
+from .processing.from_base import from_base as processor_from_base
 from .processing.processing_safevlm import SafeVlmProcessor
 from .safety_adapter import save_safety_adapter
 from .safety_policy import ACTIONS, POLICY_PRESETS, SafetyPolicy
@@ -33,8 +34,9 @@ __all__ = [
     "SafetyVerdict",
 ]
 
-# Making a model needs this package, using one does not: these two are not in the code that a saved model carries.
+# Making a model needs this package, using one does not: these are not in the code that a saved model carries.
 SafeVlmForConditionalGeneration.from_base = classmethod(from_base)
+SafeVlmProcessor.from_base = classmethod(processor_from_base)
 SafeVlmForConditionalGeneration.save_safety_adapter = save_safety_adapter
 
 AutoConfig.register(SafeVlmConfig.model_type, SafeVlmConfig)
