@@ -22,7 +22,7 @@ from .devices import compute_device
 from .embedding_override import override_embeddings
 from .generation_safevlm import SafeVlmGenerationMixin
 from .losses import IGNORE_INDEX, combine_losses, safety_losses
-from .policy_texts import answer_opening_token_ids, generation_prompt_token_ids, policy_token_ids
+from .policy_texts import store_policy_texts
 from .prompt import check_inputs
 from .quantization import forget_quantization, keep_safety_modules, share_quantization, unpack
 from .safety_modules import SafetyEmbeddings, SafetyModules, SafetyTokens, check_safety_weights
@@ -230,12 +230,7 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
         """
         policy = SafetyPolicy.from_value(policy).for_labels(self.config.labels)
         if processor is not None:
-            texts = policy_token_ids(processor, policy.texts(self.config.labels))
-            for text, ids in texts.items():
-                self._check_text(text, [int(i) for i in ids.split()], getattr(processor, "tokenizer", processor))
-            self.config.generation_prompt_token_ids = generation_prompt_token_ids(processor)
-            self.config.answer_opening_token_ids = answer_opening_token_ids(processor)
-            self.config.policy_token_ids = {**self.config.policy_token_ids, **texts}
+            store_policy_texts(self.config, policy, processor, self._control_token_ids())
         self.config.safety_policy = policy.to_dict()
 
     def resolve_policy(self, policy=None) -> SafetyPolicy:

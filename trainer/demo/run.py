@@ -20,10 +20,10 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 
 from safevlm import SafetyPolicy, SafeVlmConfig, SafeVlmForConditionalGeneration, SafeVlmProcessor
+from safevlm.files import file_sha256
 from safevlm.model_card import write_card
 from safevlm.trainer.card_facts import model_facts, origin, row_counts, share_measures, stage_facts
 from safevlm.trainer.data import PAPER_LABELS, balance
-from safevlm.trainer.data.mix_output import file_sha256
 from safevlm.trainer.evaluation import environment
 from safevlm.trainer.recipe import Recipe
 from safevlm.trainer.schedule import check_same_run, run_schedule

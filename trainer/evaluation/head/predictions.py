@@ -19,8 +19,7 @@ from pathlib import Path
 from safevlm.files import replace_text
 from safevlm.safety_adapter import whole_state_dict
 from safevlm.trainer.data import DataError, SafetyRow
-from safevlm.trainer.data.fingerprints import image_file
-from safevlm.trainer.data.sampling import image_key
+from safevlm.trainer.data.images import image_file, image_key
 
 
 @dataclass(frozen=True)

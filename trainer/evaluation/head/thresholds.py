@@ -10,8 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from safevlm.safety_labels import SafetyLabels
-from safevlm.safety_policy import SafetyPolicy
+from safevlm.safety_policy import SafetyLabels, SafetyPolicy
 
 from .measures import HeadOutcomes, head_outcomes
 from .predictions import HeadPrediction
@@ -90,7 +89,7 @@ def fit_thresholds(
 
 
 def _thresholds_within(
-    allowed: int, limits: dict[str, tuple], outcomes: HeadOutcomes, policy: SafetyPolicy, config
+    allowed: int, limits: dict[str, tuple], outcomes: HeadOutcomes, policy: SafetyPolicy, labels: SafetyLabels
 ) -> tuple[dict[str, float], float]:
     """
     Thresholds of categories and the global one that together flag at most `allowed` clean rows.
@@ -103,9 +102,9 @@ def _thresholds_within(
     # Each within its limit is all within theirs, but for rows that count in several categories, and scores of 1, which
     # every threshold flags: then all make up for it.
     for less in range(max((limit for *_, limit in limits.values()), default=-1) + 1):
-        for name, (scores, labels, limit) in limits.items():
+        for name, (scores, are_risky, limit) in limits.items():
             present = policy.category_risk_thresholds.get(name, policy.risk_threshold)
-            own[name] = _threshold_within(max(limit - less, 0), scores, labels, present)
+            own[name] = _threshold_within(max(limit - less, 0), scores, are_risky, present)
         if (_flagged(outcomes, own, labels) & ~risky).sum() <= allowed:
             break
     threshold = _threshold_within(allowed, outcomes.highest_scores, risky, policy.risk_threshold)

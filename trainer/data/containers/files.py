@@ -10,43 +10,18 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from .archives import ArchivedImage, open_archive, split_archive_path
+from safevlm.trainer.data.archives import ArchivedImage, open_archive, split_archive_path
+from safevlm.trainer.data.errors import DataError, short
+from safevlm.trainer.data.images import ImageSource
+
+from .container import Container
 from .data_files import DATA_SUFFIXES, MAX_DATA_BYTES, Item, read_records
-from .errors import DataError
-from .images import ImageSource
-from .schema import short
 
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 _SPLITS = ("train", "training", "validation", "val", "valid", "dev", "test", "eval")
-
-
-@dataclass
-class Container:
-    """Records and the way to their images.
-
-    Args:
-        name (`str`): In error messages.
-        file_name (`str`): Begins the ids of rows that have none.
-        stem (`str`): The data file's name without extension.
-        open (`Callable`): Returns what a record is called (`"line"`, `"item"`, `"row"`) and an iterator of `Item`s.
-        image (`Callable`): Turns an image's name into its source; raises `DataError`.
-        split (`str`): The split, where file name or Hub say it.
-        facts (`dict[str, str]`): For taxonomies, see `format_base.Context`.
-        remote (`bool`): Whether reading on costs a download.
-    """
-
-    name: str
-    file_name: str
-    stem: str
-    open: Callable[[], tuple[str, Iterator[Item]]]
-    image: Callable[[str], ImageSource]
-    split: str = ""
-    facts: dict[str, str] = field(default_factory=dict)
-    remote: bool = False
 
 
 class DiskFolder:

@@ -13,8 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from .errors import DataError
-from .schema import short
+from safevlm.trainer.data.errors import DataError, short
 
 
 def _words(text: str) -> frozenset[str]:

@@ -13,12 +13,13 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from safevlm.safety_labels import SafetyLabels
+from safevlm.safety_policy import SafetyLabels
+from safevlm.trainer.data.errors import DataError, short
+from safevlm.trainer.data.safety_row import check_text, label_ids, plain_label
 
-from .errors import DataError
-from .format_base import Context, RowFormat, image_list, optional_text
-from .record_fields import is_empty, other_fields
-from .schema import check_text, label_ids, plain_label, short
+from .fields import image_list, optional_text
+from .row_format import Context, RowFormat
+from .unused_fields import is_empty, other_fields
 
 IMAGE_MARKER = "<image>"
 IMAGE_SEPARATOR = "<split>"
@@ -265,9 +266,7 @@ def _labelled(record: dict) -> bool:
     return "safe_type" in record or "safe_level" in record
 
 
-CONVERSATION_FORMATS: dict[str, RowFormat] = {
-    "safevlm": RowFormat(lambda record: _labelled(record) and "messages" not in record, parse_safevlm),
-    "llava": RowFormat(lambda record: "conversations" in record and not _labelled(record), parse_llava),
-    "mllm": RowFormat(lambda record: "messages" in record and list not in _content_types(record), parse_messages),
-    "chat": RowFormat(lambda record: list in _content_types(record), parse_messages),
-}
+SAFEVLM = RowFormat(lambda record: _labelled(record) and "messages" not in record, parse_safevlm)
+LLAVA = RowFormat(lambda record: "conversations" in record and not _labelled(record), parse_llava)
+MLLM = RowFormat(lambda record: "messages" in record and list not in _content_types(record), parse_messages)
+CHAT = RowFormat(lambda record: list in _content_types(record), parse_messages)

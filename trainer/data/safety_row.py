@@ -6,7 +6,6 @@ Every reader produces `SafetyRow`s and everything after reads only these. A row 
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -14,9 +13,9 @@ from typing import Any
 
 from PIL import Image
 
-from safevlm.safety_labels import PAPER_LABELS, SafetyLabels
+from safevlm.safety_policy import PAPER_LABELS, SafetyLabels
 
-from .errors import DataError
+from .errors import DataError, short
 from .images import MAX_PIXELS, ImageSource, load_image
 
 
@@ -101,11 +100,6 @@ def label_ids(category: Any, level: Any, labels: SafetyLabels = PAPER_LABELS) ->
             f"a safe row has level {labels.level_names[0]!r} (0)"
         )
     return category_id, level_id
-
-
-def short(value: Any) -> str:
-    """A `repr` short enough for an error message."""
-    return reprlib.repr(value)
 
 
 def plain_label(value: Any) -> Any:

@@ -8,25 +8,25 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from safevlm.safety_labels import SafetyLabels
+from safevlm.safety_policy import SafetyLabels
 
-from .containers import Container
-from .data_files import Item, decode
+from .containers.container import Container
+from .containers.data_files import Item, decode
 from .errors import DataError
-from .format_base import identifier
-from .formats import Context, RowFormat
+from .formats.fields import identifier
+from .formats.row_format import Context, RowFormat
+from .formats.unused_fields import is_empty, other_fields
 from .images import MAX_PIXELS, ImageSource, load_image, probe_image
-from .record_fields import is_empty, other_fields
-from .schema import SafetyRow, label_ids
+from .safety_row import SafetyRow, label_ids
 from .taxonomy import Taxonomy, UnmappedLabel
 
 logger = logging.getLogger(__name__)
 
-_SCAN_WHEN_REMOTE = 1000  # records of a stream looked through for further unmapped labels
+SCAN_WHEN_REMOTE = 1000  # records of a stream looked through for further unmapped labels
 
 
 @dataclass
-class Assembly:
+class RowBuilder:
     """Makes the rows of one data set. The arguments are those of `read_rows`, checked and resolved."""
 
     row_format: RowFormat
@@ -51,7 +51,7 @@ class Assembly:
             read_before = read
             if self.split and container.split not in ("", self.split):
                 raise DataError(f"{container.name}: is of split {container.split!r}, `split` is {self.split!r}.")
-            scan = _SCAN_WHEN_REMOTE
+            scan = SCAN_WHEN_REMOTE
             for item in items:
                 read += 1
                 for row in self._record(container, unit, item):

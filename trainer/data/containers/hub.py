@@ -7,21 +7,14 @@ repository can choose unpickles.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from .containers import Container
+from safevlm.trainer.data.errors import DataError
+from safevlm.trainer.data.images import ImageSource
+
+from .container import Container
 from .data_files import Item
-from .errors import DataError
-from .images import ImageSource
-
-_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-
-
-def is_hub_id(name: Any) -> bool:
-    """Whether a text has the form `owner/name`. Whether a file of that name exists is for the caller to ask first."""
-    return isinstance(name, str) and _REPOSITORY.fullmatch(name) is not None
 
 
 def open_hub(
