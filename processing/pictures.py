@@ -50,6 +50,18 @@ class PictureError(ValueError):
         self.name, self.reason = name, reason
 
 
+class PictureTooLarge(PictureError):
+    """The file has too many bytes, or the picture too many pixels."""
+
+
+class PictureFormatError(PictureError):
+    """The file is not a picture, or not in one of `ALLOWED_FORMATS`."""
+
+
+class PixelTypeError(PictureError):
+    """The pixels are of a type without an agreed range, such as signed or 32-bit integers."""
+
+
 def load_picture(source, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """
     Decodes a picture into 8-bit RGB, upright, with transparency over white.
@@ -119,7 +131,7 @@ def _fetch(address: str, timeout: float | None) -> bytes:
             for piece in response.iter_bytes():
                 content += piece
                 if len(content) > MAX_FILE_BYTES:
-                    raise _error(repr(address), f"has more than {MAX_FILE_BYTES} bytes", "shrink it")
+                    raise _error(repr(address), f"has more than {MAX_FILE_BYTES} bytes", "shrink it", PictureTooLarge)
     except httpx.HTTPError as error:
         raise _error(repr(address), f"cannot be fetched ({error})", "check the address") from None
     return bytes(content)
@@ -128,9 +140,13 @@ def _fetch(address: str, timeout: float | None) -> bytes:
 class _Refused(Exception):
     """(reason, fix): turned into a `PictureError` by `_refusals`."""
 
+    def __init__(self, reason: str, fix: str, kind: type[PictureError] = PictureError):
+        super().__init__(reason, fix)
+        self.kind = kind
 
-def _error(name: str, reason: str, fix: str) -> PictureError:
-    return PictureError(f"image {name} {reason}; {fix}.", name, reason)
+
+def _error(name: str, reason: str, fix: str, kind: type[PictureError] = PictureError) -> PictureError:
+    return kind(f"image {name} {reason}; {fix}.", name, reason)
 
 
 @contextmanager
@@ -138,9 +154,9 @@ def _refusals(source):
     try:
         yield
     except _Refused as error:
-        cause, (reason, fix) = None, error.args
+        cause, kind, (reason, fix) = None, error.kind, error.args
     except Exception as error:  # on damaged or hostile bytes PIL's decoders raise nearly anything
-        cause, reason = error, f"is truncated or corrupt ({type(error).__name__}: {error})"
+        cause, kind, reason = error, PictureError, f"is truncated or corrupt ({type(error).__name__}: {error})"
         fix = "replace it"
     else:
         return
@@ -148,7 +164,7 @@ def _refusals(source):
         name = repr(os.fspath(source))
     else:
         name = f"<{len(source)} bytes>" if isinstance(source, bytes) else f"<{type(source).__name__} in memory>"
-    raise _error(name, reason, fix) from cause
+    raise _error(name, reason, fix, kind) from cause
 
 
 @contextmanager
@@ -169,9 +185,9 @@ def _opened(source, max_pixels: int):
         image = Image.open(source, formats=ALLOWED_FORMATS)
     except UnidentifiedImageError:
         formats = ", ".join(ALLOWED_FORMATS)
-        raise _Refused(f"is not a readable {formats} file", "convert or replace it") from None
+        raise _Refused(f"is not a readable {formats} file", "convert or replace it", PictureFormatError) from None
     except Image.DecompressionBombError as error:
-        raise _Refused(f"is too large ({error})", "shrink it") from None
+        raise _Refused(f"is too large ({error})", "shrink it", PictureTooLarge) from None
     with image:
         _check_size(image, max_pixels)
         yield image
@@ -193,7 +209,7 @@ def _check_file(path) -> None:
 
 def _check_file_size(size: int) -> None:
     if size > MAX_FILE_BYTES:
-        raise _Refused(f"has {size} bytes, more than {MAX_FILE_BYTES}", "compress or shrink it")
+        raise _Refused(f"has {size} bytes, more than {MAX_FILE_BYTES}", "compress or shrink it", PictureTooLarge)
 
 
 def _check_size(image: Image.Image, max_pixels: int) -> None:
@@ -201,14 +217,16 @@ def _check_size(image: Image.Image, max_pixels: int) -> None:
     if width * height == 0:
         raise _Refused(f"is empty ({width}x{height} pixels)", "replace it")
     if width * height > max_pixels:
-        raise _Refused(f"has {width}x{height} pixels, more than {max_pixels}", "shrink it or raise `max_pixels`")
+        reason = f"has {width}x{height} pixels, more than {max_pixels}"
+        raise _Refused(reason, "shrink it or raise `max_pixels`", PictureTooLarge)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         return _sixteen_bit_grey_to_rgb(image)
     if image.mode in ("I", "F"):
-        raise _Refused(f"has pixels of mode {image.mode!r}, which have no agreed range", "convert it to 8 bit")
+        reason = f"has pixels of mode {image.mode!r}, which have no agreed range"
+        raise _Refused(reason, "convert it to 8 bit", PixelTypeError)
     if image.has_transparency_data:
         rgba = image.convert({"La": "LA"}.get(image.mode, "RGBA")).convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
