@@ -19,12 +19,12 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 from .backbones import VisionFeatures, get_backbone, patches_of_images, units_of_images
 from .configuration_safevlm import SafeVlmConfig
 from .devices import compute_device
-from .embedding_hook import place_embeddings
+from .embedding_override import override_embeddings
 from .generation_safevlm import SafeVlmGenerationMixin
 from .losses import IGNORE_INDEX, combine_losses, safety_losses
 from .policy_texts import answer_opening_token_ids, generation_prompt_token_ids, policy_token_ids
+from .prompt import check_inputs
 from .quantization import forget_quantization, keep_safety_modules, share_quantization, unpack
-from .request_checks import check_inputs
 from .safety_modules import SafetyEmbeddings, SafetyModules, SafetyTokens, check_safety_weights
 from .safety_policy import POLICY_PRESETS, SafetyPolicy
 from .safety_verdict import SafetyVerdict, assess_rows, worst_images
@@ -74,22 +74,32 @@ class ImageFeatures:
 
 
 @dataclass
-class SafetyPrediction:
+class HeadReading:
     """
+    What the safety head says about a batch in one reading of its prompts, image by image.
+
     Args:
-        level_logits (`torch.FloatTensor` of shape `(batch_size, num_levels)`): Of each row's worst image, 0 without.
-        category_logits (`torch.FloatTensor` of shape `(batch_size, num_categories)`)
-        assessed (`torch.BoolTensor` of shape `(batch_size,)`): Whether the row has an image.
-        image_level_logits, image_category_logits: The same per image, first dimension `num_images`.
-        rows (`torch.LongTensor` of shape `(num_images,)`): The row each image belongs to.
+        level_logits (`torch.FloatTensor` of shape `(num_images, num_levels)`)
+        category_logits (`torch.FloatTensor` of shape `(num_images, num_categories)`)
+        rows (`torch.LongTensor` of shape `(num_images,)`): The row of the batch each image belongs to.
+        batch_size (`int`)
     """
 
     level_logits: torch.Tensor
     category_logits: torch.Tensor
-    assessed: torch.Tensor
-    image_level_logits: torch.Tensor
-    image_category_logits: torch.Tensor
     rows: torch.Tensor
+    batch_size: int
+
+    def per_row(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Level and category logits of each row's worst image, 0 where there is none, and a `torch.BoolTensor` of shape
+        `(batch_size,)` that says where there is one.
+        """
+        worst = worst_images(self.level_logits, self.rows, self.batch_size)
+        level_logits, category_logits = (
+            nn.functional.pad(logits, (0, 0, 0, 1))[worst] for logits in (self.level_logits, self.category_logits)
+        )
+        return level_logits, category_logits, worst >= 0
 
 
 class SafeVlmPreTrainedModel(PreTrainedModel):
@@ -218,10 +228,9 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
         Raises:
             `ValueError`: The policy does not fit the model's labels, or a text of it has no tokens that say it.
         """
-        policy = SafetyPolicy.from_value(policy).for_levels(self.config.level_names)
-        policy.check_labels(self.config.category_names, self.config.level_names)
+        policy = SafetyPolicy.from_value(policy).for_labels(self.config.labels)
         if processor is not None:
-            texts = policy_token_ids(processor, policy.texts(self.config.category_names))
+            texts = policy_token_ids(processor, policy.texts(self.config.labels))
             for text, ids in texts.items():
                 self._check_text(text, [int(i) for i in ids.split()], getattr(processor, "tokenizer", processor))
             self.config.generation_prompt_token_ids = generation_prompt_token_ids(processor)
@@ -239,14 +248,12 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
             policy = POLICY_PRESETS[policy].replace(
                 level_temperature=own.level_temperature, category_temperature=own.category_temperature
             )
-        policy = own if policy is None else SafetyPolicy.from_value(policy).for_levels(self.config.level_names)
-        policy.check_labels(self.config.category_names, self.config.level_names)
-        return policy
+        policy = own if policy is None else SafetyPolicy.from_value(policy)
+        return policy.for_labels(self.config.labels)
 
     def policy_weaknesses(self) -> list[str]:
         """In which ways the model's own policy is milder than the preset `"default"`; see `SafetyPolicy`."""
-        risky = [name for name in self.config.category_names if name != self.config.safe_category]
-        return self.resolve_policy().weaknesses(risky, self.config.level_names)
+        return self.resolve_policy().weaknesses(self.config.labels)
 
     # -- the safety path ---------------------------------------------------------------------------------------------
 
@@ -287,59 +294,41 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
         attention_mask: torch.Tensor | None,
         features: ImageFeatures | None,
         question_mask: torch.Tensor | None = None,
-    ) -> SafetyPrediction:
+    ) -> HeadReading:
         """
-        The safety head's logits, per image and per row.
+        The safety head's logits for each image, read with the question of its row.
 
         Args:
             question_mask (`torch.BoolTensor` of shape `(batch_size, sequence_length)`, *optional*): What the head may
-                read. By default all prompt tokens but padding and placeholders. In training it must leave out answers.
+                read; by default every token but padding. Answers must be left out.
         """
-        batch_size = len(input_ids)
-        head = self.safety.head
+        head, batch_size = self.safety.head, len(input_ids)
         device, dtype = compute_device(head), next(head.parameters()).dtype
         if features is None:
-            empty = [
-                torch.zeros(n, len(names), device=device, dtype=dtype)
-                for n in (batch_size, 0)
-                for names in self._label_names()
-            ]
-            assessed = torch.zeros(batch_size, dtype=torch.bool, device=device)
-            rows = torch.zeros(0, dtype=torch.long, device=device)
-            return SafetyPrediction(empty[0], empty[1], assessed, empty[2], empty[3], rows)
+            none = torch.zeros(0, dtype=torch.long, device=device)
+            names = (self.config.level_names, self.config.category_names)
+            logits = (torch.zeros(0, len(labels), device=device, dtype=dtype) for labels in names)
+            return HeadReading(*logits, none, batch_size)
         if question_mask is None:
             question_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        question_mask = question_mask.bool() & (input_ids != self.backbone.image_token_id)
-        if self.config.safety_token_id is not None:
-            question_mask = question_mask & (input_ids != self.config.safety_token_id)
+        placeholders = [self.backbone.image_token_id, self.config.safety_token_id]
+        for token_id in (i for i in placeholders if i is not None):
+            question_mask = question_mask.bool() & (input_ids != token_id)
         embedding = self.base.get_input_embeddings()
-        text = embedding(input_ids.to(compute_device(embedding))).to(device, dtype)
+        text = embedding(input_ids.to(compute_device(embedding))).to(device, dtype)  # (batch, length, text hidden)
         rows = features.rows.to(device)
-        level_logits, category_logits = head(text[rows], question_mask.to(device)[rows], features.safety.to(device))
-        worst = worst_images(level_logits, rows, batch_size)
-        assessed = worst >= 0
-        pick = worst.clamp(min=0)
-        return SafetyPrediction(
-            level_logits[pick].where(assessed.unsqueeze(1), 0.0),
-            category_logits[pick].where(assessed.unsqueeze(1), 0.0),
-            assessed,
-            level_logits,
-            category_logits,
-            rows,
-        )
+        logits = head(text[rows], question_mask.to(device)[rows], features.safety.to(device))
+        return HeadReading(*logits, rows, batch_size)
 
-    def _label_names(self):
-        return self.config.level_names, self.config.category_names
-
-    def apply_policy(self, predictions: list[SafetyPrediction], policy: SafetyPolicy) -> SafetyVerdict:
-        """The verdict on each row under `policy`: the worst over its images and over all predictions about them."""
+    def apply_policy(self, readings: list[HeadReading], policy: SafetyPolicy) -> SafetyVerdict:
+        """The verdict on each row under `policy`: the strictest over its images and all readings."""
         return assess_rows(
-            torch.cat([prediction.image_level_logits for prediction in predictions]),
-            torch.cat([prediction.image_category_logits for prediction in predictions]),
-            torch.cat([prediction.rows for prediction in predictions]),
-            len(predictions[0].assessed),
+            torch.cat([reading.level_logits for reading in readings]),
+            torch.cat([reading.category_logits for reading in readings]),
+            torch.cat([reading.rows for reading in readings]),
+            readings[0].batch_size,
             policy,
-            self.config,
+            self.config.labels,
         )
 
     def condition(self, features: ImageFeatures, action: torch.Tensor, category: torch.Tensor) -> torch.Tensor:
@@ -355,7 +344,7 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
         embeddings: SafetyEmbeddings | None = self.safety.embeddings
         if embeddings is None:
             return features.safety.new_zeros(0, self.config.get_text_config().hidden_size)
-        category = torch.where(action == 0, self.config.safe_category_id, category)
+        category = torch.where(action == 0, self.config.labels.safe_category_id, category)
         device = compute_device(embeddings)
         rows = features.rows.to(device)
         return embeddings(features.safety.to(device), action.to(device)[rows], category.to(device)[rows]).flatten(0, 1)
@@ -396,7 +385,7 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
         if safety_question_mask is None and labels is not None:
             seen = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             safety_question_mask = seen.bool() & (labels == IGNORE_INDEX)
-        prediction = self.predict_safety(input_ids, attention_mask, features, safety_question_mask)
+        reading = self.predict_safety(input_ids, attention_mask, features, safety_question_mask)
 
         answered = labels is not None and bool((labels[:, 1:] != IGNORE_INDEX).any())  # else the loss would be 0 / 0
         base_inputs = dict(
@@ -413,21 +402,16 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
             output = self.base(**base_inputs)
         else:
             action, category = self._training_condition(
-                prediction, safety_level_labels, safety_category_labels, label_conditioning
+                reading, safety_level_labels, safety_category_labels, label_conditioning
             )
             base_inputs["mm_encoder_outputs"] = features.vision.mm_encoder_outputs
             embeddings = self.condition(features, action, category)
             start = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-            with place_embeddings(self.base, embeddings, input_ids, self.config.safety_token_id, start=start):
+            with override_embeddings(self.base, embeddings, input_ids, self.config.safety_token_id, start=start):
                 output = self.base(**base_inputs)
 
-        losses = safety_losses(
-            prediction.level_logits,
-            prediction.category_logits,
-            safety_level_labels,
-            safety_category_labels,
-            prediction.assessed,
-        )
+        level_logits, category_logits, assessed = reading.per_row()
+        losses = safety_losses(level_logits, category_logits, safety_level_labels, safety_category_labels, assessed)
         lm_loss = output.loss if answered else None
         if self.training and torch.is_grad_enabled():
             losses = self._attached(losses, lm_loss)
@@ -442,9 +426,9 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
             lm_loss=lm_loss,
             **losses,
             logits=output.logits,
-            safety_level_logits=None if features is None else prediction.level_logits,
-            safety_category_logits=None if features is None else prediction.category_logits,
-            safety_assessed=None if features is None else prediction.assessed,
+            safety_level_logits=None if features is None else level_logits,
+            safety_category_logits=None if features is None else category_logits,
+            safety_assessed=None if features is None else assessed,
             past_key_values=output.get("past_key_values"),
             hidden_states=output.get("hidden_states"),
             attentions=output.get("attentions"),
@@ -461,18 +445,18 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
         zero = sum((weight * 0).sum().cpu() for weight in self.parameters() if weight.requires_grad)
         return {name: loss if loss is None else loss + zero for name, loss in losses.items()}
 
-    def _training_condition(self, prediction, level_labels, category_labels, label_conditioning):
+    def _training_condition(self, reading, level_labels, category_labels, label_conditioning):
         """Action and category ids per row: the labels' for a share of the labelled rows, else the prediction's."""
         policy = self.resolve_policy()
         if not policy.enabled:  # a model saved with policy "off" can still be trained
             policy = self.resolve_policy("default")
-        verdict = self.apply_policy([prediction], policy)
+        verdict = self.apply_policy([reading], policy)
         action, category = verdict.action, verdict.category
         if label_conditioning > 0 and level_labels is not None and category_labels is not None:
             level_labels, category_labels = level_labels.to(action.device), category_labels.to(action.device)
             use_label = (level_labels != IGNORE_INDEX) & (category_labels != IGNORE_INDEX)
             use_label &= torch.rand(len(action), device=action.device) < label_conditioning
-            table = policy.action_table(self.config.category_names, self.config.level_names).to(action.device)
+            table = policy.action_table(self.config.labels).to(action.device)
             labelled = table[category_labels.clamp(min=0), level_labels.clamp(min=0)]
             action = torch.where(use_label, labelled, action)
             category = torch.where(use_label, category_labels, category)
@@ -502,20 +486,11 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
         forget_quantization(model)
         return model
 
-    def get_input_embeddings(self):
-        return self.base.get_input_embeddings()
-
-    def set_input_embeddings(self, value):
-        self.base.set_input_embeddings(value)
-
     def get_output_embeddings(self):
         return self.base.get_output_embeddings()
 
     def set_output_embeddings(self, value):
         self.base.set_output_embeddings(value)
-
-    def get_decoder(self):
-        return self.base.get_decoder()
 
     def resize_token_embeddings(self, *args, **kwargs):
         embeddings = self.base.resize_token_embeddings(*args, **kwargs)

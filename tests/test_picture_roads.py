@@ -17,7 +17,7 @@ from safevlm import SafeVlmPipeline
 from safevlm.processing.pictures import MAX_PIXELS, PictureError, find_picture, load_picture
 from safevlm.trainer.commands import ask
 from safevlm.trainer.data import SafetyRow
-from safevlm.trainer.encoding import encode_row
+from safevlm.trainer.encoding.row_encoder import encode_row
 from safevlm.trainer.serving.answering import decode_image
 from safevlm.trainer.serving.errors import RequestError
 

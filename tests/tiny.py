@@ -151,15 +151,12 @@ def force_verdicts(monkeypatch, model, levels: list[int], category: str):
     names = model.config.category_names
 
     def predict(*args, **kwargs):
-        prediction = predict_safety(*args, **kwargs)
-        wanted = torch.tensor(levels, device=prediction.level_logits.device)
-        category_ids = torch.where(wanted > 0, names.index(category), model.config.safe_category_id)
-        seen = prediction.assessed.unsqueeze(1)
-        prediction.level_logits = 20.0 * torch.nn.functional.one_hot(wanted, len(model.config.level_names)) * seen
-        prediction.category_logits = 20.0 * torch.nn.functional.one_hot(category_ids, len(names)) * seen
-        prediction.image_level_logits = prediction.level_logits[prediction.rows]
-        prediction.image_category_logits = prediction.category_logits[prediction.rows]
-        return prediction
+        reading = predict_safety(*args, **kwargs)
+        wanted = torch.tensor(levels, device=reading.level_logits.device)[reading.rows]
+        category_ids = torch.where(wanted > 0, names.index(category), model.config.labels.safe_category_id)
+        reading.level_logits = 20.0 * torch.nn.functional.one_hot(wanted, len(model.config.level_names))
+        reading.category_logits = 20.0 * torch.nn.functional.one_hot(category_ids, len(names))
+        return reading
 
     monkeypatch.setattr(model, "predict_safety", predict)
 

@@ -7,11 +7,11 @@ import torch
 from generation_case import FAMILIES, REFUSAL, Case, assistant, user
 from tiny import answers, picture
 
-from safevlm import question_reading
-from safevlm.question_reading import prompt_parts
-from safevlm.safety_verdict import worst_verdicts
+from safevlm import prompt as prompt_module
+from safevlm.prompt import prompt_parts
+from safevlm.safety_verdict import strictest
 from safevlm.trainer.data import SafetyRow
-from safevlm.trainer.encoding import encode_row
+from safevlm.trainer.encoding.row_encoder import encode_row
 
 HARMLESS = "There is nothing harmful here, only two shapes. " * 3
 RISKY = "attack"
@@ -52,10 +52,8 @@ def word_counting_head(monkeypatch, case):
             share = sum(RISKY in word for word in words) / max(len(words), 1)
             level = torch.zeros(len(case.model.config.level_names))
             level[3 if share >= 0.2 else 0] = 20.0
-            prediction.level_logits[row] = level
-            prediction.category_logits[row] = 20.0 * torch.eye(7)[0]
-        prediction.image_level_logits = prediction.level_logits[prediction.rows]
-        prediction.image_category_logits = prediction.category_logits[prediction.rows]
+            prediction.level_logits[prediction.rows == row] = level
+            prediction.category_logits[prediction.rows == row] = 20.0 * torch.eye(7)[0]
         return prediction
 
     monkeypatch.setattr(case.model, "predict_safety", predict)
@@ -145,7 +143,7 @@ def test_without_a_mask_nothing_a_user_writes_stays_unread(case, readings):
 
 def test_a_chat_without_a_mask_warns(case, monkeypatch):
     warnings = []
-    monkeypatch.setattr(question_reading.logger, "warning_once", warnings.append)
+    monkeypatch.setattr(prompt_module.logger, "warning_once", warnings.append)
     inputs = case.chat([user("first?", 1), assistant("answer"), user("second?")])
     case.model.assess(**inputs)
     assert not warnings
@@ -271,7 +269,7 @@ def test_the_strictest_action_counts_before_the_higher_score(case):
             for field in fields(verdict)
             if isinstance(getattr(verdict, field.name), torch.Tensor)
         }
-        worst = worst_verdicts(replace(verdict, **both), torch.tensor([0, 0]), verdict)
+        worst = strictest(replace(verdict, **both), torch.tensor([0, 0]), verdict)
         assert worst.actions == ["refuse"] and worst.level.item() == 2 and worst.score.item() == pytest.approx(0.6)
 
 

@@ -100,12 +100,13 @@ def test_a_rows_verdict_is_that_of_its_worst_image(model, processor):
     inputs = encode(processor, [QUESTION, QUESTION], [3, 1])
     features = model.encode_images(inputs["input_ids"], pixel_values=inputs["pixel_values"])
     prediction = model.predict_safety(inputs["input_ids"], inputs["attention_mask"], features)
-    assert prediction.image_level_logits.shape == (4, 4) and prediction.image_category_logits.shape == (4, 7)
-    severity = prediction.image_level_logits.softmax(dim=1) @ torch.arange(4.0)
+    assert prediction.level_logits.shape == (4, 4) and prediction.category_logits.shape == (4, 7)
+    level_logits, category_logits, _ = prediction.per_row()
+    severity = prediction.level_logits.softmax(dim=1) @ torch.arange(4.0)
     worst = int(severity[:3].argmax())
-    assert torch.equal(prediction.level_logits[0], prediction.image_level_logits[worst])
-    assert torch.equal(prediction.category_logits[0], prediction.image_category_logits[worst])
-    assert torch.equal(prediction.level_logits[1], prediction.image_level_logits[3])
+    assert torch.equal(level_logits[0], prediction.level_logits[worst])
+    assert torch.equal(category_logits[0], prediction.category_logits[worst])
+    assert torch.equal(level_logits[1], prediction.level_logits[3])
 
 
 def test_the_verdict_is_that_of_the_image_with_the_strictest_action(model, processor):
@@ -113,10 +114,9 @@ def test_the_verdict_is_that_of_the_image_with_the_strictest_action(model, proce
     inputs = encode(processor, [QUESTION], [2])
     features = model.encode_images(inputs["input_ids"], pixel_values=inputs["pixel_values"])
     prediction = model.predict_safety(inputs["input_ids"], inputs["attention_mask"], features)
-    prediction.image_level_logits = torch.tensor([[0.8, 1e-9, 1e-9, 0.2], [0.49, 0.51, 1e-9, 1e-9]]).log()
-    prediction.level_logits = prediction.image_level_logits[:1]  # expected levels 0.6 and 0.51
+    prediction.level_logits = torch.tensor([[0.8, 1e-9, 1e-9, 0.2], [0.49, 0.51, 1e-9, 1e-9]]).log()
     for order in ([0, 1], [1, 0]):
-        prediction.image_level_logits = prediction.image_level_logits[order]
+        prediction.level_logits = prediction.level_logits[order]
         verdict = model.apply_policy([prediction], model.resolve_policy("default"))
         assert verdict.actions == ["caution"] and verdict.score.item() == pytest.approx(0.51, abs=1e-3)
 
@@ -158,7 +158,7 @@ def test_probabilities_sum_to_one_and_verdict_and_category_agree(model, batch):
     verdict = model.assess(**batch)[:2]
     torch.testing.assert_close(verdict.level_probabilities.sum(dim=1), torch.ones(2))
     torch.testing.assert_close(verdict.score, 1 - verdict.level_probabilities[:, 0])
-    safe = model.config.safe_category_id
+    safe = model.config.labels.safe_category_id
     assert torch.equal(verdict.level == 0, verdict.category == safe)
 
 

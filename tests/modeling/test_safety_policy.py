@@ -12,16 +12,16 @@ from hypothesis import strategies as st
 from tiny import safe_model
 
 from safevlm import ACTIONS, POLICY_PRESETS, SafetyPolicy, SafeVlmConfig
-from safevlm.safety_labels import PAPER_LABELS
-from safevlm.safety_verdict import assess_logits, worst_verdicts
+from safevlm.safety_labels import PAPER_LABELS, SafetyLabels
+from safevlm.safety_verdict import SafetyVerdict, assess_logits, assess_rows, strictest
 
 CATEGORY_NAMES, LEVEL_NAMES = PAPER_LABELS.category_names, PAPER_LABELS.level_names
 LOGITS = st.floats(-20, 20, width=32)
 
 
-def assess(policy, level_logits, category_logits=(3.0, 0, 0, 0, 0, 0, 0), assessed=True):
+def assess(policy, level_logits, category_logits=(3.0, 0, 0, 0, 0, 0, 0)):
     level, category = torch.tensor([level_logits]), torch.tensor([list(category_logits)])
-    return assess_logits(level, category, torch.tensor([assessed]), SafetyPolicy.from_value(policy), PAPER_LABELS)
+    return assess_logits(level, category, SafetyPolicy.from_value(policy), PAPER_LABELS)
 
 
 def level_logits(*probabilities):
@@ -94,7 +94,8 @@ def test_temperature_calibrates_the_score():
 
 
 def test_rows_without_image_are_allowed_whatever_the_logits():
-    verdict = assess("strict", [0.0, 0.0, 0.0, 50.0], assessed=False)
+    risky = torch.tensor([[0.0, 0.0, 0.0, 50.0]]), torch.tensor([[3.0, 0, 0, 0, 0, 0, 0]])
+    verdict = assess_rows(*risky, torch.tensor([1]), 2, POLICY_PRESETS["strict"], PAPER_LABELS)[:1]
     assert verdict.actions == ["allow"] and verdict.score == 0
 
 
@@ -150,7 +151,7 @@ def test_a_policy_of_another_copy_of_the_class_is_understood():
 
 
 def test_levels_in_the_wrong_order_are_told():
-    found = SafetyPolicy().weaknesses(CATEGORY_NAMES, LEVEL_NAMES[::-1])
+    found = SafetyPolicy().weaknesses(SafetyLabels(level_names=LEVEL_NAMES[::-1]))
     assert found == ["a higher level leads to a milder action; the levels are high, medium, low, none"]
 
 
@@ -165,7 +166,7 @@ def test_texts_fill_in_the_category():
     policy = SafetyPolicy(hints={"warn": "Mind {category}: {x}"}, refusals={"en": "No {category} {0}."})
     assert policy.hint("warn", "privacy") == "Mind privacy: {x}" and policy.hint("allow", "privacy") is None
     assert policy.refusal("fairness") == "No fairness {0}."
-    assert policy.texts(["a", "b"]) == {
+    assert policy.texts(SafetyLabels(("a", "b"), safe_category="b")) == {
         "hints": ["Mind a: {x}", "Mind b: {x}"],
         "refusals": ["No a possible safety risk {0}.", "No a {0}.", "No b {0}."],
     }
@@ -252,7 +253,7 @@ def test_a_saved_policy_file_is_readable_yaml(tmp_path):
     ],
 )
 def test_a_level_that_is_not_named_gets_the_action_of_the_next_milder_one(actions, expected):
-    table = SafetyPolicy(level_actions=actions).action_table(CATEGORY_NAMES, LEVEL_NAMES)
+    table = SafetyPolicy(level_actions=actions).action_table(PAPER_LABELS)
     assert [[ACTIONS[i] for i in row] for row in table.tolist()] == [expected] * len(CATEGORY_NAMES)
 
 
@@ -340,7 +341,7 @@ def test_labels_of_one_name_are_refused(field):
     ],
 )
 def test_a_policy_says_where_it_is_weaker_than_the_default(policy, sentences):
-    found = SafetyPolicy.from_value(policy).weaknesses(CATEGORY_NAMES[:-1], LEVEL_NAMES)
+    found = SafetyPolicy.from_value(policy).weaknesses(PAPER_LABELS)
     assert len(found) == len(sentences)
     for sentence, part in zip(found, sentences, strict=True):
         assert part in sentence
@@ -348,7 +349,8 @@ def test_a_policy_says_where_it_is_weaker_than_the_default(policy, sentences):
 
 def test_weakness_is_told_for_other_labels_too():
     policy = SafetyPolicy(level_actions={"fine": "allow", "bad": "warn"})
-    assert policy.weaknesses(["x", "safe"], ["fine", "bad"]) == ["level 'bad' leads to 'warn', not 'refuse'"]
+    labels = SafetyLabels(("x", "safe"), ("fine", "bad"))
+    assert policy.weaknesses(labels) == ["level 'bad' leads to 'warn', not 'refuse'"]
 
 
 # -- numbers that are none -------------------------------------------------------------------------------------------
@@ -381,15 +383,15 @@ def test_any_numbers_give_a_verdict_or_the_strictest_action(level, category):
 def test_an_image_that_is_no_number_does_not_lift_anothers_refusal(order):
     level = torch.tensor([[0.0, 0.0, 0.0, 9.0], [float("nan")] * 4])[order]
     category = torch.tensor([[9.0, 0, 0, 0, 0, 0, 0], [0.0] * 7])[order]
-    images = assess_logits(level, category, torch.tensor([True, True]), SafetyPolicy(), PAPER_LABELS)
-    none = assess_logits(level[:1], category[:1], torch.tensor([False]), SafetyPolicy(), PAPER_LABELS)
-    assert worst_verdicts(images, torch.tensor([0, 0]), none).actions == ["refuse"]
+    images = assess_logits(level, category, SafetyPolicy(), PAPER_LABELS)
+    none = SafetyVerdict.unassessed(1, PAPER_LABELS)
+    assert strictest(images, torch.tensor([0, 0]), none).actions == ["refuse"]
     assert none.actions == ["allow"] and not none.failed.any()
 
 
-def test_an_assessment_prints_as_one_line_a_row():
-    levels, categories = torch.eye(4)[[0, 3, 0]] * 9, torch.eye(7)[[6, 1, 6]] * 9
-    verdict = assess_logits(levels, categories, torch.tensor([True, True, False]), SafetyPolicy(), PAPER_LABELS)
+def test_a_verdict_prints_as_one_line_a_row():
+    levels, categories = torch.eye(4)[[0, 3]] * 9, torch.eye(7)[[6, 1]] * 9
+    verdict = assess_rows(levels, categories, torch.tensor([0, 1]), 3, SafetyPolicy(), PAPER_LABELS)
     assert repr(verdict).splitlines() == [
         "SafetyVerdict:",
         "  row 0: allow (safe, none, risk 0.000)",

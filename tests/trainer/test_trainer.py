@@ -5,10 +5,11 @@ import torch
 from transformers import TrainerCallback
 
 from safevlm import SafetyPolicy, SafeVlmProcessor
-from safevlm.modeling_safevlm import SafetyPrediction
+from safevlm.modeling_safevlm import HeadReading
 from safevlm.trainer import SafeVlmTrainingArguments
-from safevlm.trainer.data_collator import SafeVlmDataCollator
-from safevlm.trainer.encoded_rows import EncodedDataset, RowEncoder
+from safevlm.trainer.encoding.data_collator import SafeVlmDataCollator
+from safevlm.trainer.encoding.encoded_datasets import EncodedDataset
+from safevlm.trainer.encoding.row_encoder import RowEncoder
 from safevlm.trainer.evaluation import trainer_metrics
 
 
@@ -253,7 +254,7 @@ def test_label_conditioning_is_the_share_of_rows(model):
     n = 1000
     logits = torch.zeros(n, 4), torch.zeros(n, 7)
     logits[0][:, 0] = 9.0  # predicted: no risk
-    prediction = SafetyPrediction(*logits, torch.ones(n, dtype=torch.bool), *logits, torch.arange(n))
+    prediction = HeadReading(*logits, torch.arange(n), n)
     labels = torch.full((n,), 3), torch.full((n,), 1)
     torch.manual_seed(0)
     action, category = model._training_condition(prediction, *labels, 0.3)
