@@ -9,7 +9,7 @@ import torch
 from jinja2 import TemplateError
 
 from safevlm.processing.pictures import PictureError, load_picture
-from safevlm.safety_verdict import SafetyVerdict
+from safevlm.safety_verdict import OFF, SafetyVerdict
 
 from .decoding import AnswerStreamer, OpenAiPenalties, Until
 from .errors import RequestError
@@ -58,7 +58,7 @@ class Answering:
         arguments = self._arguments(request, room=self.max_tokens - num_prompt)
         streamer = AnswerStreamer(self.processor.tokenizer, request.stop or [], job.send)
         if not self.model.resolve_policy().enabled:  # then `generate` passes no verdict to the streamer
-            job.send((SafetyVerdict.off(1, self.model.config.labels).to_list()[0],))
+            job.send((SafetyVerdict.unassessed(1, self.model.config.labels, OFF).to_list()[0],))
         torch.seed() if request.seed is None else torch.manual_seed(request.seed)
         self.model.generate(
             **inputs,
