@@ -31,6 +31,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from safevlm.trainer.asking import ask, question_chat
+
 from .glyphs import CELL
 from .optimization import Muon, Optimizers, adamw
 from .questions import ask_ordinary, ask_risky
@@ -328,28 +330,20 @@ def _train_language_model(
     model.eval()
 
 
-@torch.no_grad()
 def greedy_answers(
     model: LlavaForConditionalGeneration,
     processor: LlavaProcessor,
     examples: Sequence[Example],
     instructions: Sequence[str] | None = None,
-    batch_size: int = 128,
 ) -> list[str]:
-    """Greedy answers through `generate`, in left-padded batches; `instructions` gives each example its own text."""
+    """Greedy answers to the examples' questions, each followed by its own of `instructions`, if there are any."""
     instructions = instructions or [""] * len(examples)
-    answers: list[str] = []
-    for start in range(0, len(examples), batch_size):
-        chunk = examples[start : start + batch_size]
-        texts = [
-            prompt_text(example.question, instruction)
-            for example, instruction in zip(chunk, instructions[start : start + batch_size], strict=True)
-        ]
-        inputs = processor(text=texts, images=[e.image for e in chunk], padding=True, return_tensors="pt")
-        tokens = model.generate(**inputs, do_sample=False, max_new_tokens=48)
-        new = processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        answers += [answer.strip() for answer in new]
-    return answers
+    conversations = [
+        (question_chat(f"{example.question} {instruction}".rstrip()), [example.image])
+        for example, instruction in zip(examples, instructions, strict=True)
+    ]
+    answers = ask(model, processor, conversations, batch_size=128, do_sample=False, max_new_tokens=48)
+    return [answer.text for answer in answers]
 
 
 def _evaluate(
