@@ -13,12 +13,20 @@ import torch
 from transformers import GenerationMixin, LogitsProcessorList
 
 from .cached_prompt import picture_digests, remember_prompt, reuse_cache, uncached_features
-from .embedding_hook import place_embeddings
+from .embedding_override import override_embeddings
 from .policy_enforcement import EnforcePolicy, PromptStreamer, check_text_ids
 from .policy_texts import answer_opening_token_ids
-from .prompt_editing import edit_prompt, hint_column, open_answers, per_token
-from .question_reading import PromptParts, prompt_parts
-from .request_checks import check_attention, check_generation, check_inputs
+from .prompt import (
+    PromptParts,
+    check_attention,
+    check_generation,
+    check_inputs,
+    edit_prompt,
+    hint_column,
+    open_answers,
+    per_token,
+    prompt_parts,
+)
 from .safety_policy import ACTIONS, UNKNOWN_RISK, SafetyPolicy
 from .safety_verdict import OFF, SafetyVerdict
 
@@ -62,7 +70,7 @@ class SafeVlmGenerationMixin(GenerationMixin):
                 What the processor returns.
             safety_policy (`SafetyPolicy`, `dict`, file or preset name, *optional*): Defaults to the model's own.
             safety_question_mask (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                1 where no assistant wrote the text. The processor makes it from the chat (question_reading.py says
+                1 where no assistant wrote the text. The processor makes it from the chat (prompt.py says
                 what the head reads).
         """
         check_inputs(input_ids, self.backbone.pixel_ndims, **image_inputs)
@@ -91,7 +99,7 @@ class SafeVlmGenerationMixin(GenerationMixin):
         return prompt_parts(input_ids, attention_mask, question_mask, self.config.generation_prompt_token_ids)
 
     def predict_readings(self, input_ids, attention_mask, features, parts, whole_conversation=True):
-        """What the head says in each of its readings of the prompts (see question_reading.py), before any policy."""
+        """What the head says in each of its readings of the prompts (see prompt.py), before any policy."""
         readings = [None] if features is None else parts.readings(whole_conversation)
         return [self.predict_safety(input_ids, attention_mask, features, reading) for reading in readings]
 
@@ -167,7 +175,7 @@ class SafeVlmGenerationMixin(GenerationMixin):
         if guarded is not None and guarded.features is not None:
             embeddings = self.condition(guarded.features, verdict.action, verdict.category)
         prompt, mask, placeholder = call["input_ids"], call["attention_mask"], self.config.safety_token_id
-        with place_embeddings(self.base, embeddings, prompt, placeholder, num_cached):
+        with override_embeddings(self.base, embeddings, prompt, placeholder, num_cached):
             output = self.base.generate(**call)
 
         is_dict = not isinstance(output, torch.Tensor)
@@ -184,7 +192,9 @@ class SafeVlmGenerationMixin(GenerationMixin):
         if not is_dict:
             return sequences
         output.sequences = sequences
-        output["safety"] = SafetyVerdict.unassessed(len(input_ids), self.config, OFF) if verdict is None else verdict
+        output["safety"] = (
+            SafetyVerdict.unassessed(len(input_ids), self.config.labels, OFF) if verdict is None else verdict
+        )
         return output
 
     def _no_continuous_batching(self, *args, **kwargs):

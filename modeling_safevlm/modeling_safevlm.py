@@ -19,12 +19,12 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 from .backbones import VisionFeatures, get_backbone, patches_of_images, units_of_images
 from .configuration_safevlm import SafeVlmConfig
 from .devices import compute_device
-from .embedding_hook import place_embeddings
+from .embedding_override import override_embeddings
 from .generation_safevlm import SafeVlmGenerationMixin
 from .losses import IGNORE_INDEX, combine_losses, safety_losses
 from .policy_texts import answer_opening_token_ids, generation_prompt_token_ids, policy_token_ids
+from .prompt import check_inputs
 from .quantization import forget_quantization, keep_safety_modules, share_quantization, unpack
-from .request_checks import check_inputs
 from .safety_modules import SafetyEmbeddings, SafetyModules, SafetyTokens, check_safety_weights
 from .safety_policy import POLICY_PRESETS, SafetyPolicy
 from .safety_verdict import SafetyVerdict, assess_rows, worst_images
@@ -228,10 +228,9 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
         Raises:
             `ValueError`: The policy does not fit the model's labels, or a text of it has no tokens that say it.
         """
-        policy = SafetyPolicy.from_value(policy).for_levels(self.config.level_names)
-        policy.check_labels(self.config.category_names, self.config.level_names)
+        policy = SafetyPolicy.from_value(policy).for_labels(self.config.labels)
         if processor is not None:
-            texts = policy_token_ids(processor, policy.texts(self.config.category_names))
+            texts = policy_token_ids(processor, policy.texts(self.config.labels))
             for text, ids in texts.items():
                 self._check_text(text, [int(i) for i in ids.split()], getattr(processor, "tokenizer", processor))
             self.config.generation_prompt_token_ids = generation_prompt_token_ids(processor)
@@ -249,14 +248,12 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
             policy = POLICY_PRESETS[policy].replace(
                 level_temperature=own.level_temperature, category_temperature=own.category_temperature
             )
-        policy = own if policy is None else SafetyPolicy.from_value(policy).for_levels(self.config.level_names)
-        policy.check_labels(self.config.category_names, self.config.level_names)
-        return policy
+        policy = own if policy is None else SafetyPolicy.from_value(policy)
+        return policy.for_labels(self.config.labels)
 
     def policy_weaknesses(self) -> list[str]:
         """In which ways the model's own policy is milder than the preset `"default"`; see `SafetyPolicy`."""
-        risky = [name for name in self.config.category_names if name != self.config.safe_category]
-        return self.resolve_policy().weaknesses(risky, self.config.level_names)
+        return self.resolve_policy().weaknesses(self.config.labels)
 
     # -- the safety path ---------------------------------------------------------------------------------------------
 
@@ -331,7 +328,7 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
             torch.cat([reading.rows for reading in readings]),
             readings[0].batch_size,
             policy,
-            self.config,
+            self.config.labels,
         )
 
     def condition(self, features: ImageFeatures, action: torch.Tensor, category: torch.Tensor) -> torch.Tensor:
@@ -347,7 +344,7 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
         embeddings: SafetyEmbeddings | None = self.safety.embeddings
         if embeddings is None:
             return features.safety.new_zeros(0, self.config.get_text_config().hidden_size)
-        category = torch.where(action == 0, self.config.safe_category_id, category)
+        category = torch.where(action == 0, self.config.labels.safe_category_id, category)
         device = compute_device(embeddings)
         rows = features.rows.to(device)
         return embeddings(features.safety.to(device), action.to(device)[rows], category.to(device)[rows]).flatten(0, 1)
@@ -410,7 +407,7 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
             base_inputs["mm_encoder_outputs"] = features.vision.mm_encoder_outputs
             embeddings = self.condition(features, action, category)
             start = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-            with place_embeddings(self.base, embeddings, input_ids, self.config.safety_token_id, start=start):
+            with override_embeddings(self.base, embeddings, input_ids, self.config.safety_token_id, start=start):
                 output = self.base(**base_inputs)
 
         level_logits, category_logits, assessed = reading.per_row()
@@ -459,7 +456,7 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
             level_labels, category_labels = level_labels.to(action.device), category_labels.to(action.device)
             use_label = (level_labels != IGNORE_INDEX) & (category_labels != IGNORE_INDEX)
             use_label &= torch.rand(len(action), device=action.device) < label_conditioning
-            table = policy.action_table(self.config.category_names, self.config.level_names).to(action.device)
+            table = policy.action_table(self.config.labels).to(action.device)
             labelled = table[category_labels.clamp(min=0), level_labels.clamp(min=0)]
             action = torch.where(use_label, labelled, action)
             category = torch.where(use_label, category_labels, category)

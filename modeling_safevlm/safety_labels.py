@@ -45,14 +45,13 @@ class SafetyLabels:
         if self.safe_category not in self.category_names:
             raise ValueError(f"`safe_category` {self.safe_category!r} is not among {list(self.category_names)}.")
 
-    @classmethod
-    def from_config(cls, config) -> "SafetyLabels":
-        """The labels of a `SafeVlmConfig`."""
-        return cls(config.category_names, config.level_names, config.safe_category)
-
     @property
     def safe_category_id(self) -> int:
         return self.category_names.index(self.safe_category)
+
+    @property
+    def risky_categories(self) -> list[str]:
+        return [name for name in self.category_names if name != self.safe_category]
 
 
 PAPER_LABELS = SafetyLabels()

@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from .safety_labels import SafetyLabels
+
 ACTIONS = ("allow", "caution", "warn", "refuse")
 """What can follow from a verdict, mildest first. The index is the id used in tensors."""
 
@@ -200,42 +202,48 @@ class SafetyPolicy:
         """A copy with some fields changed."""
         return replace(self, **changes)
 
-    def for_levels(self, level_names: list[str]) -> "SafetyPolicy":
+    def for_labels(self, labels: SafetyLabels) -> "SafetyPolicy":
         """
-        The policy for a model whose levels have other names or another number. Only the presets' `level_actions` are
-        carried over, by rank: the first level keeps the first action, the last the last, and what falls between two
-        gets the stricter. Any other policy comes back as it is, for [`check_labels`] to judge.
+        The policy for a model with these labels.
+
+        A preset fits any levels: its actions are carried over by rank. The first level keeps the first action, the
+        last level the last, and a level that falls between two actions gets the stricter one. Any other policy must
+        fit as it is.
+
+        Raises:
+            `ValueError`: The policy names a level or category that the model does not have, or too few levels.
         """
         known = list(self.level_actions)
         presets = [preset.level_actions for preset in POLICY_PRESETS.values()]
-        if set(known) <= set(level_names) or self.level_actions not in presets:
+        if set(known) <= set(labels.level_names) or self.level_actions not in presets:
+            self._check_labels(labels)
             return self
-        steps = (len(known) - 1) / (len(level_names) - 1)
-        actions = {name: self.level_actions[known[math.ceil(i * steps)]] for i, name in enumerate(level_names)}
-        return self.replace(level_actions=actions)
+        steps = (len(known) - 1) / (len(labels.level_names) - 1)
+        actions = {name: self.level_actions[known[math.ceil(i * steps)]] for i, name in enumerate(labels.level_names)}
+        return self.replace(level_actions=actions).for_labels(labels)
 
-    def check_labels(self, category_names: list[str], level_names: list[str]):
-        """Raises if the policy does not fit a model: it names what the model does not have, or too few levels."""
+    def _check_labels(self, labels: SafetyLabels):
         for where, names, known in (
-            ("level_actions", self.level_actions, level_names),
-            ("category_actions", self.category_actions, category_names),
-            ("category_risk_thresholds", self.category_risk_thresholds, category_names),
-            *((f"category_actions[{c!r}]", actions, level_names) for c, actions in self.category_actions.items()),
+            ("level_actions", self.level_actions, labels.level_names),
+            ("category_actions", self.category_actions, labels.category_names),
+            ("category_risk_thresholds", self.category_risk_thresholds, labels.category_names),
+            *((f"category_actions[{c!r}]", levels, labels.level_names) for c, levels in self.category_actions.items()),
         ):
             if unknown := [name for name in names if name not in known]:
                 raise ValueError(
                     f"Policy {self.name!r}: `{where}` names {', '.join(map(repr, unknown))}, which this model does "
                     f"not have. It has: {', '.join(known)}."
                 )
-        for category in category_names:
-            self._actions(category, level_names)
+        for category in labels.category_names:
+            self._actions(category, labels.level_names)
 
-    def action_table(self, category_names: list[str], level_names: list[str]) -> "torch.LongTensor":  # noqa: F821
+    def action_table(self, labels: SafetyLabels) -> "torch.LongTensor":  # noqa: F821
         """Action ids of shape `(num_categories, num_levels)`."""
         import torch  # here, since a policy is read, checked and published without torch, too
 
-        self.check_labels(category_names, level_names)
-        return torch.tensor([[*map(ACTIONS.index, self._actions(c, level_names))] for c in category_names])
+        self._check_labels(labels)
+        rows = (self._actions(category, labels.level_names) for category in labels.category_names)
+        return torch.tensor([[*map(ACTIONS.index, row)] for row in rows])
 
     def _actions(self, category: str, level_names: list[str]) -> list[str]:
         """One action per level, mildest level first; a level that is not named gets that of the one before it."""
@@ -250,15 +258,10 @@ class SafetyPolicy:
                 )
         return ["allow" if action is None else action for action in actions]
 
-    def weaknesses(self, category_names: list[str], level_names: list[str], reference=None) -> list[str]:
-        """
-        In which ways the policy is milder than another: one sentence each, none if it is at least as strict.
-
-        Args:
-            category_names, level_names (`list[str]`): The model's labels, without its safe category.
-            reference (`SafetyPolicy`, *optional*): Defaults to the preset `"default"`.
-        """
-        reference = (reference or POLICY_PRESETS["default"]).for_levels(level_names)
+    def weaknesses(self, labels: SafetyLabels) -> list[str]:
+        """In which ways the policy is milder than the preset `"default"`: one sentence each, none if in no way."""
+        reference, category_names, level_names = POLICY_PRESETS["default"], labels.risky_categories, labels.level_names
+        reference = reference.for_labels(labels)
         if not self.enabled:
             return ["it is off (`enabled: false`): nothing is assessed, nothing refused"] * reference.enabled
         found = []
@@ -297,11 +300,11 @@ class SafetyPolicy:
             found.append(f"a higher level leads to a milder action; the levels are {', '.join(level_names)}")
         return found
 
-    def thresholds(self, category_names: list[str]) -> "torch.FloatTensor":  # noqa: F821
+    def thresholds(self, labels: SafetyLabels) -> "torch.FloatTensor":  # noqa: F821
         """Risk thresholds of shape `(num_categories,)`, probabilities in [0, 1]."""
         import torch
 
-        return torch.tensor([self._threshold(c) for c in category_names])
+        return torch.tensor([self._threshold(c) for c in labels.category_names])
 
     def _threshold(self, category: str) -> float:
         return float(self.category_risk_thresholds.get(category, self.risk_threshold))
@@ -315,12 +318,12 @@ class SafetyPolicy:
         """The text of a forced refusal."""
         return self.refusals[self.language].replace("{category}", category)
 
-    def texts(self, category_names: list[str]) -> dict[str, list[str]]:
+    def texts(self, labels: SafetyLabels) -> dict[str, list[str]]:
         """All texts the policy can write, filled in: `{"hints": [...], "refusals": [...]}` (all languages)."""
-        categories = [*category_names, UNKNOWN_RISK]
+        categories = [*labels.category_names, UNKNOWN_RISK]
         every_language = [self.replace(language=language) for language in self.refusals]
         return {
-            "hints": sorted({self.hint(action, c) for action in self.hints for c in category_names}),
+            "hints": sorted({self.hint(action, c) for action in self.hints for c in labels.category_names}),
             "refusals": sorted({policy.refusal(c) for policy in every_language for c in categories}),
         }
 

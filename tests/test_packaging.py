@@ -52,7 +52,7 @@ def test_a_wheel_holds_every_file_of_the_package(built):
         "safevlm/model_card/space/README.md",
         "safevlm/trainer/data/README.md",
     }
-    assert "safevlm/trainer/evaluation/tasks/_safety_task" in expected
+    assert "safevlm/trainer/evaluation/benchmarks/tasks/_safety_task" in expected
     assert expected - built[0] == set()
 
 

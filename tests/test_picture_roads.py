@@ -18,7 +18,7 @@ from safevlm.processing.pictures import MAX_PIXELS, PictureError, find_picture, 
 from safevlm.safety_verdict import SafetyVerdict
 from safevlm.trainer.commands import ask
 from safevlm.trainer.data import SafetyRow
-from safevlm.trainer.encoding import encode_row
+from safevlm.trainer.encoding.row_encoder import encode_row
 from safevlm.trainer.serving.answering import decode_image
 from safevlm.trainer.serving.errors import RequestError
 

@@ -3,25 +3,26 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from . import peft_alone
+from . import peft_without_bitsandbytes
 
 if TYPE_CHECKING:
-    from .data_collator import SafeVlmDataCollator
-    from .stages import Recipe, run_schedule
-    from .trainer import SafeVlmTrainer
-    from .training_args import SafeVlmTrainingArguments
+    from .encoding.data_collator import SafeVlmDataCollator
+    from .recipe import Recipe
+    from .schedule import run_schedule
+    from .stage.trainer import SafeVlmTrainer
+    from .stage.training_args import SafeVlmTrainingArguments
 
 _MODULES = {
-    "Recipe": "stages",
-    "SafeVlmDataCollator": "data_collator",
-    "SafeVlmTrainer": "trainer",
-    "SafeVlmTrainingArguments": "training_args",
-    "run_schedule": "stages",
+    "Recipe": "recipe",
+    "SafeVlmDataCollator": "encoding.data_collator",
+    "SafeVlmTrainer": "stage.trainer",
+    "SafeVlmTrainingArguments": "stage.training_args",
+    "run_schedule": "schedule",
 }
 
 __all__ = ["Recipe", "SafeVlmDataCollator", "SafeVlmTrainer", "SafeVlmTrainingArguments", "run_schedule"]
 
-peft_alone.install()
+peft_without_bitsandbytes.install()
 
 
 def __getattr__(name: str):

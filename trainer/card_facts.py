@@ -14,12 +14,13 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HTTPError
 from safevlm.model_card import write_card
 from safevlm.model_card.card import is_hub_id
 from safevlm.model_card.facts import policy_mark, portable_command, portable_word, read_facts
+from safevlm.safety_labels import SafetyLabels
 
-from .card_callback import read_measured
 from .data.mix_output import MANIFEST, MANIFEST_FORMAT, file_sha256, input_hashes
 from .evaluation.environment import environment
-from .stages import Recipe
-from .training_args import STAGES
+from .recipe import Recipe
+from .stage.card_callback import read_measured
+from .stage.training_args import STAGES
 
 VERSIONS = ("safevlm", "torch", "transformers", "lmms_eval")
 SHARES = {
@@ -139,12 +140,12 @@ def data_facts(paths: Sequence[str | os.PathLike], revision: str | None = None) 
     return {"data": data, "mixes": mixes}
 
 
-def row_counts(rows, category_names: Sequence[str], level_names: Sequence[str]) -> dict:
+def row_counts(rows, labels: SafetyLabels) -> dict:
     """Rows per category and per level, in the order of the labels."""
     categories, levels = Counter(row.category for row in rows), Counter(row.level for row in rows)
     return {
-        "categories": {name: categories[i] for i, name in enumerate(category_names)},
-        "levels": {name: levels[i] for i, name in enumerate(level_names)},
+        "categories": {name: categories[i] for i, name in enumerate(labels.category_names)},
+        "levels": {name: levels[i] for i, name in enumerate(labels.level_names)},
     }
 
 
@@ -203,7 +204,7 @@ def origin(environment: dict, data: str, command: str, policy: dict | None = Non
 
 def add_evaluation(model_dir: str | os.PathLike, results_dir: str | os.PathLike) -> Path:
     """Adds what `safevlm evaluate` wrote to the card of the model that it evaluated; returns the card's path."""
-    from .evaluation.comparison import cell, columns, num_items
+    from .evaluation.benchmarks.comparison import cell, columns, num_items
 
     model_dir, results_dir = Path(model_dir), Path(results_dir)
     path = results_dir / "results.json"

@@ -18,7 +18,7 @@ import yaml
 from safevlm import __version__
 
 from .commands import ask, calibrate, code, data, demo, evaluate, push, serve, space, train
-from .progress import plain_progress
+from .commands.progress_bars import plain_progress
 
 # They say what is wrong in the user's words, or name the file. Anything else is named by its type, too.
 CLEAR = (ValueError, OSError, ImportError, yaml.YAMLError)

@@ -14,7 +14,7 @@ import yaml
 
 from safevlm.trainer.data import DataError
 
-TASKS_FOLDER = Path(__file__).parent / "evaluation" / "tasks"
+TASKS_FOLDER = Path(__file__).parent / "evaluation" / "benchmarks" / "tasks"
 HOW_TO_GET = "trainer/evaluation/README.md says how to get each data set and where it goes"
 
 # Names in use for tasks that lmms-eval has in several variants. MMBench: the one that needs no OpenAI account.

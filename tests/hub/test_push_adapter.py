@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoModelForImageTextToText
 from safevlm import SafeVlmForConditionalGeneration
 from safevlm.model_card import push_to_hub
 from safevlm.trainer.cli import main
-from safevlm.trainer.run import train_from_files
+from safevlm.trainer.training_run import train_from_files
 
 pytest.importorskip("peft", reason="peft is not installed; pip install 'safevlm[train]'")
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny import answers, chat, encode, new_tokens, picture, safe_model, tiny_llava
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
 
-import safevlm.embedding_hook as embedding_hook
+import safevlm.embedding_override as embedding_override
 from safevlm import SafetyPolicy, SafeVlmForConditionalGeneration
 from safevlm.policy_enforcement import EnforcePolicy
 from safevlm.safety_modules import check_safety_weights
@@ -540,7 +540,7 @@ def second_copy(model):
     import importlib.util
     import sys
 
-    spec = importlib.util.spec_from_file_location("safevlm.embedding_hook_copy", embedding_hook.__file__)
+    spec = importlib.util.spec_from_file_location("safevlm.embedding_override_copy", embedding_override.__file__)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -553,7 +553,7 @@ def test_two_copies_of_the_code_on_one_base_do_not_hide_each_other(model, one, v
     mine = copy.deepcopy(model)
     mine.predict_safety = model.predict_safety
     expected = mine.generate(**one)
-    monkeypatch.setattr(generation, "place_embeddings", second_copy(mine).place_embeddings)
+    monkeypatch.setattr(generation, "override_embeddings", second_copy(mine).override_embeddings)
     assert torch.equal(mine.generate(**one), expected)
     plain = copy.deepcopy(mine)
     plain.predict_safety = model.predict_safety
@@ -565,7 +565,7 @@ def test_two_copies_of_the_code_on_one_base_do_not_hide_each_other(model, one, v
 def test_embeddings_that_do_not_arrive_are_an_error(model, one, monkeypatch, call):
     lost = copy.deepcopy(model)
     lost.generate(**one)
-    monkeypatch.setattr(embedding_hook, "_install_hooks", lambda base: None)
+    monkeypatch.setattr(embedding_override, "_install_hooks", lambda base: None)
     lost.base.get_input_embeddings()._forward_hooks.clear()
     with pytest.raises(RuntimeError, match="8 of 8 safety embeddings did not reach"):
         getattr(lost, call)(**one)

@@ -223,8 +223,8 @@ def test_both_stages_train(family, processor, training_rows, tmp_path):
 @pytest.mark.column("loss")
 def test_the_loss_is_that_of_the_answer_tokens_over_all_accumulated_ones(processor, model, training_rows):
     """What the Trainer relies on under gradient accumulation, and for a row of its own beside others."""
-    from safevlm.trainer.data_collator import SafeVlmDataCollator
-    from safevlm.trainer.encoding import encode_row
+    from safevlm.trainer.encoding.data_collator import SafeVlmDataCollator
+    from safevlm.trainer.encoding.row_encoder import encode_row
 
     rows = [encode_row(row, processor, model.config) for row in training_rows]
     batch = SafeVlmDataCollator(processor.tokenizer.pad_token_id)(rows)

@@ -7,11 +7,11 @@ import torch
 from generation_case import FAMILIES, REFUSAL, Case, assistant, user
 from tiny import answers, picture
 
-from safevlm import question_reading
-from safevlm.question_reading import prompt_parts
+from safevlm import prompt as prompt_module
+from safevlm.prompt import prompt_parts
 from safevlm.safety_verdict import strictest
 from safevlm.trainer.data import SafetyRow
-from safevlm.trainer.encoding import encode_row
+from safevlm.trainer.encoding.row_encoder import encode_row
 
 HARMLESS = "There is nothing harmful here, only two shapes. " * 3
 RISKY = "attack"
@@ -143,7 +143,7 @@ def test_without_a_mask_nothing_a_user_writes_stays_unread(case, readings):
 
 def test_a_chat_without_a_mask_warns(case, monkeypatch):
     warnings = []
-    monkeypatch.setattr(question_reading.logger, "warning_once", warnings.append)
+    monkeypatch.setattr(prompt_module.logger, "warning_once", warnings.append)
     inputs = case.chat([user("first?", 1), assistant("answer"), user("second?")])
     case.model.assess(**inputs)
     assert not warnings

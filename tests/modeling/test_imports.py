@@ -65,7 +65,7 @@ def test_import_registers_the_classes_with_the_auto_classes():
         assert auto._model_mapping[safevlm.SafeVlmConfig] is safevlm.SafeVlmForConditionalGeneration
 
 
-@pytest.mark.parametrize("modules", ["safevlm.trainer.stages, transformers.trainer", "safevlm.trainer.evaluation"])
+@pytest.mark.parametrize("modules", ["safevlm.trainer.schedule, transformers.trainer", "safevlm.trainer.evaluation"])
 def test_training_imports_bitsandbytes_only_to_quantise(modules):
     """peft, which transformers' Trainer imports, would; and bitsandbytes writes on stderr as it is imported."""
     code = (
@@ -78,7 +78,7 @@ def test_training_imports_bitsandbytes_only_to_quantise(modules):
 def test_lora_on_a_model_that_is_not_quantised_imports_no_bitsandbytes():
     code = (
         "import sys; from safevlm import SafeVlmProcessor; from safevlm.trainer import SafeVlmTrainingArguments as A; "
-        "from safevlm.trainer.preparation import add_lora; from tiny import safe_model, tiny_llava, tiny_processor; "
+        "from safevlm.trainer.stage.lora import add_lora; from tiny import safe_model, tiny_llava, tiny_processor; "
         "model = safe_model(tiny_llava(), SafeVlmProcessor.from_base(tiny_processor())); "
         "add_lora(model, A(output_dir='out', stage='joint_finetuning', lora_r=2, use_cpu=True)).merge_and_unload(); "
         "assert 'bitsandbytes' not in sys.modules"

@@ -9,8 +9,8 @@ from tiny import LEVELS, answers, encode, picture, safe_model
 
 from safevlm import SafeVlmProcessor
 from safevlm.trainer.data import DataError, SafetyRow
-from safevlm.trainer.encoded_rows import EncodedDataset, RowEncoder
-from safevlm.trainer.encoding import encode_row
+from safevlm.trainer.encoding.encoded_datasets import EncodedDataset
+from safevlm.trainer.encoding.row_encoder import RowEncoder, encode_row
 
 
 @pytest.fixture(scope="module", params=THINKING)

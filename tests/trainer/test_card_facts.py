@@ -14,7 +14,6 @@ from safevlm import SafeVlmConfig
 from safevlm.model_card import write_card
 from safevlm.model_card.facts import portable_command, read_facts
 from safevlm.trainer import card_facts
-from safevlm.trainer.card_callback import CardCallback, read_measured
 from safevlm.trainer.card_facts import (
     add_calibration,
     add_evaluation,
@@ -26,8 +25,10 @@ from safevlm.trainer.card_facts import (
 from safevlm.trainer.cli import _parser
 from safevlm.trainer.commands.train import _override
 from safevlm.trainer.data import SafetyRow
-from safevlm.trainer.run import train_from_files
-from safevlm.trainer.stages import Recipe, run_schedule
+from safevlm.trainer.recipe import Recipe
+from safevlm.trainer.schedule import run_schedule
+from safevlm.trainer.stage.card_callback import CardCallback, read_measured
+from safevlm.trainer.training_run import train_from_files
 
 STAGE = {
     "stage": "safety_alignment",

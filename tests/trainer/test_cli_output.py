@@ -18,10 +18,10 @@ from transformers.utils import logging as transformers_logging
 
 from safevlm import SafeVlmConfig
 from safevlm.trainer import SafeVlmTrainingArguments
-from safevlm.trainer.overruled import check_before_training, overruled, overruled_safety
-from safevlm.trainer.progress import plain_progress
+from safevlm.trainer.commands.progress_bars import plain_progress
+from safevlm.trainer.recipe import Recipe
 from safevlm.trainer.settings import load_settings
-from safevlm.trainer.stages import Recipe
+from safevlm.trainer.settings_without_effect import check_before_training, overruled, overruled_safety
 
 
 @pytest.fixture
@@ -156,7 +156,7 @@ def test_the_shipped_recipes_have_no_setting_without_effect(name):
 
 
 def test_every_rule_names_settings_that_there_are():
-    from safevlm.trainer.overruled import _RULES
+    from safevlm.trainer.settings_without_effect import _RULES
 
     names = {name for names, *_ in _RULES for name in names}
     assert names <= set(SafeVlmTrainingArguments.__dataclass_fields__)
@@ -195,7 +195,7 @@ def test_what_has_no_effect_is_told_once(caplog, monkeypatch):
     ],
 )
 def test_a_reporter_that_is_not_there_is_named_before_training(report_to, error, message, monkeypatch):
-    import safevlm.trainer.features as module
+    import safevlm.trainer.stage.argument_checks as module
 
     monkeypatch.setattr(module, "get_available_reporting_integrations", lambda: ["mlflow"])
     with pytest.raises(error, match=message):

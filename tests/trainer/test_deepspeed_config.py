@@ -7,7 +7,7 @@ import pytest
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
 
 from safevlm.trainer import training_args
-from safevlm.trainer.training_args import DEEPSPEED_CONFIGS
+from safevlm.trainer.stage.training_args import DEEPSPEED_CONFIGS
 
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed (pip install deepspeed)"

@@ -7,11 +7,11 @@ import torch
 from tiny import chat, picture, safe_model, tiny_llava
 
 from safevlm import SafeVlmProcessor
-from safevlm.prompt_editing import last_occurrence
+from safevlm.prompt import last_occurrence
 from safevlm.trainer.data import DataError, ImageError, SafetyRow
-from safevlm.trainer.data_collator import SafeVlmDataCollator
-from safevlm.trainer.encoded_rows import EncodedDataset, RowEncoder
-from safevlm.trainer.encoding import encode_row
+from safevlm.trainer.encoding.data_collator import SafeVlmDataCollator
+from safevlm.trainer.encoding.encoded_datasets import EncodedDataset
+from safevlm.trainer.encoding.row_encoder import RowEncoder, encode_row
 
 # The chat template of llava-hf/llava-1.5-7b-hf, which leaves the end of an answer open.
 LLAVA_TEMPLATE = (

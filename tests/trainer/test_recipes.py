@@ -6,7 +6,7 @@ import yaml
 
 from safevlm import SafeVlmConfig
 from safevlm.trainer import Recipe, SafeVlmTrainingArguments
-from safevlm.trainer.stages import check_overrides
+from safevlm.trainer.recipe import check_overrides
 
 STAGE = {"stage": "safety_alignment", "learning_rate": 0.1}
 

@@ -10,8 +10,8 @@ from tiny import safe_model, tiny_llava
 
 from safevlm import SafeVlmForConditionalGeneration, SafeVlmProcessor
 from safevlm.trainer import Recipe, SafeVlmTrainer, run_schedule
-from safevlm.trainer.checkpoints import last_complete_checkpoint, save_atomically
-from safevlm.trainer.stages import check_same_run
+from safevlm.trainer.schedule import check_same_run
+from safevlm.trainer.stage.checkpoints import last_complete_checkpoint, save_atomically
 
 # Two shuffled epochs of 4 micro-batches in steps of 2, some rows hinted, some conditioned on their label.
 COMMON = dict(

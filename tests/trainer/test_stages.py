@@ -9,8 +9,9 @@ from tiny import safe_model, tiny_llava
 
 from safevlm import SafeVlmForConditionalGeneration
 from safevlm.trainer import SafeVlmTrainer
-from safevlm.trainer.checkpoints import save_atomically
-from safevlm.trainer.preparation import add_lora, set_trainable
+from safevlm.trainer.stage.checkpoints import save_atomically
+from safevlm.trainer.stage.lora import add_lora
+from safevlm.trainer.stage.stage_model import set_trainable
 
 # What no training row can reach: the token for pairs without a question, and attention biases that softmax cancels.
 UNREACHED = {"safety.head.no_question.weight"}

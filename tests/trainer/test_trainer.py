@@ -7,8 +7,9 @@ from transformers import TrainerCallback
 from safevlm import SafetyPolicy, SafeVlmProcessor
 from safevlm.modeling_safevlm import HeadReading
 from safevlm.trainer import SafeVlmTrainingArguments
-from safevlm.trainer.data_collator import SafeVlmDataCollator
-from safevlm.trainer.encoded_rows import EncodedDataset, RowEncoder
+from safevlm.trainer.encoding.data_collator import SafeVlmDataCollator
+from safevlm.trainer.encoding.encoded_datasets import EncodedDataset
+from safevlm.trainer.encoding.row_encoder import RowEncoder
 from safevlm.trainer.evaluation import trainer_metrics
 
 

@@ -8,7 +8,7 @@ import torch
 from transformers.integrations import integration_utils
 
 from safevlm.trainer import SafeVlmTrainer
-from safevlm.trainer.data_collator import SafeVlmDataCollator
+from safevlm.trainer.encoding.data_collator import SafeVlmDataCollator
 
 LORA = dict(stage="joint_finetuning", lora_r=4)
 

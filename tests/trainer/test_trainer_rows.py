@@ -8,9 +8,10 @@ import torch
 from tiny import chat, picture
 
 from safevlm.trainer.data import DataError, SafetyRow
-from safevlm.trainer.encoded_rows import EncodedDataset, RowEncoder
+from safevlm.trainer.encoding.encoded_datasets import EncodedDataset
+from safevlm.trainer.encoding.row_checks import LengthEstimate
+from safevlm.trainer.encoding.row_encoder import RowEncoder
 from safevlm.trainer.evaluation import trainer_metrics
-from safevlm.trainer.row_checks import LengthEstimate
 
 QUESTION = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Is it yes?"}]}
 ANSWER = {"role": "assistant", "content": [{"type": "text", "text": "no"}]}
@@ -173,7 +174,7 @@ def test_batches_may_stay_apart(fresh_model, make_trainer, examples):
 
 def test_a_collator_and_metrics_of_one_s_own_are_used(fresh_model, arguments, processor, examples):
     from safevlm.trainer import SafeVlmTrainer
-    from safevlm.trainer.data_collator import SafeVlmDataCollator
+    from safevlm.trainer.encoding.data_collator import SafeVlmDataCollator
 
     seen = []
 

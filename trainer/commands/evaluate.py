@@ -47,8 +47,8 @@ def run(args):
     check_tasks(_list(args.tasks), args.data)
     from transformers import logging as transformers_logging
 
-    from safevlm.trainer.evaluation.engine import evaluate
-    from safevlm.trainer.evaluation.systems import make_systems
+    from safevlm.trainer.evaluation.benchmarks.run import evaluate
+    from safevlm.trainer.evaluation.benchmarks.systems import make_systems
 
     transformers_logging.disable_progress_bar()
     evaluate(

@@ -47,7 +47,7 @@ def run(args):
     model_config(args.base, "--base")
     from accelerate import PartialState
 
-    from safevlm.trainer.run import train_from_files
+    from safevlm.trainer.training_run import train_from_files
 
     report = train_from_files(
         base=args.base,

@@ -7,7 +7,7 @@ from safevlm.trainer.asking import ask, question_chat
 from safevlm.trainer.evaluation import head_metrics
 
 from .answers import reaction
-from .world import Example
+from .world import CATEGORY_NAMES, LEVEL_NAMES, Example
 
 
 @dataclass
@@ -40,7 +40,7 @@ def ask_all(model, processor, examples: Sequence[Example], name: str, batch_size
     return [Record(example, answer.text, answer.verdict) for example, answer in zip(examples, answers, strict=True)]
 
 
-def summarise(records: Sequence[Record], category_names, level_names) -> dict[str, float]:
+def summarise(records: Sequence[Record]) -> dict[str, float]:
     """
     The demo's measures, rates in [0, 1]:
 
@@ -84,9 +84,9 @@ def summarise(records: Sequence[Record], category_names, level_names) -> dict[st
     if records[0].verdict is not None:
         head = head_metrics(
             [r.example.level for r in records],
-            [level_names.index(r.verdict["level"]) for r in records],
+            [LEVEL_NAMES.index(r.verdict["level"]) for r in records],
             [r.example.category for r in records],
-            [category_names.index(r.verdict["category"]) for r in records],
+            [CATEGORY_NAMES.index(r.verdict["category"]) for r in records],
             [r.verdict["score"] for r in records],
         )
         metrics |= {name: head[name] for name in ("category_macro_f1", "level_accuracy", "auroc")}

@@ -22,18 +22,19 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 from safevlm import SafetyPolicy, SafeVlmConfig, SafeVlmForConditionalGeneration, SafeVlmProcessor
 from safevlm.model_card import write_card
 from safevlm.trainer.card_facts import model_facts, origin, row_counts, share_measures, stage_facts
-from safevlm.trainer.checkpoints import write_atomically
-from safevlm.trainer.data import balance
+from safevlm.trainer.data import PAPER_LABELS, balance
 from safevlm.trainer.data.mix_output import file_sha256
 from safevlm.trainer.evaluation import environment
-from safevlm.trainer.stages import Recipe, check_same_run, run_schedule
+from safevlm.trainer.recipe import Recipe
+from safevlm.trainer.schedule import check_same_run, run_schedule
+from safevlm.trainer.stage.checkpoints import write_atomically
 
 from .answers import instructions, to_row
 from .base import build_base
 from .evaluation import Record, ask_all, summarise
 from .export import write_dev_rows
 from .sheet import draw_sheet
-from .world import CATEGORY_NAMES, LEVEL_NAMES, make_examples
+from .world import make_examples
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +119,7 @@ def run_demo(output_dir: str | Path, seed: int = 0, fast: bool = False, started:
 
     def evaluate(name: str, model, processor):
         records = ask_all(model, processor, test, COLUMNS[name])
-        metrics[COLUMNS[name]] = summarise(records, list(CATEGORY_NAMES), list(LEVEL_NAMES))
+        metrics[COLUMNS[name]] = summarise(records)
         answers[COLUMNS[name]] = records
         clock(f"evaluate {COLUMNS[name]}")
 
@@ -260,7 +261,7 @@ def _write_card(output_dir: Path, results: dict, sizes: DemoSizes, recipe: Recip
         "about": "Drawn scenes of a small picture world with questions about them, risky ones among them; see "
         "safevlm.trainer.demo. This model shows the method at work. It knows nothing of the real world.",
         "rows": len(rows),
-        **row_counts(rows, CATEGORY_NAMES, LEVEL_NAMES),
+        **row_counts(rows, PAPER_LABELS),
         "stages": stage_facts(output_dir / "training", recipe, {"seed": results["seed"]}),
     }
     data = f"{results['num_test_rows']} questions about held-out scenes of the picture world"

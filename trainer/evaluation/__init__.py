@@ -1,47 +1,36 @@
-"""Evaluation: measures of the safety head and of answers, with intervals and where they were measured; calibration."""
+"""Evaluation: the safety head's measures and calibration, refusals, judges and benchmarks.
 
-from .answer_metrics import attack_success_rate, judge_scores, over_refusal_rate, refusal_rate, rtvlm_scores
-from .calibration import Calibration, calibrate, store_policy
+The names below are imported from their modules when first used, so `import safevlm.trainer.evaluation` stays cheap.
+"""
+
+from importlib import import_module
+
 from .environment import environment
-from .head_predictions import HeadPrediction, predict_rows, read_predictions, write_predictions
-from .head_report import format_head_report, head_report, operating_point
-from .judge_types import JudgeItem, Verdict
-from .judges import Judge, JudgeError, LocalJudge, OpenAiJudge, RulesJudge
-from .metrics import head_metrics, trainer_metrics
-from .plots import plot_calibration, plot_head_report
-from .pope import pope_metrics, read_pope_labels
-from .refusals import RefusalDetector, RefusalVerdict
 
-__all__ = [
-    "Calibration",
-    "HeadPrediction",
-    "Judge",
-    "JudgeError",
-    "JudgeItem",
-    "LocalJudge",
-    "OpenAiJudge",
-    "RefusalDetector",
-    "RefusalVerdict",
-    "RulesJudge",
-    "Verdict",
-    "attack_success_rate",
-    "calibrate",
-    "environment",
-    "format_head_report",
-    "head_metrics",
-    "head_report",
-    "judge_scores",
-    "operating_point",
-    "over_refusal_rate",
-    "plot_calibration",
-    "plot_head_report",
-    "pope_metrics",
-    "predict_rows",
-    "read_pope_labels",
-    "read_predictions",
-    "refusal_rate",
-    "rtvlm_scores",
-    "store_policy",
-    "trainer_metrics",
-    "write_predictions",
-]
+_EXPORTS = {
+    "benchmarks.answer_metrics": (
+        *("attack_success_rate", "judge_scores", "over_refusal_rate", "refusal_rate", "rtvlm_scores"),
+    ),
+    "benchmarks.pope": ("pope_metrics", "read_pope_labels"),
+    "head.calibration": ("Calibration", "calibrate", "store_policy"),
+    "head.metrics": ("head_metrics", "trainer_metrics"),
+    "head.plots": ("plot_calibration", "plot_head_report"),
+    "head.predictions": ("HeadPrediction", "predict_rows", "read_predictions", "write_predictions"),
+    "head.report": ("format_head_report", "head_report", "operating_point"),
+    "judges.judge": ("Judge", "JudgeError", "LocalJudge", "OpenAiJudge", "RulesJudge"),
+    "judges.judgements": ("JudgeItem", "Verdict"),
+    "refusals.detector": ("RefusalDetector", "RefusalVerdict"),
+}
+_MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
+
+__all__ = ["environment", *_MODULE_OF]
+
+
+def __getattr__(name: str):
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+
+
+def __dir__():
+    return sorted(__all__)

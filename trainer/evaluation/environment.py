@@ -1,15 +1,15 @@
-"""Where a number was measured: what a report or card says beside it."""
+"""Where a number was measured: the device, versions and date that a report or card gives beside it."""
 
 import os
 import platform
 from datetime import date
 
-import torch
-import transformers
-
 
 def environment() -> dict[str, str]:
     """Device, versions and date of the running process."""
+    import torch  # here, so that importing the package stays cheap
+    import transformers
+
     cuda = torch.cuda.is_available()
     return {
         "device": torch.cuda.get_device_name() if cuda else f"{os.cpu_count()} CPU cores",

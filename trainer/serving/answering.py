@@ -60,7 +60,7 @@ class Answering:
         arguments = self._arguments(request, room=self.max_tokens - num_prompt)
         streamer = AnswerStreamer(self.processor.tokenizer, request.stop or [], job.send)
         if not self.model.resolve_policy().enabled:  # `generate` gives the streamer no verdict then
-            job.send((SafetyVerdict.off(1, self.model.config).to_list()[0],))
+            job.send((SafetyVerdict.off(1, self.model.config.labels).to_list()[0],))
         torch.seed() if request.seed is None else torch.manual_seed(request.seed)
         self.model.generate(
             **inputs,

@@ -55,7 +55,7 @@ def test_the_papers_names_stand_once_in_the_repository():
             elif path.suffix in (".yaml", ".yml"):
                 places += [path.name] * ("category_names" in path.read_text(encoding="utf-8"))
     assert places == ["safety_labels.py"]
-    assert SafetyLabels.from_config(SafeVlmConfig()) == PAPER_LABELS
+    assert SafeVlmConfig().labels == PAPER_LABELS
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_commands_take_labels_and_need_no_torch(tmp_path):
 
 
 def test_training_a_safe_model_further_keeps_its_labels(tmp_path):
-    from safevlm.trainer.run import train_from_files
+    from safevlm.trainer.training_run import train_from_files
 
     SafeVlmConfig(**OWN, safety_policy={"level_actions": {"yes": "refuse"}}).save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match="`labels` 'paper' are not those of the base, a SafeVLM: .*deepfake"):

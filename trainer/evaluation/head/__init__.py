@@ -1,0 +1,1 @@
+"""The safety head: predictions on labelled rows, measures with intervals, calibration, plots."""

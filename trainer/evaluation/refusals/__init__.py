@@ -1,0 +1,1 @@
+"""Tells refusals from compliance by rules, and measures how well."""

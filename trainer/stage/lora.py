@@ -1,0 +1,64 @@
+"""LoRA on the language model: put on for a stage, merged at its end."""
+
+import copy
+import re
+from contextlib import nullcontext
+from pathlib import Path
+
+from accelerate import PartialState
+from torch import nn
+
+from safevlm import SafeVlmForConditionalGeneration
+from safevlm.trainer.peft_without_bitsandbytes import without_bitsandbytes
+
+from .training_args import SafeVlmTrainingArguments
+
+
+def add_lora(model: SafeVlmForConditionalGeneration, args: SafeVlmTrainingArguments):
+    """Wraps the model with LoRA on the language model's linear layers; the safety modules train in full beside it."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError("LoRA needs peft: pip install 'safevlm[train]'.") from error
+    prefix = f"base.{model.backbone.language_model_parts[0]}"
+    leaves = sorted(
+        {
+            name.rsplit(".", 1)[-1]
+            for name, module in model.named_modules()
+            if name.startswith(prefix + ".") and isinstance(module, nn.Linear)
+        }
+    )
+    config = LoraConfig(
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=rf"{re.escape(prefix)}\..*\.({'|'.join(leaves)})",
+        modules_to_save=["safety"] if "safety" in args.trainable else None,
+    )
+    with nullcontext() if getattr(model, "is_quantized", False) else without_bitsandbytes():
+        return get_peft_model(model, config)
+
+
+def merge_lora(model, adapter: Path):
+    """
+    Saves LoRA weights and safety modules of a PEFT model to the folder `adapter`; returns the plain model with LoRA
+    merged. A quantised base comes back in the dtype it computes in: LoRA's small changes would be lost in rounding.
+    """
+    from peft import PeftModel
+
+    state = PartialState()
+    if state.is_main_process:
+        model.save_pretrained(adapter)
+    state.wait_for_everyone()
+    if getattr(model.get_base_model(), "is_quantized", False):
+        plain = model.unload()
+        plain.dequantize()
+        model = PeftModel.from_pretrained(plain, adapter)
+    return model.merge_and_unload()
+
+
+def merged_copy(model):
+    """A plain copy of a PEFT model with LoRA merged; the model itself trains on."""
+    if getattr(model.get_base_model(), "is_quantized", False):
+        raise ValueError("LoRA on a quantised base can be merged, and the model be saved, after `train()` only.")
+    return copy.deepcopy(model).merge_and_unload()
