@@ -8,14 +8,13 @@ import json
 import re
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from difflib import unified_diff
 from importlib.util import find_spec
 from pathlib import Path
 from posixpath import dirname, join, normpath
 
-from safevlm.safety_labels import PAPER_LABELS
-from safevlm.safety_policy import SafetyPolicy
+from safevlm.safety_policy import SafetyLabels, SafetyPolicy
 
 FOLDERS = [Path(find_spec(package).origin).parent for package in ("safevlm", "safevlm.processing")]
 # Of a model, of another model that config.json points to by version, of the processor and its parts, of the tokenizer.
@@ -236,11 +235,10 @@ def _released(name: str, content: bytes) -> bytes | None:
 
 
 def _weaknesses(config: dict) -> list[str]:
-    categories = config.get("category_names") or PAPER_LABELS.category_names
-    risky = [name for name in categories if name != config.get("safe_category", PAPER_LABELS.safe_category)]
     try:
+        labels = SafetyLabels(**{f.name: config[f.name] for f in fields(SafetyLabels) if config.get(f.name)})
         policy = SafetyPolicy.from_value(config.get("safety_policy", "default"), files=False)
-        return policy.weaknesses(risky, config.get("level_names") or PAPER_LABELS.level_names)
+        return policy.weaknesses(labels)
     except (ValueError, TypeError) as error:
         return [f"it is none: {error}"]
 

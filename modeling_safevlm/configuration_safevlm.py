@@ -8,8 +8,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 )
 
-from .safety_labels import SafetyLabels
-from .safety_policy import SafetyPolicy
+from .safety_policy import SafetyLabels, SafetyPolicy
 
 # `transformers serve`, the pipelines and the model card ask these tables whether a class is a vision-language model;
 # the Auto classes' `register` does not enter it there. Here, since a server reads a model's configuration first.
@@ -107,7 +106,7 @@ class SafeVlmConfig(PreTrainedConfig):
         self.safe_category = labels.safe_category
         self.safety_level_loss_coef = safety_level_loss_coef
         self.safety_category_loss_coef = safety_category_loss_coef
-        self.safety_policy = SafetyPolicy.from_value(safety_policy, files=False).for_levels(self.level_names).to_dict()
+        self.safety_policy = SafetyPolicy.from_value(safety_policy, files=False).to_dict()
         self.safety_token_id = safety_token_id
         self.policy_token_ids = dict(policy_token_ids or {})
         self.generation_prompt_token_ids = list(generation_prompt_token_ids or [])
@@ -143,7 +142,8 @@ class SafeVlmConfig(PreTrainedConfig):
             raise ValueError(
                 f"`safety_projector_type` must be 'c_abstractor' or 'resampler', got {self.safety_projector_type!r}."
             )
-        SafetyPolicy.from_value(self.safety_policy, files=False).check_labels(self.category_names, self.level_names)
+        policy = SafetyPolicy.from_value(self.safety_policy, files=False)
+        self.safety_policy = policy.for_labels(self.labels).to_dict()
 
     @classmethod
     def paper(cls, base_config=None, **kwargs) -> "SafeVlmConfig":
@@ -164,8 +164,9 @@ class SafeVlmConfig(PreTrainedConfig):
         return self.num_prompt_tokens + self.num_projected_tokens
 
     @property
-    def safe_category_id(self) -> int:
-        return self.category_names.index(self.safe_category)
+    def labels(self) -> SafetyLabels:
+        """The names of categories and levels, and which category is the safe one."""
+        return SafetyLabels(self.category_names, self.level_names, self.safe_category)
 
     def get_text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:
         if self.base_config is None:

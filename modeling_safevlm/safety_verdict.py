@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn.functional as F
 
-from .safety_policy import ACTIONS, SafetyPolicy
+from .safety_policy import ACTIONS, SafetyLabels, SafetyPolicy
 
 OFF = -1  # the action id under a policy that is off
 NOT_FINITE = "The safety head's numbers are not finite, so the request is refused."
@@ -53,7 +53,7 @@ class SafetyVerdict:
         return SafetyVerdict(**{k: v[rows] if isinstance(v, torch.Tensor) else v for k, v in values.items()})
 
     @classmethod
-    def unassessed(cls, batch_size: int, labels, action: int = 0, device=None) -> "SafetyVerdict":
+    def unassessed(cls, batch_size: int, labels: SafetyLabels, action: int = 0, device=None) -> "SafetyVerdict":
         """What rows get that the head did not read."""
         ids = torch.zeros(batch_size, dtype=torch.long, device=device)
         return cls(
@@ -111,7 +111,7 @@ class SafetyVerdict:
 
 
 def assess_logits(
-    level_logits: torch.Tensor, category_logits: torch.Tensor, policy: SafetyPolicy, labels
+    level_logits: torch.Tensor, category_logits: torch.Tensor, policy: SafetyPolicy, labels: SafetyLabels
 ) -> SafetyVerdict:
     """
     One verdict for each of the head's readings: calibration, then thresholds, then actions.
@@ -119,7 +119,7 @@ def assess_logits(
     Args:
         level_logits (`torch.FloatTensor` of shape `(num_readings, num_levels)`)
         category_logits (`torch.FloatTensor` of shape `(num_readings, num_categories)`)
-        labels (`SafetyLabels` or `SafeVlmConfig`): The names behind the ids.
+        labels (`SafetyLabels`): The names behind the ids.
     """
     safe = labels.safe_category_id
     level_log_probs = level_log_probabilities(level_logits.float(), policy.level_temperature)
@@ -132,11 +132,11 @@ def assess_logits(
     risky_category = category_logits.index_fill(
         1, torch.tensor([safe], device=category_logits.device), float("-inf")
     ).argmax(dim=-1)
-    thresholds = policy.thresholds(labels.category_names).to(score.device)
+    thresholds = policy.thresholds(labels).to(score.device)
     risky = ~(score < thresholds[risky_category])  # NaN counts as risky
     level = torch.where(risky, level_log_probs[:, 1:].argmax(dim=-1) + 1, 0)
     category = torch.where(risky, risky_category, safe)
-    action = policy.action_table(labels.category_names, labels.level_names).to(level.device)[category, level]
+    action = policy.action_table(labels).to(level.device)[category, level]
 
     # The logits count, too: a temperature or a softmax can hide an infinite one.
     numbers = (level_logits, category_logits, level_log_probs.exp(), category_probabilities, score.unsqueeze(1))
@@ -162,7 +162,7 @@ def assess_rows(
     rows: torch.Tensor,
     batch_size: int,
     policy: SafetyPolicy,
-    labels,
+    labels: SafetyLabels,
 ) -> SafetyVerdict:
     """
     The verdict on each row: the strictest of its readings. `generate` enforces it, calibration measures it.

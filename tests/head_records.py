@@ -4,10 +4,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from safevlm import SafeVlmConfig
+from safevlm.safety_policy import PAPER_LABELS as LABELS
 from safevlm.trainer.evaluation import HeadPrediction
 
-LABELS = SafeVlmConfig()  # the paper's seven categories and four levels
 SAFE = LABELS.safe_category_id
 
 

@@ -153,7 +153,7 @@ def force_verdicts(monkeypatch, model, levels: list[int], category: str):
     def predict(*args, **kwargs):
         reading = predict_safety(*args, **kwargs)
         wanted = torch.tensor(levels, device=reading.level_logits.device)[reading.rows]
-        category_ids = torch.where(wanted > 0, names.index(category), model.config.safe_category_id)
+        category_ids = torch.where(wanted > 0, names.index(category), model.config.labels.safe_category_id)
         reading.level_logits = 20.0 * torch.nn.functional.one_hot(wanted, len(model.config.level_names))
         reading.category_logits = 20.0 * torch.nn.functional.one_hot(category_ids, len(names))
         return reading

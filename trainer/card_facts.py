@@ -15,6 +15,7 @@ from safevlm.files import file_sha256
 from safevlm.model_card import write_card
 from safevlm.model_card.card import is_hub_id
 from safevlm.model_card.facts import policy_mark, portable_command, portable_word, read_facts
+from safevlm.safety_policy import SafetyLabels
 
 from .data.mix_output import MANIFEST, MANIFEST_FORMAT, input_hashes
 from .evaluation.environment import environment
@@ -140,12 +141,12 @@ def data_facts(paths: Sequence[str | os.PathLike], revision: str | None = None) 
     return {"data": data, "mixes": mixes}
 
 
-def row_counts(rows, category_names: Sequence[str], level_names: Sequence[str]) -> dict:
+def row_counts(rows, labels: SafetyLabels) -> dict:
     """Rows per category and per level, in the order of the labels."""
     categories, levels = Counter(row.category for row in rows), Counter(row.level for row in rows)
     return {
-        "categories": {name: categories[i] for i, name in enumerate(category_names)},
-        "levels": {name: levels[i] for i, name in enumerate(level_names)},
+        "categories": {name: categories[i] for i, name in enumerate(labels.category_names)},
+        "levels": {name: levels[i] for i, name in enumerate(labels.level_names)},
     }
 
 

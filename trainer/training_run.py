@@ -119,7 +119,7 @@ def _row_facts(report: dict, train_rows, labels: SafetyLabels) -> dict:
         "rows": report["num_train_rows"],
         "held_out": report["num_eval_rows"],
         "skipped": len(report["skipped"]),
-        **row_counts(train_rows, labels.category_names, labels.level_names),
+        **row_counts(train_rows, labels),
     }
 
 
@@ -136,7 +136,7 @@ def _recipe(name: str | os.PathLike, labels) -> Recipe:
 
 def _labels_for(config, recipe: Recipe, asked) -> SafetyLabels:
     if isinstance(config, SafeVlmConfig):
-        own = SafetyLabels.from_config(config)
+        own = config.labels
         if asked is not None and load_labels(asked) != own:
             raise ValueError(f"`labels` {str(asked)!r} are not those of the base, a SafeVLM: {labels_dict(own)}.")
         return own

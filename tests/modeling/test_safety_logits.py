@@ -158,7 +158,7 @@ def test_probabilities_sum_to_one_and_verdict_and_category_agree(model, batch):
     verdict = model.assess(**batch)[:2]
     torch.testing.assert_close(verdict.level_probabilities.sum(dim=1), torch.ones(2))
     torch.testing.assert_close(verdict.score, 1 - verdict.level_probabilities[:, 0])
-    safe = model.config.safe_category_id
+    safe = model.config.labels.safe_category_id
     assert torch.equal(verdict.level == 0, verdict.category == safe)
 
 

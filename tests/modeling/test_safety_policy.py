@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tiny import safe_model
 
 from safevlm import ACTIONS, POLICY_PRESETS, SafetyPolicy, SafeVlmConfig
-from safevlm.safety_labels import PAPER_LABELS
+from safevlm.safety_policy import PAPER_LABELS, SafetyLabels
 from safevlm.safety_verdict import SafetyVerdict, assess_logits, assess_rows, strictest
 
 CATEGORY_NAMES, LEVEL_NAMES = PAPER_LABELS.category_names, PAPER_LABELS.level_names
@@ -151,7 +151,7 @@ def test_a_policy_of_another_copy_of_the_class_is_understood():
 
 
 def test_levels_in_the_wrong_order_are_told():
-    found = SafetyPolicy().weaknesses(CATEGORY_NAMES, LEVEL_NAMES[::-1])
+    found = SafetyPolicy().weaknesses(SafetyLabels(level_names=LEVEL_NAMES[::-1]))
     assert found == ["a higher level leads to a milder action; the levels are high, medium, low, none"]
 
 
@@ -166,7 +166,7 @@ def test_texts_fill_in_the_category():
     policy = SafetyPolicy(hints={"warn": "Mind {category}: {x}"}, refusals={"en": "No {category} {0}."})
     assert policy.hint("warn", "privacy") == "Mind privacy: {x}" and policy.hint("allow", "privacy") is None
     assert policy.refusal("fairness") == "No fairness {0}."
-    assert policy.texts(["a", "b"]) == {
+    assert policy.texts(SafetyLabels(("a", "b"), safe_category="b")) == {
         "hints": ["Mind a: {x}", "Mind b: {x}"],
         "refusals": ["No a possible safety risk {0}.", "No a {0}.", "No b {0}."],
     }
@@ -253,7 +253,7 @@ def test_a_saved_policy_file_is_readable_yaml(tmp_path):
     ],
 )
 def test_a_level_that_is_not_named_gets_the_action_of_the_next_milder_one(actions, expected):
-    table = SafetyPolicy(level_actions=actions).action_table(CATEGORY_NAMES, LEVEL_NAMES)
+    table = SafetyPolicy(level_actions=actions).action_table(PAPER_LABELS)
     assert [[ACTIONS[i] for i in row] for row in table.tolist()] == [expected] * len(CATEGORY_NAMES)
 
 
@@ -341,7 +341,7 @@ def test_labels_of_one_name_are_refused(field):
     ],
 )
 def test_a_policy_says_where_it_is_weaker_than_the_default(policy, sentences):
-    found = SafetyPolicy.from_value(policy).weaknesses(CATEGORY_NAMES[:-1], LEVEL_NAMES)
+    found = SafetyPolicy.from_value(policy).weaknesses(PAPER_LABELS)
     assert len(found) == len(sentences)
     for sentence, part in zip(found, sentences, strict=True):
         assert part in sentence
@@ -349,7 +349,8 @@ def test_a_policy_says_where_it_is_weaker_than_the_default(policy, sentences):
 
 def test_weakness_is_told_for_other_labels_too():
     policy = SafetyPolicy(level_actions={"fine": "allow", "bad": "warn"})
-    assert policy.weaknesses(["x", "safe"], ["fine", "bad"]) == ["level 'bad' leads to 'warn', not 'refuse'"]
+    labels = SafetyLabels(("x", "safe"), ("fine", "bad"))
+    assert policy.weaknesses(labels) == ["level 'bad' leads to 'warn', not 'refuse'"]
 
 
 # -- numbers that are none -------------------------------------------------------------------------------------------

@@ -49,8 +49,9 @@ def run(args):
         raise ValueError(f"--apply needs a model folder on this machine, got --model {args.model!r}.")
     check_policy(args.policy)
     check_model_type(args.model, "--model")
+    from safevlm.policy_file import write_policy
     from safevlm.trainer.card_facts import add_calibration
-    from safevlm.trainer.data import SafetyLabels, read_rows
+    from safevlm.trainer.data import read_rows
     from safevlm.trainer.evaluation import calibrate, environment, plot_calibration, predict_rows, store_policy
     from safevlm.trainer.evaluation.head.calibration import check_aim
     from safevlm.trainer.evaluation.head.measures import require_eval_extra
@@ -58,13 +59,13 @@ def run(args):
     require_eval_extra()
     check_aim(args.target_fpr, args.cost_ratio)
     model, processor = load_model(args.model, args.device)
-    config = model.config
+    labels = model.config.labels
     policy = model.resolve_policy(args.policy)
     parts = [
         read_rows(
             path,
             args.images,
-            labels=SafetyLabels.from_config(config),
+            labels=labels,
             **reader_options(args),
             require_answer=False,
             on_error="skip" if args.skip_bad_rows else "raise",
@@ -74,9 +75,9 @@ def run(args):
     rows = [row for part in parts for row in part]
     args.output.mkdir(parents=True, exist_ok=True)
     predictions = predict_rows(model, processor, rows, args.batch_size, path=args.output / "predictions.jsonl")
-    calibration = calibrate(predictions, policy, config, args.target_fpr, args.cost_ratio, args.seed)
-    plot_calibration(calibration, config, args.output)
-    calibration.policy.to_file(args.output / "policy.yaml")
+    calibration = calibrate(predictions, policy, labels, args.target_fpr, args.cost_ratio, args.seed)
+    plot_calibration(calibration, labels, args.output)
+    write_policy(calibration.policy, args.output / "policy.yaml")
     report = {
         "command": shlex.join(["safevlm", *sys.argv[1:]]),
         "model": args.model,

@@ -13,7 +13,7 @@ from safevlm.losses import IGNORE_INDEX
 from safevlm.processing.chat_prompt import ChatPrompt
 from safevlm.prompt import hint_column
 from safevlm.safety_policy import ACTIONS, SafetyPolicy
-from safevlm.trainer.data import DataError, SafetyLabels, SafetyRow, row_from_record
+from safevlm.trainer.data import DataError, SafetyRow, row_from_record
 
 # What the processor returns beside `input_ids`, in its shape; 0 is neither question nor image.
 PER_TOKEN = ("safety_question_mask", "token_type_ids", "mm_token_type_ids")
@@ -40,9 +40,9 @@ class RowEncoder:
     def __init__(self, processor, config, hint_probability=0.0, max_length=None, seed=0):
         self.processor = processor
         self.config = config
-        self.labels = SafetyLabels.from_config(config)
+        self.labels = config.labels
         self.policy = SafetyPolicy.from_value(config.safety_policy)
-        self.actions = self.policy.action_table(config.category_names, config.level_names)
+        self.actions = self.policy.action_table(self.labels)
         self.hint_probability = hint_probability
         self.max_length = max_length
         self.seed = seed
@@ -74,7 +74,7 @@ class RowEncoder:
         if example.category is None or example.level is None or not self._chance(index):
             return None
         action = ACTIONS[self.actions[example.category, example.level]]
-        text = self.policy.hint(action, self.config.category_names[example.category])
+        text = self.policy.hint(action, self.labels.category_names[example.category])
         return None if text is None else [int(i) for i in self.config.policy_token_ids[text].split()]
 
     def _chance(self, index: int) -> bool:

@@ -110,6 +110,7 @@ def evaluate(
         items[system.name] = make_items({task: outcome["samples"][task] for task in leaves}, answers)
         results[system.name] = {
             "system": system.describe(),
+            "model_policy": system.model_policy(),
             "metrics": {task: _metrics(outcome["results"][task]) for task in leaves},
             "seconds": round(time.time() - start, 1),
         }
@@ -246,18 +247,18 @@ def _head(system: System, by_task: dict[str, list[dict]], manager, folder: Path,
     config = AutoConfig.from_pretrained(system.checkpoint)
     if config.model_type != SafeVlmConfig.model_type:
         return None
-    predictions = []
+    labels, predictions = config.labels, []
     for task, records in by_task.items():
         rows = manager.rows(task)
-        predictions += [] if rows is None else head_predictions(records, rows, config)
+        predictions += [] if rows is None else head_predictions(records, rows, labels)
     if not any(None not in (prediction.level, prediction.category) for prediction in predictions):
         return None
     policy = SafetyPolicy.from_value(config.safety_policy if system.policy is None else system.policy)
-    policy = policy.for_levels(config.level_names).replace(
+    policy = policy.for_labels(labels).replace(
         level_temperature=1.0, category_temperature=1.0
     )  # the verdicts' are calibrated already
-    plot_head_report(predictions, policy, config, folder)
-    return head_report(predictions, policy, config, seed=seed)
+    plot_head_report(predictions, policy, labels, folder)
+    return head_report(predictions, policy, labels, seed=seed)
 
 
 def _metrics(values: dict[str, Any]) -> dict[str, float]:

@@ -42,7 +42,7 @@ def _normalised(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def head_predictions(records: list[dict], rows, config) -> list[HeadPrediction]:
+def head_predictions(records: list[dict], rows, labels) -> list[HeadPrediction]:
     """
     The verdicts on items as [`head_report`] takes them: their probabilities, calibrated already, as log probabilities.
     Items on which the head gave none (no image, or numbers that are not finite) are left out.
@@ -50,7 +50,7 @@ def head_predictions(records: list[dict], rows, config) -> list[HeadPrediction]:
     Args:
         records (`list[dict]`): Items of one task.
         rows (sequence of `SafetyRow`): The task's, which the items' `doc_id` counts.
-        config (`SafeVlmConfig`): Its labels. An item with one that it does not have counts as unlabelled.
+        labels (`SafetyLabels`): The model's. An item with one that it does not have counts as unlabelled.
     """
 
     def label(name, names):
@@ -60,8 +60,8 @@ def head_predictions(records: list[dict], rows, config) -> list[HeadPrediction]:
         HeadPrediction(
             row_id=record["row_id"],
             source=record["source"],
-            level=label(record["level"], config.level_names),
-            category=label(record["category"], config.category_names),
+            level=label(record["level"], labels.level_names),
+            category=label(record["category"], labels.category_names),
             level_logits=(_logs(record["verdict"]["level_probabilities"]),),
             category_logits=(_logs(record["verdict"]["category_probabilities"]),),
             whole_conversation=(False,),

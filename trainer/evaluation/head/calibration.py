@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from safevlm.files import replace_text
-from safevlm.safety_policy import POLICY_PRESETS, TEMPERATURE_RANGE, SafetyPolicy
+from safevlm.safety_policy import POLICY_PRESETS, TEMPERATURE_RANGE, SafetyLabels, SafetyPolicy
 from safevlm.safety_verdict import level_log_probabilities, risk_logits
 
 from .measures import HeadOutcomes, head_outcomes, readings, usable
@@ -52,7 +52,7 @@ class Calibration:
 def calibrate(
     predictions: Sequence[HeadPrediction],
     policy: SafetyPolicy | dict | str,
-    config,
+    labels: SafetyLabels,
     target_fpr: float | None = None,
     cost_ratio: float | None = None,
     seed: int = 0,
@@ -64,7 +64,7 @@ def calibrate(
     Args:
         predictions (`Sequence[HeadPrediction]`): Those without both labels or without an image are left out.
         policy (`SafetyPolicy`, `dict`, file or preset name): Keeps all but temperatures and thresholds.
-        config (`SafeVlmConfig`): The labels' names.
+        labels (`SafetyLabels`): The model's.
         target_fpr (`float` in [0, 1)): Largest share of clean rows to flag, or instead
         cost_ratio (`float` > 0): What a missed risky row costs, in flagged clean rows; the sum is minimised.
         seed (`int`): Which images are fitted on.
@@ -73,29 +73,26 @@ def calibrate(
         `ValueError`: Both or none of the two aims, an aim out of range, a policy that is off, or a half without risky
             or without clean rows.
     """
-    policy = SafetyPolicy.from_value(policy).for_levels(config.level_names)
-    policy.check_labels(config.category_names, config.level_names)
+    policy = SafetyPolicy.from_value(policy).for_labels(labels)
     check_aim(target_fpr, cost_ratio)
     if not policy.enabled:
         raise ValueError(f"Policy {policy.name!r} is off, with nothing to calibrate; use another, such as 'default'.")
-    fit_half, report_half = split_by_image(predictions, config, seed)
+    fit_half, report_half = split_by_image(predictions, labels, seed)
     notes: list[str] = []
-    calibrated = fit_temperatures(fit_half, policy, config, notes)
-    calibrated, thresholds = fit_thresholds(fit_half, calibrated, config, target_fpr, cost_ratio, notes)
+    calibrated = fit_temperatures(fit_half, policy, labels, notes)
+    calibrated, thresholds = fit_thresholds(fit_half, calibrated, labels, target_fpr, cost_ratio, notes)
     calibrated = calibrated.replace(name="calibrated")
     # As a call by their name gets them: with the temperatures of the model's own policy.
     now = {name: getattr(policy, name) for name in ("level_temperature", "category_temperature")}
     compared = {
-        name: preset.for_levels(config.level_names).replace(**now)
-        for name, preset in POLICY_PRESETS.items()
-        if preset.enabled
+        name: preset.for_labels(labels).replace(**now) for name, preset in POLICY_PRESETS.items() if preset.enabled
     }
     compared |= {"present": policy, "calibrated": calibrated}
     report = {
         "aim": {"target_fpr": target_fpr} if cost_ratio is None else {"cost_ratio": cost_ratio},
         "seed": seed,
-        "fit": _counts(head_outcomes(fit_half, calibrated, config)),
-        "report": _counts(head_outcomes(report_half, calibrated, config)),
+        "fit": _counts(head_outcomes(fit_half, calibrated, labels)),
+        "report": _counts(head_outcomes(report_half, calibrated, labels)),
         "num_left_out": len(predictions) - len(fit_half) - len(report_half),
         "temperatures": {
             name: {"before": getattr(policy, name), "after": getattr(calibrated, name)}
@@ -104,25 +101,23 @@ def calibrate(
         "thresholds": thresholds,
         "warnings": notes,
         "operating_points": {
-            name: operating_point(report_half, each, config, num_resamples, seed) for name, each in compared.items()
+            name: operating_point(report_half, each, labels, num_resamples, seed) for name, each in compared.items()
         },
-        "before": head_report(report_half, policy, config, num_resamples, seed),
-        "after": head_report(report_half, calibrated, config, num_resamples, seed),
+        "before": head_report(report_half, policy, labels, num_resamples, seed),
+        "after": head_report(report_half, calibrated, labels, num_resamples, seed),
     }
     return Calibration(calibrated, compared, report, fit_half, report_half)
 
 
 def split_by_image(
-    predictions: Sequence[HeadPrediction], config, seed: int = 0
+    predictions: Sequence[HeadPrediction], labels, seed: int = 0
 ) -> tuple[list[HeadPrediction], list[HeadPrediction]]:
     """Two halves of the rows that can be measured; they share no image and have about the same labels."""
     from sklearn.model_selection import StratifiedGroupKFold
 
     chosen = usable(predictions)
-    outcomes = head_outcomes(
-        chosen, POLICY_PRESETS["default"].for_levels(config.level_names), config
-    )  # for labels and groups
-    strata = outcomes.category_labels * len(config.level_names) + outcomes.level_labels
+    outcomes = head_outcomes(chosen, POLICY_PRESETS["default"].for_labels(labels), labels)
+    strata = outcomes.category_labels * len(labels.level_names) + outcomes.level_labels
     if outcomes.num_images > 1 and np.bincount(strata).max() > 1:
         folds = StratifiedGroupKFold(n_splits=2, shuffle=True, random_state=seed)
         with warnings.catch_warnings():  # a stratum of one row cannot be in both halves, and need not be
@@ -139,11 +134,11 @@ def split_by_image(
 
 
 def fit_temperatures(
-    predictions: Sequence[HeadPrediction], policy: SafetyPolicy, config, notes: list[str]
+    predictions: Sequence[HeadPrediction], policy: SafetyPolicy, labels: SafetyLabels, notes: list[str]
 ) -> SafetyPolicy:
     """`policy` with fitted temperatures; where the rows do not determine one, it stays and `notes` says so."""
     chosen = usable(predictions)
-    level_logits, category_logits, rows = readings(chosen, config, policy.whole_conversation)
+    level_logits, category_logits, rows = readings(chosen, labels, policy.whole_conversation)
     risk = risk_logits(level_logits.double())
     # Each row's riskiest reading; which that is no temperature changes.
     order = np.lexsort((-risk.numpy(), rows.numpy()))
@@ -153,7 +148,7 @@ def fit_temperatures(
     said_risky = risk_logits(level_logits) > 0
     right_level = torch.where(levels > 0, level_logits[:, 1:].argmax(dim=-1) + 1 == levels, True)
     fitted = {}
-    for name, log_probabilities, labels, right in (
+    for name, log_probabilities, true_ids, right in (
         (
             "level_temperature",
             lambda temperature: level_log_probabilities(level_logits, temperature),
@@ -169,7 +164,7 @@ def fit_temperatures(
     ):
         wrong = int((~right).sum())
         if wrong:
-            fitted[name] = fit_temperature(log_probabilities, labels)
+            fitted[name] = fit_temperature(log_probabilities, true_ids)
             if not TEMPERATURE_RANGE[0] * 1.01 < fitted[name] < TEMPERATURE_RANGE[1] * 0.99:
                 notes.append(
                     f"`{name}` is at the edge of its range, {TEMPERATURE_RANGE}: on these rows the head's confidence "
@@ -177,11 +172,11 @@ def fit_temperatures(
                 )
         if not wrong:  # the likelihood has no maximum, the surer the better
             notes.append(
-                f"`{name}` stays {getattr(policy, name):g}: the head is right on all {len(labels)} rows of the fit "
+                f"`{name}` stays {getattr(policy, name):g}: the head is right on all {len(true_ids)} rows of the fit "
                 f"half, which says nothing about how often it errs."
             )
         elif wrong < MIN_ROWS:
-            notes.append(f"`{name}` rests on the {wrong} of {len(labels)} rows that the head is wrong on.")
+            notes.append(f"`{name}` rests on the {wrong} of {len(true_ids)} rows that the head is wrong on.")
     return policy.replace(**fitted)
 
 
@@ -212,7 +207,7 @@ def store_policy(folder: str | os.PathLike, policy: SafetyPolicy, model, process
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"{str(folder)!r} is no model folder on this machine; load the model, then save it to one.")
-    texts = {text for group in policy.texts(model.config.category_names).values() for text in group}
+    texts = {text for group in policy.texts(model.config.labels).values() for text in group}
     new_texts = not texts <= model.config.policy_token_ids.keys()
     model.set_safety_policy(policy, processor if new_texts else None)
     config = json.loads(path.read_text(encoding="utf-8"))

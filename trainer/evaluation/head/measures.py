@@ -94,7 +94,7 @@ def usable(predictions: Sequence[HeadPrediction]) -> list[HeadPrediction]:
     return chosen
 
 
-def readings(predictions: Sequence[HeadPrediction], config, whole_conversation: bool = True):
+def readings(predictions: Sequence[HeadPrediction], labels, whole_conversation: bool = True):
     """
     All that the head says about the rows under policies with this `whole_conversation`.
 
@@ -109,10 +109,10 @@ def readings(predictions: Sequence[HeadPrediction], config, whole_conversation: 
         for level, category, of_several_turns in zip(
             prediction.level_logits, prediction.category_logits, prediction.whole_conversation, strict=True
         ):
-            if (len(level), len(category)) != (len(config.level_names), len(config.category_names)):
+            if (len(level), len(category)) != (len(labels.level_names), len(labels.category_names)):
                 raise ValueError(
                     f"row {prediction.row_id!r} has {len(level)} level and {len(category)} category logits, the "
-                    f"configuration has {len(config.level_names)} levels and {len(config.category_names)} categories: "
+                    f"model has {len(labels.level_names)} levels and {len(labels.category_names)} categories: "
                     f"the predictions are another model's."
                 )
             if whole_conversation or not of_several_turns:
@@ -122,31 +122,31 @@ def readings(predictions: Sequence[HeadPrediction], config, whole_conversation: 
     return torch.tensor(levels), torch.tensor(categories), torch.tensor(rows)
 
 
-def head_outcomes(predictions: Sequence[HeadPrediction], policy: SafetyPolicy, config) -> HeadOutcomes:
+def head_outcomes(predictions: Sequence[HeadPrediction], policy: SafetyPolicy, labels) -> HeadOutcomes:
     """The verdicts that `assess` gives under `policy`, beside the labels; of rows with labels and image."""
     require_eval_extra()
     chosen = usable(predictions)
-    chunks = [_verdicts(chosen[i : i + 500], policy, config) for i in range(0, len(chosen), 500)]  # bounds the memory
+    chunks = [_verdicts(chosen[i : i + 500], policy, labels) for i in range(0, len(chosen), 500)]  # bounds the memory
     verdicts = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
-    labels = np.array([p.category for p in chosen])
+    category_labels = np.array([p.category for p in chosen])
     return HeadOutcomes(
         level_labels=np.array([p.level for p in chosen]),
-        category_labels=labels,
-        category_correct=verdicts.pop("most_probable") == labels,
+        category_labels=category_labels,
+        category_correct=verdicts.pop("most_probable") == category_labels,
         groups=image_groups([p.images for p in chosen]),
         sources=np.array([p.source for p in chosen]),
         **verdicts,
     )
 
 
-def _verdicts(predictions: Sequence[HeadPrediction], policy: SafetyPolicy, config) -> dict[str, np.ndarray]:
+def _verdicts(predictions: Sequence[HeadPrediction], policy: SafetyPolicy, labels) -> dict[str, np.ndarray]:
 
-    level_logits, category_logits, rows = readings(predictions, config, policy.whole_conversation)
-    verdict = assess_rows(level_logits, category_logits, rows, len(predictions), policy, config)
+    level_logits, category_logits, rows = readings(predictions, labels, policy.whole_conversation)
+    verdict = assess_rows(level_logits, category_logits, rows, len(predictions), policy, labels)
     confidence, most_probable = verdict.category_probabilities.max(dim=-1)
     flag_all = policy.replace(risk_threshold=0.0, category_risk_thresholds={})  # each reading's risky category shows
-    each = assess_logits(level_logits, category_logits, flag_all, config)
-    category_scores = np.full((len(predictions), len(config.category_names)), -1, np.float32)
+    each = assess_logits(level_logits, category_logits, flag_all, labels)
+    category_scores = np.full((len(predictions), len(labels.category_names)), -1, np.float32)
     np.maximum.at(category_scores, (rows.numpy(), each.category.numpy()), each.score.numpy())
     return {
         "levels": verdict.level.numpy(),

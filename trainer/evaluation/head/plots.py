@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from safevlm.safety_policy import SafetyPolicy
+from safevlm.safety_policy import SafetyLabels, SafetyPolicy
 
 from .calibration import Calibration
 from .measures import HeadOutcomes, expected_calibration_error, head_outcomes, reliability_curve
@@ -22,25 +22,28 @@ MARKERS = "osD^vPX*"
 
 
 def plot_head_report(
-    predictions: Sequence[HeadPrediction], policy: SafetyPolicy | dict | str, config, folder: str | os.PathLike
+    predictions: Sequence[HeadPrediction],
+    policy: SafetyPolicy | dict | str,
+    labels: SafetyLabels,
+    folder: str | os.PathLike,
 ) -> list[Path]:
     """
     Writes `confusion_matrix.png`, `roc_pr.png` (where both classes occur), `reliability.png` and `risk_scores.png`.
 
     Args:
-        predictions, policy, config: As for [`head_report`].
+        predictions, policy, labels: As for [`head_report`].
         folder (`str` or `os.PathLike`): Made if it is not there.
 
     Returns:
         `list[Path]`: The files.
     """
-    policy = SafetyPolicy.from_value(policy).for_levels(config.level_names)
-    outcomes = head_outcomes(predictions, policy, config)
-    plots = {"confusion_matrix": lambda path: plot_confusion(outcomes, config, path)}
+    policy = SafetyPolicy.from_value(policy).for_labels(labels)
+    outcomes = head_outcomes(predictions, policy, labels)
+    plots = {"confusion_matrix": lambda path: plot_confusion(outcomes, labels, path)}
     if 0 < outcomes.risky.sum() < len(outcomes):
         plots["roc_pr"] = lambda path: plot_roc_pr(outcomes, path)
     plots["reliability"] = lambda path: plot_reliability({f"policy {policy.name}": outcomes}, path)
-    plots["risk_scores"] = lambda path: plot_risk_scores(outcomes, policy, config, path)
+    plots["risk_scores"] = lambda path: plot_risk_scores(outcomes, policy, labels, path)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
@@ -50,33 +53,33 @@ def plot_head_report(
     return paths
 
 
-def plot_calibration(calibration: Calibration, config, folder: str | os.PathLike) -> list[Path]:
+def plot_calibration(calibration: Calibration, labels: SafetyLabels, folder: str | os.PathLike) -> list[Path]:
     """
     Plots of the report half: those of [`plot_head_report`] under the calibrated policy, with reliability before and
     after, and `trade_off.png`.
     """
     half = calibration.report_half
-    paths = plot_head_report(half, calibration.policy, config, folder)
+    paths = plot_head_report(half, calibration.policy, labels, folder)
     policies = {"before": calibration.compared["present"], "after": calibration.policy}
     plot_reliability(
-        {name: head_outcomes(half, policy, config) for name, policy in policies.items()},
+        {name: head_outcomes(half, policy, labels) for name, policy in policies.items()},
         Path(folder) / "reliability.png",
     )
     paths.append(Path(folder) / "trade_off.png")
-    plot_trade_off(half, calibration.compared, calibration.report["operating_points"], config, paths[-1])
+    plot_trade_off(half, calibration.compared, calibration.report["operating_points"], labels, paths[-1])
     return paths
 
 
-def plot_confusion(outcomes: HeadOutcomes, config, path: str | os.PathLike):
+def plot_confusion(outcomes: HeadOutcomes, labels: SafetyLabels, path: str | os.PathLike):
     """Category and level, label against verdict: counts, shaded by the share of the label's rows."""
     from sklearn.metrics import confusion_matrix
 
     with _figure(path, "Verdicts of the safety head", outcomes, 1, 2, (12.5, 5.6), width_ratios=[7, 4.6]) as axes:
-        for axis, title, labels, verdicts, names in (
-            (axes[0], "Risk category", outcomes.category_labels, outcomes.categories, config.category_names),
-            (axes[1], "Risk level", outcomes.level_labels, outcomes.levels, config.level_names),
+        for axis, title, true_ids, predicted_ids, names in (
+            (axes[0], "Risk category", outcomes.category_labels, outcomes.categories, labels.category_names),
+            (axes[1], "Risk level", outcomes.level_labels, outcomes.levels, labels.level_names),
         ):
-            counts = confusion_matrix(labels, verdicts, labels=np.arange(len(names)))
+            counts = confusion_matrix(true_ids, predicted_ids, labels=np.arange(len(names)))
             totals = counts.sum(axis=1)
             shares = counts / np.maximum(totals, 1)[:, None]
             axis.imshow(shares, cmap="Blues", vmin=0, vmax=1.15)
@@ -159,9 +162,9 @@ def plot_reliability(outcomes: dict[str, HeadOutcomes], path: str | os.PathLike)
             histogram.set(xlabel=x_label, ylabel="rows (log)", xlim=(0, 1), yscale="log", ylim=(0.8, None))
 
 
-def plot_risk_scores(outcomes: HeadOutcomes, policy: SafetyPolicy, config, path: str | os.PathLike):
+def plot_risk_scores(outcomes: HeadOutcomes, policy: SafetyPolicy, labels: SafetyLabels, path: str | os.PathLike):
     """Histograms of the risk score per labelled level, with the policy's thresholds."""
-    levels = [level for level in range(len(config.level_names)) if (outcomes.level_labels == level).any()]
+    levels = [level for level in range(len(labels.level_names)) if (outcomes.level_labels == level).any()]
     edges = np.linspace(0, 1, 41)
     with _figure(
         path, "Risk scores by labelled level", outcomes, len(levels), 1, (9, 1.1 + 1.45 * len(levels))
@@ -174,7 +177,7 @@ def plot_risk_scores(outcomes: HeadOutcomes, policy: SafetyPolicy, config, path:
             for threshold in policy.category_risk_thresholds.values():
                 axis.axvline(threshold, color="k", linewidth=0.9, linestyle=":")
             axis.set(xlim=(0, 1), yscale="log", ylim=(0.7, None), ylabel="rows (log)")
-            axis.set_title(f"{config.level_names[level]} ({len(scores):,} rows)", loc="left", fontsize=10)
+            axis.set_title(f"{labels.level_names[level]} ({len(scores):,} rows)", loc="left", fontsize=10)
             if level != levels[-1]:
                 axis.tick_params(labelbottom=False)
         lines = "line: the policy's risk threshold"
@@ -187,7 +190,7 @@ def plot_trade_off(
     predictions: Sequence[HeadPrediction],
     policies: dict[str, SafetyPolicy],
     points: dict[str, dict],
-    config,
+    labels: SafetyLabels,
     path: str | os.PathLike,
 ):
     """
@@ -202,7 +205,7 @@ def plot_trade_off(
     from sklearn.metrics import roc_curve
 
     name, policy = list(policies.items())[-1]
-    outcomes = head_outcomes(predictions, policy, config)
+    outcomes = head_outcomes(predictions, policy, labels)
     x, y, _ = roc_curve(outcomes.risky, outcomes.highest_scores, drop_intermediate=False)
     shared: dict[tuple, list[str]] = {}
     for each in policies:

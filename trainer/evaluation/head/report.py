@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from safevlm.safety_policy import SafetyPolicy
+from safevlm.safety_policy import SafetyLabels, SafetyPolicy
 from safevlm.trainer.evaluation.bootstrap import CONFIDENCE, percentile_interval, resample_weights
 
 from .measures import (
@@ -31,7 +31,7 @@ from .predictions import HeadPrediction
 def head_report(
     predictions: Sequence[HeadPrediction],
     policy: SafetyPolicy | dict | str,
-    config,
+    labels: SafetyLabels,
     num_resamples: int = 1000,
     seed: int = 0,
 ) -> dict:
@@ -41,7 +41,7 @@ def head_report(
     Args:
         predictions (`Sequence[HeadPrediction]`): Rows without labels or image are counted and left out.
         policy (`SafetyPolicy`, `dict`, file or preset name): Its temperatures and thresholds make the verdicts.
-        config (`SafeVlmConfig`): The labels' names.
+        labels (`SafetyLabels`): The model's.
         num_resamples (`int`): Of the bootstrap; 0 for no intervals.
 
     Returns:
@@ -53,16 +53,16 @@ def head_report(
     Raises:
         `ValueError`: No row has both labels and an image.
     """
-    policy = SafetyPolicy.from_value(policy).for_levels(config.level_names)
-    outcomes = head_outcomes(predictions, policy, config)
+    policy = SafetyPolicy.from_value(policy).for_labels(labels)
+    outcomes = head_outcomes(predictions, policy, labels)
     everything = np.arange(len(outcomes))
     slices = [("overall", "", _ROW_MEASURES, everything)]
     slices += [("by_source", str(s), _ROW_MEASURES, np.flatnonzero(outcomes.sources == s)) for s in _sources(outcomes)]
-    for category, name in enumerate(config.category_names):
+    for category, name in enumerate(labels.category_names):
         labelled = outcomes.category_labels == category
         slices.append(("by_category", name, _one_category(category), everything))
         slices.append(("by_category", name, _LEVEL_MEASURES, np.flatnonzero(labelled)))
-        if category != config.safe_category_id:
+        if category != labels.safe_category_id:
             against_clean = (labelled & outcomes.risky) | ~outcomes.risky
             has_risky = (labelled & outcomes.risky).any()
             slices.append(
@@ -70,7 +70,7 @@ def head_report(
             )
     measured = _measure(outcomes, slices, num_resamples, seed)
     by_category = measured["by_category"]
-    for category, name in enumerate(config.category_names):
+    for category, name in enumerate(labels.category_names):
         rows = outcomes[outcomes.category_labels == category]
         by_category[name] = {"num_rows": len(rows), "num_images": rows.num_images, **by_category[name]}
     return {
@@ -91,8 +91,8 @@ def head_report(
         "by_source": measured["by_source"],
         "by_category": by_category,
         "confusion_matrix": {
-            "category": _confusion(outcomes.category_labels, outcomes.categories, config.category_names),
-            "level": _confusion(outcomes.level_labels, outcomes.levels, config.level_names),
+            "category": _confusion(outcomes.category_labels, outcomes.categories, labels.category_names),
+            "level": _confusion(outcomes.level_labels, outcomes.levels, labels.level_names),
         },
         "reliability": {
             "risk": reliability_curve(outcomes.risky, outcomes.scores),
@@ -102,10 +102,14 @@ def head_report(
 
 
 def operating_point(
-    predictions: Sequence[HeadPrediction], policy: SafetyPolicy | dict | str, config, num_resamples=1000, seed=0
+    predictions: Sequence[HeadPrediction],
+    policy: SafetyPolicy | dict | str,
+    labels: SafetyLabels,
+    num_resamples=1000,
+    seed=0,
 ) -> dict:
     """`recall` of risky rows and `false_positive_rate` on clean rows under a policy, as in [`head_report`]."""
-    outcomes = head_outcomes(predictions, SafetyPolicy.from_value(policy).for_levels(config.level_names), config)
+    outcomes = head_outcomes(predictions, SafetyPolicy.from_value(policy).for_labels(labels), labels)
     kind = (("recall", "false_positive_rate"), risk_measures, resampled_risk_measures)
     everything = np.arange(len(outcomes))
     return _measure(outcomes, [("point", "", kind, everything)], num_resamples, seed)["point"][""]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from safevlm.safety_policy import SafetyPolicy
+from safevlm.safety_policy import SafetyLabels, SafetyPolicy
 
 from .measures import HeadOutcomes, head_outcomes
 from .predictions import HeadPrediction
@@ -22,7 +22,7 @@ MIN_ROWS = 20
 def fit_thresholds(
     predictions: Sequence[HeadPrediction],
     policy: SafetyPolicy,
-    config,
+    labels: SafetyLabels,
     target_fpr: float | None = None,
     cost_ratio: float | None = None,
     notes: list[str] | None = None,
@@ -43,7 +43,7 @@ def fit_thresholds(
     """
     notes = [] if notes is None else notes
     check_aim(target_fpr, cost_ratio)
-    outcomes = head_outcomes(predictions, policy, config)
+    outcomes = head_outcomes(predictions, policy, labels)
     risky, highest = outcomes.risky, outcomes.highest_scores
     if target_fpr is None:
         needed = {"clean": MIN_ROWS, "risky": MIN_ROWS}
@@ -52,8 +52,8 @@ def fit_thresholds(
         needed = {"clean": max(MIN_ROWS, int(np.ceil(min(1 / target_fpr, 1e9))) if target_fpr else 0)}
 
     own, about, limits = {}, {}, {}
-    for category, name in enumerate(config.category_names):
-        if category == config.safe_category_id:
+    for category, name in enumerate(labels.category_names):
+        if category == labels.safe_category_id:
             continue
         scores = outcomes.category_scores[:, category]
         mine = scores >= 0
@@ -71,13 +71,13 @@ def fit_thresholds(
 
     if target_fpr is None:
         threshold = _cheapest_threshold(highest, risky, cost_ratio)
-        own = _if_cheaper(own, threshold, outcomes, config, cost_ratio, notes)
+        own = _if_cheaper(own, threshold, outcomes, labels, cost_ratio, notes)
     else:
         allowed = _allowed(int((~risky).sum()), target_fpr)
-        own, threshold = _thresholds_within(allowed, limits, outcomes, policy, config)
+        own, threshold = _thresholds_within(allowed, limits, outcomes, policy, labels)
     fitted = policy.replace(risk_threshold=threshold, category_risk_thresholds=own)
     if target_fpr is not None:
-        achieved = head_outcomes(predictions, fitted, config).flagged[~risky]
+        achieved = head_outcomes(predictions, fitted, labels).flagged[~risky]
         if achieved.sum() > _allowed(len(achieved), target_fpr):
             notes.append(
                 f"The aim of {target_fpr:.2%} is out of reach: {achieved.mean():.2%} of {len(achieved)} clean rows "
@@ -89,7 +89,7 @@ def fit_thresholds(
 
 
 def _thresholds_within(
-    allowed: int, limits: dict[str, tuple], outcomes: HeadOutcomes, policy: SafetyPolicy, config
+    allowed: int, limits: dict[str, tuple], outcomes: HeadOutcomes, policy: SafetyPolicy, labels: SafetyLabels
 ) -> tuple[dict[str, float], float]:
     """
     Thresholds of categories and the global one that together flag at most `allowed` clean rows.
@@ -102,14 +102,14 @@ def _thresholds_within(
     # Each within its limit is all within theirs, but for rows that count in several categories, and scores of 1, which
     # every threshold flags: then all make up for it.
     for less in range(max((limit for *_, limit in limits.values()), default=-1) + 1):
-        for name, (scores, labels, limit) in limits.items():
+        for name, (scores, are_risky, limit) in limits.items():
             present = policy.category_risk_thresholds.get(name, policy.risk_threshold)
-            own[name] = _threshold_within(max(limit - less, 0), scores, labels, present)
-        if (_flagged(outcomes, own, config) & ~risky).sum() <= allowed:
+            own[name] = _threshold_within(max(limit - less, 0), scores, are_risky, present)
+        if (_flagged(outcomes, own, labels) & ~risky).sum() <= allowed:
             break
     threshold = _threshold_within(allowed, outcomes.highest_scores, risky, policy.risk_threshold)
-    flagged = _flagged(outcomes, own, config)
-    others = [name not in own for name in config.category_names]
+    flagged = _flagged(outcomes, own, labels)
+    others = [name not in own for name in labels.category_names]
     scores = outcomes.category_scores[:, others].max(axis=1)
     rest = (scores >= 0) & ~flagged
     left_over = max(allowed - int((flagged & ~risky).sum()), 0)
@@ -132,14 +132,19 @@ def _allowed(count: int, target: float) -> int:
     return allowed if allowed <= target * count or allowed / count <= target else allowed - 1
 
 
-def _flagged(outcomes: HeadOutcomes, thresholds: dict[str, float], config) -> np.ndarray:
+def _flagged(outcomes: HeadOutcomes, thresholds: dict[str, float], labels: SafetyLabels) -> np.ndarray:
     """Which rows reach the threshold of a category; categories without one flag nothing."""
-    of_category = np.array([thresholds.get(name, np.inf) for name in config.category_names], np.float32)
+    of_category = np.array([thresholds.get(name, np.inf) for name in labels.category_names], np.float32)
     return (outcomes.category_scores >= of_category).any(axis=1)
 
 
 def _if_cheaper(
-    own: dict[str, float], threshold: float, outcomes: HeadOutcomes, config, cost_ratio: float, notes: list[str]
+    own: dict[str, float],
+    threshold: float,
+    outcomes: HeadOutcomes,
+    labels: SafetyLabels,
+    cost_ratio: float,
+    notes: list[str],
 ) -> dict[str, float]:
     """
     `own`, or nothing where one threshold for all costs less: categories are fitted apart, and rows with readings of
@@ -147,8 +152,8 @@ def _if_cheaper(
     """
     risky, costs = outcomes.risky, []
     for thresholds in (own, {}):
-        of_category = {name: thresholds.get(name, threshold) for name in config.category_names}
-        flagged = _flagged(outcomes, of_category, config)
+        of_category = {name: thresholds.get(name, threshold) for name in labels.category_names}
+        flagged = _flagged(outcomes, of_category, labels)
         costs.append((flagged & ~risky).sum() + cost_ratio * (~flagged & risky).sum())
     if costs[0] <= costs[1] * (1 + 1e-12):
         return own

@@ -55,7 +55,7 @@ def test_the_measured_false_positive_rate_is_the_share_of_harmless_rows_that_ass
     policy = SafetyPolicy(whole_conversation=whole_conversation)
     predictions = predict_rows(sharp_model, processor, many_rows)
     assert max(len(prediction.level_logits) for prediction in predictions) >= 6  # images x readings
-    result = calibrate(predictions, policy, sharp_model.config, target_fpr=0.2, num_resamples=0)
+    result = calibrate(predictions, policy, sharp_model.config.labels, target_fpr=0.2, num_resamples=0)
     by_id = {row.row_id: row for row in many_rows}
     for half in (result.fit_half, result.report_half):
         for name, each in result.compared.items():
@@ -76,5 +76,5 @@ def test_a_reading_of_the_whole_conversation_counts_only_where_the_policy_asks_f
         object.__setattr__(row, name, sum((getattr(reading, name) for reading in both), ()))
     object.__setattr__(row, "whole_conversation", (True, False))
     for whole_conversation, score in ((True, 0.9), (False, 0.2)):
-        outcomes = head_outcomes([row], SafetyPolicy(whole_conversation=whole_conversation), sharp_model.config)
+        outcomes = head_outcomes([row], SafetyPolicy(whole_conversation=whole_conversation), sharp_model.config.labels)
         assert outcomes.scores[0] == pytest.approx(score)

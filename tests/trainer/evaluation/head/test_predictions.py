@@ -50,8 +50,8 @@ def test_batched_logits_are_those_of_assess_on_the_question_alone(model, process
         inputs = processor(images=row.load_images() or None, text=[text], return_tensors="pt")
         verdict = model.assess(**inputs, safety_policy="default")
         if prediction.assessed:
-            levels, categories, belongs = readings([prediction], model.config)
-            given = assess_rows(levels, categories, belongs, 1, SafetyPolicy(), model.config)
+            levels, categories, belongs = readings([prediction], model.config.labels)
+            given = assess_rows(levels, categories, belongs, 1, SafetyPolicy(), model.config.labels)
             torch.testing.assert_close(given.level_probabilities, verdict.level_probabilities, atol=1e-5, rtol=1e-4)
             torch.testing.assert_close(
                 given.category_probabilities, verdict.category_probabilities, atol=1e-5, rtol=1e-4
