@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from transformers import GenerationMixin, LogitsProcessorList
 
-from .cached_prompt import picture_digests, remember_prompt, reuse_cache, uncached_features
+from .cached_prompt import picture_digests, remember_prompt, reuse_cache, token_keys, uncached_features
 from .embedding_override import override_embeddings
 from .policy_enforcement import EnforcePolicy, PromptStreamer
 from .policy_texts import check_policy_texts, row_texts
@@ -167,11 +167,11 @@ class SafeVlmGenerationMixin(GenerationMixin):
             self._drop_placeholders(call, input_ids, attention_mask)
 
         self.backbone.forget(self.base)
-        num_cached, pictures = self._continue(call, guarded, image_inputs, verdicts)
+        num_cached, keys = self._continue(call, guarded, image_inputs, verdicts)
         embeddings = None
         if guarded is not None and guarded.features is not None:
             embeddings = self.condition(guarded.features, verdict.action, verdict.category)
-        prompt, mask, placeholder = call["input_ids"], call["attention_mask"], self.config.safety_token_id
+        prompt, placeholder = call["input_ids"], self.config.safety_token_id
         with override_embeddings(self.base, embeddings, prompt, placeholder, num_cached):
             output = self.base.generate(**call)
 
@@ -182,7 +182,7 @@ class SafeVlmGenerationMixin(GenerationMixin):
         cache = output.get("past_key_values") if is_dict else call.get("past_key_values")
         if cache is not None:
             knowable = self.backbone.reads_forwards and (self._setting("num_beams", call) or 1) == 1
-            remember_prompt(cache, sequences, mask, pictures, verdicts, knowable)
+            remember_prompt(cache, sequences, keys, knowable)
         # The caller's prompt goes back in front of the new tokens.
         originals = input_ids.to(sequences.device).repeat_interleave(len(sequences) // len(input_ids), dim=0)
         sequences = torch.cat([originals, sequences[:, prompt.shape[1] :]], dim=1)
@@ -235,7 +235,7 @@ class SafeVlmGenerationMixin(GenerationMixin):
     def _continue(self, call: dict, guarded, image_inputs: dict, verdicts) -> tuple[int, torch.Tensor]:
         """
         Cuts the call's cache to what fits, and hands the base features where pixels were encoded here, or are partly
-        in the cache. Returns how many tokens the cache holds, and what [`picture_digests`] says of the prompt.
+        in the cache. Returns how many tokens the cache holds, and the prompt's [`token_keys`].
         """
         cache, input_ids = call.get("past_key_values"), call["input_ids"]
         vision = None if guarded is None or guarded.features is None else guarded.features.vision
@@ -245,15 +245,14 @@ class SafeVlmGenerationMixin(GenerationMixin):
         if vision is not None and (cache is not None or self._setting("return_dict_in_generate", call)):
             units, tokens = self.backbone.units(**image_inputs), vision.tokens
         pictures = picture_digests(input_ids, self.backbone.image_token_id, units, tokens)
-        num_cached = reuse_cache(
-            cache, input_ids, call["attention_mask"], pictures, verdicts, self.config.safety_token_id
-        )
+        keys = token_keys(input_ids, call["attention_mask"], pictures, verdicts, self.config.safety_token_id)
+        num_cached = reuse_cache(cache, keys)
         if vision is not None:
             call.pop("pixel_values")  # what else describes the images (grids, sizes) the base may need
             needed = uncached_features(vision.mm_encoder_outputs, self.base.config, input_ids, num_cached)
             if needed:
                 call["mm_encoder_outputs"] = needed
-        return num_cached, pictures
+        return num_cached, keys
 
     def _attention_mask(self, input_ids, attention_mask, call=None) -> torch.Tensor:
         if attention_mask is not None:
