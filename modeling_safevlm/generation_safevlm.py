@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from transformers import GenerationMixin, LogitsProcessorList
 
-from .cached_prompt import picture_digests, remember_prompt, reuse_cache, uncached_features
+from .cached_prompt import picture_digests, remember_prompt, reuse_cache, token_keys, uncached_features
 from .embedding_override import override_embeddings
 from .policy_enforcement import EnforcePolicy, PromptStreamer
 from .policy_texts import check_policy_texts, row_texts
@@ -203,7 +203,7 @@ class SafeVlmGenerationMixin(GenerationMixin):
         prompt, verdict, features = call["input_ids"], guarded.verdict, guarded.features
         conditions = list(zip(verdict.action.tolist(), verdict.category.tolist(), strict=True))
         vision = None if features is None else features.vision
-        pictures, num_cached = self._reuse_cache(call, conditions, vision, image_inputs)
+        keys, num_cached = self._reuse_cache(call, conditions, vision, image_inputs)
         embeddings = None if features is None else self.condition(features, verdict.action, verdict.category)
         with override_embeddings(self.base, embeddings, prompt, self.config.safety_token_id, num_cached):
             output = self.base.generate(**call)
@@ -214,13 +214,13 @@ class SafeVlmGenerationMixin(GenerationMixin):
         cache = call.get("past_key_values") if is_tensor else output.get("past_key_values")
         if cache is not None:
             knowable = self.backbone.reads_forwards and (self._setting("num_beams", call) or 1) == 1
-            remember_prompt(cache, sequences, call["attention_mask"], pictures, conditions, knowable)
+            remember_prompt(cache, sequences, keys, knowable)
         return output
 
     def _reuse_cache(self, call: dict, conditions, vision, image_inputs: dict):
         """
         Cuts the call's cache where it stops fitting the prompt, and gives the base the vision features that it does
-        not hold. Returns what [`picture_digests`] does, and how many of the prompt's tokens the cache holds.
+        not hold. Returns the prompt's [`token_keys`], and how many of its tokens the cache holds.
         """
         cache, input_ids = call.get("past_key_values"), call["input_ids"]
         if vision is None and cache is not None and "pixel_values" in image_inputs:
@@ -229,15 +229,14 @@ class SafeVlmGenerationMixin(GenerationMixin):
         if vision is not None and (cache is not None or self._setting("return_dict_in_generate", call)):
             units, tokens = self.backbone.units(**image_inputs), vision.tokens
         pictures = picture_digests(input_ids, self.backbone.image_token_id, units, tokens)
-        num_cached = reuse_cache(
-            cache, input_ids, call["attention_mask"], pictures, conditions, self.config.safety_token_id
-        )
+        keys = token_keys(input_ids, call["attention_mask"], pictures, conditions, self.config.safety_token_id)
+        num_cached = reuse_cache(cache, keys)
         if vision is not None:
             call.pop("pixel_values")  # the base may need the other image inputs (grids, sizes)
             needed = uncached_features(vision.mm_encoder_outputs, self.base.config, input_ids, num_cached)
             if needed:
                 call["mm_encoder_outputs"] = needed
-        return pictures, num_cached
+        return keys, num_cached
 
     def _no_continuous_batching(self, *args, **kwargs):
         raise NotImplementedError(
