@@ -14,23 +14,20 @@ from transformers import GenerationMixin, LogitsProcessorList
 
 from .cached_prompt import picture_digests, remember_prompt, reuse_cache, uncached_features
 from .embedding_override import override_embeddings
-from .policy_enforcement import EnforcePolicy, PromptStreamer, check_text_ids
-from .policy_texts import answer_opening_token_ids
+from .policy_enforcement import EnforcePolicy, PromptStreamer
+from .policy_texts import check_policy_texts, row_texts
 from .prompt import (
     PromptParts,
     check_attention,
     check_generation,
     check_inputs,
     edit_prompt,
-    hint_column,
-    open_answers,
     per_token,
     prompt_parts,
 )
-from .safety_policy import ACTIONS, UNKNOWN_RISK, SafetyPolicy
+from .safety_policy import SafetyPolicy
 from .safety_verdict import OFF, SafetyVerdict
 
-REFUSE = ACTIONS.index("refuse")
 POLICY_OFF = (-1, -1)  # in place of a row's action and category
 
 
@@ -209,12 +206,11 @@ class SafeVlmGenerationMixin(GenerationMixin):
 
     def _enforce(self, call: dict, input_ids, attention_mask, guarded: GuardedRequest, policy) -> EnforcePolicy:
         """Puts hints into the call's prompt and adds what writes forced refusals."""
-        hints, refusals = self._policy_texts(guarded.verdict, policy, call.get("tokenizer"))
-        prompts = [row[mask.bool()].tolist() for row, mask in zip(input_ids, attention_mask, strict=True)]
-        opened = self.config.generation_prompt_token_ids, self.config.answer_opening_token_ids
-        refusals = open_answers(refusals, prompts, *opened)
-        rows = zip(input_ids.tolist(), guarded.parts.questions.tolist(), strict=True)
-        columns = [hint_column(ids, mask, self.config.generation_prompt_token_ids) for ids, mask in rows]
+        hints, refusals = row_texts(
+            guarded.verdict, policy, self.config, self._control_token_ids(), call.get("tokenizer")
+        )
+        refusals = guarded.parts.open_answers(refusals, self.config.answer_opening_token_ids)
+        columns = guarded.parts.hint_columns
         prompt = edit_prompt(input_ids, attention_mask, per_token(call, input_ids), hints, columns)
         added = prompt["input_ids"].shape[1] - input_ids.shape[1]
         self._keep_answer_length(call, added)
@@ -295,65 +291,15 @@ class SafeVlmGenerationMixin(GenerationMixin):
             else:
                 call[name] = length + added
 
-    def _policy_texts(self, verdict: SafetyVerdict, policy: SafetyPolicy, tokenizer):
-        """
-        Token ids of each row's hint and forced refusal, `None` where there is none. What the head could not judge is
-        refused under every policy: nobody knows what a hint would have to say.
-        """
-        hints, refusals = [], []
-        verdicts = (verdict.action.tolist(), verdict.category.tolist(), verdict.failed.tolist())
-        for action, category, failed in zip(*verdicts, strict=True):
-            name = self.config.category_names[category]
-            forced = failed or (action == REFUSE and policy.forced_refusal)
-            hint = None if forced else policy.hint(ACTIONS[action], name)
-            hints.append(None if hint is None else self._text_ids(hint, tokenizer))
-            refusal = policy.refusal(UNKNOWN_RISK if failed else name)
-            if failed and tokenizer is None and refusal not in self.config.policy_token_ids:
-                refusal = policy.refusal(name)  # models of earlier releases know the categories' texts only
-            refusals.append(self._text_ids(refusal, tokenizer) if forced else None)
-        return hints, refusals
-
-    def _text_ids(self, text: str, tokenizer) -> list[int]:
-        if (ids := self.config.policy_token_ids.get(text)) is not None:
-            ids = [int(i) for i in ids.split()]
-        elif tokenizer is not None:
-            space = "" if self.config.answer_opening_token_ids else " "
-            ids = tokenizer(space + text, add_special_tokens=False)["input_ids"]
-        else:
-            raise ValueError(
-                f"The policy's text {text!r} has no token ids in this model. Pass `tokenizer=processor.tokenizer` to "
-                f"`generate`, or store the policy with `model.set_safety_policy(policy, processor)`."
-            )
-        self._check_text(text, ids, tokenizer)
-        if opening := self.config.answer_opening_token_ids:
-            self._check_text(None, opening)
-        return ids
-
-    def _check_text(self, text: str | None, ids: list[int], tokenizer=None):
-        others = (self._setting(name, {}) for name in ("pad_token_id", "bos_token_id"))
-        control = {self.config.safety_token_id, self.backbone.image_token_id, *self._end_token_ids({}), *others}
-        check_text_ids(text, ids, self.config.get_text_config().vocab_size, control, tokenizer)
-
     def check_policy_texts(self, processor=None):
         """
         Raises `ValueError` if the token ids that the model has for its policy's texts cannot be right. Only with a
         `processor` (or tokenizer) can it be told whether they say what the texts say, and whether its placeholder is
         the model's.
         """
-        tokenizer = getattr(processor, "tokenizer", processor)
-        placeholder = getattr(processor, "safety_token_id", self.config.safety_token_id)
-        if placeholder != self.config.safety_token_id:
-            raise ValueError(
-                f"The processor's placeholder has the token id {placeholder}, the model's "
-                f"{self.config.safety_token_id}: use the processor that was saved with the model."
-            )
-        opening = self.config.answer_opening_token_ids
-        if opening and hasattr(processor, "chat_template") and opening != answer_opening_token_ids(processor):
-            raise ValueError(
-                "`answer_opening_token_ids` are not what the processor's template writes before an answer: store the "
-                "policy once more with `model.set_safety_policy(policy, processor)`."
-            )
-        if opening:
-            self._check_text(None, opening)
-        for text, ids in self.config.policy_token_ids.items():
-            self._check_text(text, [int(i) for i in ids.split()], tokenizer)
+        check_policy_texts(self.config, self._control_token_ids(), processor)
+
+    def _control_token_ids(self) -> set[int | None]:
+        """Ids that no text of a policy may have."""
+        ids = {self.config.safety_token_id, self.backbone.image_token_id, *self._end_token_ids({})}
+        return ids | {self._setting(name, {}) for name in ("pad_token_id", "bos_token_id")}

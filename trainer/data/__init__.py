@@ -1,10 +1,10 @@
 """Data in: the row schema, hostile-proof image loading, readers, and sampling. Imports neither torch nor datasets."""
 
-from safevlm.safety_labels import PAPER_LABELS, SafetyLabels
+from safevlm.safety_policy import PAPER_LABELS, SafetyLabels
 
 from .archives import ArchivedImage
 from .errors import DataError, ImageError
-from .formats import RowFormat
+from .formats import RowFormat, register_format
 from .images import ALLOWED_FORMATS, MAX_PIXELS, ImageSource, load_image, probe_image
 from .labels_file import load_labels
 from .readers import (
@@ -14,11 +14,10 @@ from .readers import (
     read_llava_json,
     read_rows,
     read_safevlm_jsonl,
-    register_format,
+    row_from_record,
 )
-from .records import row_from_record
+from .safety_row import SafetyRow, label_ids
 from .sampling import balance, split_holdout
-from .schema import SafetyRow, label_ids
 from .taxonomy import Taxonomy, shipped_taxonomies
 from .writers import write_safevlm_jsonl
 

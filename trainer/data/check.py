@@ -16,7 +16,7 @@ from .duplicates import contradict, find_conflicts, question_of
 from .errors import DataError
 from .fingerprints import ImageIndex
 from .readers import Rows
-from .schema import SafetyRow
+from .safety_row import SafetyRow
 
 
 @dataclass(frozen=True)

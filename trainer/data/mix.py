@@ -16,17 +16,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from safevlm.files import replace_folder
+from safevlm.files import file_sha256, replace_folder
 
 from .duplicates import find_conflicts, find_duplicates, find_leaks, question_of
 from .errors import DataError
 from .fingerprints import ImageIndex
 from .labels_file import labels_dict, load_labels
-from .mix_output import MANIFEST, MANIFEST_FORMAT, ImagePlacer, check_output, count_labels, file_sha256, input_hashes
+from .mix_output import MANIFEST, MANIFEST_FORMAT, ImagePlacer, check_output, count_labels, input_hashes
 from .mix_recipe import MixFile, MixRecipe, MixSource
 from .readers import Rows, read_rows
+from .safety_row import SafetyRow
 from .sampling import balance, split_holdout
-from .schema import SafetyRow
 from .writers import IMAGE_MARKER, write_safevlm_jsonl
 
 _LIBRARIES = ("safevlm", "imagehash", "numpy", "pillow", "scipy")

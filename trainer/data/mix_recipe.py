@@ -22,8 +22,9 @@ from typing import Any, Literal
 
 import yaml
 
+from safevlm.files import is_hub_id
+
 from .fingerprints import HASH_BITS, NEAR_DISTANCE
-from .hub import is_hub_id
 
 MIXES = Path(__file__).parent / "mixes"
 

@@ -11,22 +11,24 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
-from safevlm.safety_labels import PAPER_LABELS, SafetyLabels
+from safevlm.files import is_hub_id
+from safevlm.safety_policy import PAPER_LABELS, SafetyLabels
 
-from .assembly import Assembly
-from .containers import Container, image_finder, one_set, open_files
-from .data_files import DATA_SUFFIXES, Item, decode
-from .errors import DataError
-from .formats import CODED_FORMATS, RowFormat, flat_formats, parse_flat
-from .hub import is_hub_id, open_hub
+from .containers.container import Container
+from .containers.data_files import DATA_SUFFIXES, Item, decode
+from .containers.files import image_finder, one_set, open_files
+from .containers.hub import open_hub
+from .errors import DataError, short
+from .formats import format_of, known_formats
 from .images import MAX_PIXELS
-from .schema import SafetyRow, short
+from .row_builder import RowBuilder
+from .safety_row import SafetyRow
 from .taxonomy import Taxonomy, shipped_taxonomies
 
-_FORMATS: dict[str, RowFormat] = dict(CODED_FORMATS)
 _RECOGNISE_WITHIN = 1000  # records looked at to recognise the format
 
 
@@ -148,7 +150,7 @@ def iter_rows(
         raise ValueError("`taxonomy` is for sets with labels of their own; format 'safevlm' has ours.")
     if format == "flat" and loaded is None:
         raise ValueError("`format='flat'` needs a `taxonomy`, which names the fields.")
-    assembly = Assembly(
+    builder = RowBuilder(
         row_format=row_format,
         taxonomy=loaded,
         split=split,
@@ -161,7 +163,7 @@ def iter_rows(
         source=source,
         skipped=[] if skipped is None else skipped,
     )
-    return assembly.rows([(opened.container, opened.unit, opened.items()) for opened in containers])
+    return builder.rows([(opened.container, opened.unit, opened.items()) for opened in containers])
 
 
 def _check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
@@ -193,22 +195,6 @@ def detect_format(path: str | os.PathLike) -> str:
         `DataError`: It cannot be read, or no format, or several, match.
     """
     return _recognise(path, [_Opened(container) for container in _open(path)])
-
-
-def register_format(name: str, row_format: RowFormat) -> None:
-    """Adds a format to `read_rows`. For a set with one row per record, a taxonomy with `fields` is enough.
-
-    Raises:
-        `ValueError`: The name is taken.
-    """
-    if name in known_formats():
-        raise ValueError(f"`name` must be new, got {name!r}; known are {sorted(known_formats())}.")
-    _FORMATS[name] = row_format
-
-
-def known_formats() -> dict[str, RowFormat]:
-    """The formats of this package and those that were registered, by name."""
-    return {**_FORMATS, **flat_formats(), "flat": RowFormat(lambda record: False, parse_flat)}
 
 
 def _open(path, image_folder=None, split=None, subset=None, revision=None, streaming=True) -> list[Container]:
@@ -285,13 +271,45 @@ def _recognise_one(opened: _Opened) -> str:
     )
 
 
-def format_of(record: dict) -> str | None:
-    """The name of the one format that a record looks like, `None` if it looks like none.
+def row_from_record(record: Mapping[str, Any], labels: SafetyLabels = PAPER_LABELS, row_id: str = "row") -> SafetyRow:
+    """
+    A row of any known format, such as `{"messages": [{"role": "user", "content": "What is this?"}, ...],
+    "images": [image], "category": "privacy", "level": "high"}`.
+
+    Args:
+        record (`Mapping`): `images` (or `image`) holds paths, relative to the working directory, `bytes`,
+            `{"bytes", "path"}` or PIL images; labels are in `safe_type` and `safe_level` or in `category` and `level`,
+            as index or name. Images are not looked at.
+        labels (`SafetyLabels`, *optional*): The names of categories and levels.
+        row_id (`str`, *optional*): Names the row, unless the record has an `id`.
 
     Raises:
-        `DataError`: It could be of several.
+        `DataError`: The record is of no known format, makes several rows, or something in it is wrong.
     """
-    matching = [name for name, row_format in known_formats().items() if row_format.matches(record)]
-    if len(matching) > 1:
-        raise DataError(f"could be of the formats {matching}; choose one with `format`")
-    return matching[0] if matching else None
+    try:
+        if not isinstance(record, Mapping):
+            raise DataError(f"a row must be a mapping or a `SafetyRow`, got {short(record)}")
+        return _row_from_record(dict(record), labels, row_id)
+    except DataError as error:
+        where = f"row {row_id!r}: "
+        raise DataError(where + str(error).removeprefix(where).rstrip(".") + ".") from None
+
+
+def _row_from_record(record: dict[str, Any], labels: SafetyLabels, row_id: str) -> SafetyRow:
+    name = format_of(record)
+    if name is None:
+        raise DataError(
+            f"has no known format, it has the keys {short(sorted(map(str, record)))}; give it `messages`, `images`, "
+            "`category` and `level`"
+        )
+    taxonomy = Taxonomy.load(name, labels) if name in shipped_taxonomies() else None
+    builder = RowBuilder(known_formats()[name], taxonomy, labels)
+    facts = dict.fromkeys(("$file", "$folder", "$split", "$subset"), "")
+    memory = Container(name="", file_name="", stem="", open=lambda: ("row", iter(())), image=Path, facts=facts)
+    parsed = builder.parse(record, memory)
+    if len(parsed) != 1:
+        raise DataError(f"is of format {name!r} and makes {len(parsed)} rows; read such data with `read_rows`")
+    (fields,) = parsed
+    own_id = record.get("id")
+    fallback = row_id if own_id is None else str(own_id)
+    return builder.row(fields.pop("row_id", fallback), fields, record, memory)

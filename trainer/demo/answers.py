@@ -5,7 +5,8 @@ from typing import Literal
 from safevlm.safety_policy import SafetyPolicy
 from safevlm.trainer.data import SafetyRow
 
-from .world import CATEGORY_NAMES, LEVEL_NAMES, SAFE, Example
+from .scene import SAFE
+from .world import CATEGORY_NAMES, LEVEL_NAMES, Example
 
 Reaction = Literal["refusal", "warning", "caution", "compliance", "answer"]
 

@@ -3,9 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from tqdm.auto import tqdm
-
+from safevlm.trainer.asking import ask, question_chat
 from safevlm.trainer.evaluation import head_metrics
 
 from .answers import reaction
@@ -21,40 +19,25 @@ class Record:
     verdict: dict | None
 
 
-@torch.no_grad()
-def ask_all(
-    model, processor, examples: Sequence[Example], name: str, batch_size: int = 128, **generate
-) -> list[Record]:
+def ask_all(model, processor, examples: Sequence[Example], name: str, batch_size: int = 128) -> list[Record]:
     """
-    Greedy answers to all questions, in left-padded batches of about equal length.
+    Greedy answers to all questions.
 
     Args:
-        model, processor: A SafeVLM with its processor, or the plain base with its own.
-        generate: For `generate`, such as `safety_policy`.
+        model, processor: As [`load_checkpoint`] returns them: a SafeVLM or the plain base.
+        name (`str`): The model's, for the progress bar.
     """
-    tokenizer = processor.tokenizer
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].question))
-    records: list[Record | None] = [None] * len(examples)
-    for start in tqdm(range(0, len(order), batch_size), desc=f"evaluate {name}", unit="batch"):
-        indices = order[start : start + batch_size]
-        texts = [
-            processor.apply_chat_template(
-                [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": examples[i].question}]}],
-                add_generation_prompt=True,
-            )
-            for i in indices
-        ]
-        images = [examples[i].image for i in indices]
-        inputs = processor(images=images, text=texts, return_tensors="pt", padding=True, padding_side="left")
-        output = model.generate(
-            **inputs.to(model.device), do_sample=False, max_new_tokens=48, return_dict_in_generate=True, **generate
-        )
-        answers = tokenizer.batch_decode(output.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        safety = output.get("safety")
-        verdicts = [None] * len(indices) if safety is None else safety.to_list()
-        for i, answer, verdict in zip(indices, answers, verdicts, strict=True):
-            records[i] = Record(examples[i], answer.strip(), verdict)
-    return records
+    conversations = [(question_chat(example.question), [example.image]) for example in examples]
+    answers = ask(
+        model,
+        processor,
+        conversations,
+        batch_size=batch_size,
+        progress=f"evaluate {name}",
+        do_sample=False,
+        max_new_tokens=48,
+    )
+    return [Record(example, answer.text, answer.verdict) for example, answer in zip(examples, answers, strict=True)]
 
 
 def summarise(records: Sequence[Record]) -> dict[str, float]:

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from safevlm.safety_labels import SafetyLabels
-from safevlm.safety_policy import SafetyPolicy
+from safevlm.safety_policy import SafetyLabels, SafetyPolicy
 from safevlm.trainer.evaluation.measure_table import MEASURES
 
 from .calibration import Calibration

@@ -19,8 +19,7 @@ from tqdm.auto import tqdm
 from safevlm.files import JsonLines
 from safevlm.safety_adapter import whole_state_dict
 from safevlm.trainer.data import SafetyRow
-from safevlm.trainer.data.fingerprints import image_file
-from safevlm.trainer.data.sampling import image_key
+from safevlm.trainer.data.images import image_file, image_key
 
 from .predictions import HeadPrediction, parse_prediction, write_predictions
 

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from safevlm.safety_labels import SafetyLabels
-from safevlm.safety_policy import SafetyPolicy
+from safevlm.safety_policy import SafetyLabels, SafetyPolicy
 
 from .outcomes import HeadOutcomes, head_outcomes
 from .predictions import HeadPrediction
