@@ -193,8 +193,8 @@ def _summary(results: dict, answered: list[dict], output_dir: Path) -> str:
     for turn in answered:
         lines.append(f"  > {turn['question']}\n  {turn['answer']}\n    [{verdict_line(turn['safety'])}]")
     lines.append(
-        f"\n{results['total_seconds']} s in all on {results['environment']['device']}, {results['num_test_rows']} test "
-        f"rows, seed {results['seed']}.\n"
+        f"\n{results['total_seconds']} s in all on {results['environment']['device']}, "
+        f"{results['num_test_rows']} test rows, seed {results['seed']}.\n"
         f"Results: {output_dir / 'results.json'}\nPicture sheet: {output_dir / 'sheet.png'}\n"
         f"Model: {output_dir / 'model'}"
     )
