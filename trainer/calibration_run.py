@@ -13,7 +13,7 @@ from .calibration_options import CalibrateOptions
 from .card_facts import add_calibration
 from .data import read_rows
 from .evaluation import calibrate, environment, plot_calibration, predict_rows, store_policy
-from .evaluation.head.measures import require_eval_extra
+from .evaluation.eval_extra import require_head_packages
 from .evaluation.head.report import format_measure
 from .evaluation.head.thresholds import check_aim
 from .loading import load_checkpoint
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 def calibrate_from_files(options: CalibrateOptions) -> dict:
     """Fits a policy and returns a report, which is also written to `OUTPUT/calibration.json`."""
-    require_eval_extra()
+    require_head_packages()
     check_aim(options.target_fpr, options.cost_ratio)
     model, processor = load_checkpoint(options.model, options.device)
     labels = model.config.labels
