@@ -304,7 +304,7 @@ def appending(model, input_ids, logits_processor=None, stopping_criteria=None, g
 
 def test_text_after_the_refusal_is_caught(model, one, verdicts):
     verdicts(model, "high")
-    with pytest.raises(RuntimeError, match="wrote something else than the forced refusal"):
+    with pytest.raises(RuntimeError, match="wrote something other than the forced refusal"):
         model.generate(**one, custom_generate=appending)
 
 

@@ -279,7 +279,7 @@ def test_a_decoding_method_that_ignores_the_refusal_is_an_error(case, verdicts):
     verdicts(case.model, "none")
     assert answer(case.model, case.inputs(1), custom_generate=always).tolist() == [[100] * 3]
     verdicts(case.model, "high")
-    with pytest.raises(RuntimeError, match="something else than the forced refusal"):
+    with pytest.raises(RuntimeError, match="something other than the forced refusal"):
         case.model.generate(**case.inputs(1), custom_generate=always)
 
 
