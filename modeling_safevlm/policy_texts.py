@@ -80,7 +80,7 @@ def store_policy_texts(config, policy: SafetyPolicy, processor, control_ids: set
 def policy_token_ids(processor, texts: dict[str, list[str]]) -> dict[str, str]:
     """
     Args:
-        processor: A processor or tokenizer. Without a chat template each text is encoded by itself.
+        processor: A processor or tokenizer. Without a chat template each text is encoded alone.
         texts (`dict[str, list[str]]`): From [`SafetyPolicy.texts`].
 
     Returns:
@@ -91,7 +91,7 @@ def policy_token_ids(processor, texts: dict[str, list[str]]) -> dict[str, str]:
         ids = {hint: _hint_ids(processor, hint) for hint in texts["hints"]}
         ids |= {refusal: _refusal_ids(processor, refusal, opening) for refusal in texts["refusals"]}
     else:
-        ids = {text: _encode(processor, " " + text) for text in (*texts["hints"], *texts["refusals"])}
+        ids = {text: _encode_alone(processor, text) for text in (*texts["hints"], *texts["refusals"])}
     return {text: " ".join(map(str, tokens)) for text, tokens in ids.items()}
 
 
@@ -122,18 +122,13 @@ def _hint_ids(processor, hint: str) -> list[int]:
 
 
 def _refusal_ids(processor, refusal: str, opening: str) -> list[int]:
-    if opening:
-        return _encode(processor, refusal)
-    prompt = _render(processor, _user("a"))
-    full = _render(processor, _user("a"), _assistant(refusal))
-    if full[: len(prompt)] != prompt:  # the template renders past answers in another way
-        return _encode(processor, " " + refusal)
+    prompt, full = _render(processor, _user("a")), _render(processor, _user("a"), _assistant(refusal))
+    if opening or full[: len(prompt)] != prompt:  # some templates render past answers in another way
+        return _encode_alone(processor, refusal, opening)
     # The template may write more after the answer (white space, end of turn), which is not part of the text.
-    tokenizer = getattr(processor, "tokenizer", processor)
-    answer, length = full[len(prompt) :], 1
-    while tokenizer.decode(answer[:length], skip_special_tokens=True).strip() != refusal and length < len(answer):
-        length += 1
-    return answer[:length]
+    answer, tokenizer = full[len(prompt) :], getattr(processor, "tokenizer", processor)
+    ends = (n for n in range(len(answer)) if tokenizer.decode(answer[:n], skip_special_tokens=True).strip() == refusal)
+    return answer[: next(ends, len(answer))]
 
 
 def _answer_opening(processor) -> str:
@@ -169,6 +164,10 @@ def _render_text(processor, *messages) -> str:
 
 def _render(processor, *messages) -> list[int]:
     return _encode(processor, _render_text(processor, *messages))
+
+
+def _encode_alone(processor, text: str, opening="") -> list[int]:
+    return _encode(processor, text if opening else " " + text)
 
 
 def _encode(processor, text: str) -> list[int]:
@@ -285,7 +284,7 @@ def _text_ids(text: str | None, config, control_ids: set[int], tokenizer) -> lis
     if text in config.policy_token_ids:
         ids = _parse(config.policy_token_ids[text])
     elif tokenizer is not None:
-        ids = tokenizer(text if config.answer_opening_token_ids else " " + text, add_special_tokens=False)["input_ids"]
+        ids = _encode_alone(tokenizer, text, config.answer_opening_token_ids)
     else:
         raise ValueError(
             f"The policy's text {text!r} has no token ids in this model. Pass `tokenizer=processor.tokenizer` to "
