@@ -1,6 +1,6 @@
 """Data in: the row schema, hostile-proof image loading, readers, and sampling. Imports neither torch nor datasets."""
 
-from safevlm.safety_policy import PAPER_LABELS, SafetyLabels
+from safevlm.safety_labels import PAPER_LABELS, SafetyLabels
 
 from .archives import ArchivedImage
 from .errors import DataError, ImageError

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from safevlm.files import is_hub_id
-from safevlm.safety_policy import PAPER_LABELS, SafetyLabels
+from safevlm.safety_labels import PAPER_LABELS, SafetyLabels
 
 from .containers.container import Container
 from .containers.data_files import DATA_SUFFIXES, Item, decode

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from safevlm.safety_policy import SafetyLabels
+from safevlm.safety_labels import SafetyLabels
 
 from .containers.container import Container
 from .containers.data_files import Item, decode

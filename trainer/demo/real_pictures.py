@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from safevlm import SafetyPolicy
-from safevlm.safety_policy import PAPER_LABELS
+from safevlm.safety_labels import PAPER_LABELS
 from safevlm.trainer.data import SafetyRow, write_safevlm_jsonl
 
 # FigStep's prompt (arXiv 2311.05608), which asks for what the picture spells as a list without content.

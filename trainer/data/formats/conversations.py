@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from safevlm.safety_policy import SafetyLabels
+from safevlm.safety_labels import SafetyLabels
 from safevlm.trainer.data.errors import DataError, short
 from safevlm.trainer.data.safety_row import check_text, label_ids, plain_label
 

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 
 from safevlm.files import replace_text
-from safevlm.safety_policy import POLICY_PRESETS, TEMPERATURE_RANGE, SafetyLabels, SafetyPolicy
+from safevlm.safety_labels import SafetyLabels
+from safevlm.safety_policy import POLICY_PRESETS, TEMPERATURE_RANGE, SafetyPolicy
 from safevlm.safety_verdict import level_log_probabilities, risk_logits
 
 from .measures import HeadOutcomes, head_outcomes, readings, usable

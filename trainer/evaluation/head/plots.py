@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from safevlm.safety_policy import SafetyLabels, SafetyPolicy
+from safevlm.safety_labels import SafetyLabels
+from safevlm.safety_policy import SafetyPolicy
 
 from .calibration import Calibration
 from .measures import HeadOutcomes, expected_calibration_error, head_outcomes, reliability_curve

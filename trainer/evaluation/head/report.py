@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from safevlm.safety_policy import SafetyLabels, SafetyPolicy
+from safevlm.safety_labels import SafetyLabels
+from safevlm.safety_policy import SafetyPolicy
 from safevlm.trainer.evaluation.bootstrap import CONFIDENCE, percentile_interval, resample_weights
 
 from .measures import (

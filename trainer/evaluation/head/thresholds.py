@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from safevlm.safety_policy import SafetyLabels, SafetyPolicy
+from safevlm.safety_labels import SafetyLabels
+from safevlm.safety_policy import SafetyPolicy
 
 from .measures import HeadOutcomes, head_outcomes
 from .predictions import HeadPrediction
