@@ -1,7 +1,8 @@
-"""The model of the Space: verdicts and streamed answers. Only transformers and the model's own code are needed.
+"""The model of the Space: its verdicts and its streamed answers. It needs only transformers and the model's own code.
 
-A question goes through the processor's chat template, which keeps user text from becoming a control token, and every
-answer through `model.generate`, which enforces the policy. On ZeroGPU (package `spaces`) both run on a borrowed GPU.
+Questions go through the processor's chat template, which keeps user text from becoming control tokens. Answers come
+from `model.generate`, which enforces the policy. On ZeroGPU hardware (package `spaces`) the calls run on a borrowed
+GPU.
 """
 
 from __future__ import annotations
@@ -12,20 +13,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-try:  # before torch: ZeroGPU stands in for CUDA
+try:  # must be imported before torch, because ZeroGPU replaces CUDA
     import spaces
 except ImportError:
     spaces = None
 
 import torch
-from guards import Refused
+from limits import Refused
 from PIL import Image
 from settings import Settings
 from transformers import AutoModelForImageTextToText, AutoProcessor, StoppingCriteria, TextIteratorStreamer
 
 OFF = "off"
 PRESETS = ("default", "paper", "strict", OFF)
-# What stands for the verdict where the policy is off: nothing was assessed.
+# Takes the place of a verdict when the policy is off and nothing is assessed.
 NO_VERDICT = {"assessed": False, "action": "off"} | dict.fromkeys(
     ("category", "level", "score", "level_probabilities", "category_probabilities")
 )
@@ -34,12 +35,12 @@ NO_VERDICT = {"assessed": False, "action": "off"} | dict.fromkeys(
 @dataclass(frozen=True)
 class Picture:
     """
-    A picture in a conversation. Its pixels, many times the file, are decoded when they are needed and not kept.
+    A picture in a conversation. Decoded pixels take far more memory than the file, so they are not kept.
 
     Args:
         decode (`Callable[[], PIL.Image.Image]`): Reads the file again.
         size (`tuple[int, int]`): Width and height in pixels.
-        shown (`str`): A small copy, as a data URI.
+        shown (`str`): A small copy as a data URI.
     """
 
     decode: Callable[[], Image.Image]
@@ -50,11 +51,13 @@ class Picture:
 @dataclass
 class Turn:
     """
+    A question in a conversation, and its answer.
+
     Args:
         question (`str`)
-        picture (`Picture`, *optional*): What came with it.
+        picture (`Picture`, *optional*): The picture that was sent with the question.
         answer (`str`): The answer so far.
-        safety (`dict`, *optional*): The verdict on the conversation up to here, a row of `SafetyVerdict.to_list()`.
+        safety (`dict`, *optional*): The verdict on the conversation so far, a row of `SafetyVerdict.to_list()`.
     """
 
     question: str
@@ -63,10 +66,12 @@ class Turn:
     safety: dict | None = None
 
 
-class Engine:
+class ChatModel:
     """
+    The SafeVLM behind the page.
+
     Args:
-        settings (`Settings`): Names the model and the allowed policies.
+        settings (`Settings`): Names the model and the policies on offer.
     """
 
     def __init__(self, settings: Settings):
@@ -75,37 +80,42 @@ class Engine:
         model = AutoModelForImageTextToText.from_pretrained(settings.model, dtype="auto", **source)
         if model.config.model_type != "safevlm":
             raise ValueError(f"SAFEVLM_MODEL {settings.model!r} is a {model.config.model_type!r}, not a SafeVLM.")
-        if hasattr(model, "check_policy_texts"):  # its code is as old as the model
+        if hasattr(model, "check_policy_texts"):  # the code of an older model may lack it
             model.check_policy_texts(self.processor)
         self.model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         self.max_new_tokens, self.max_seconds = settings.max_new_tokens, settings.max_answer_seconds
         self.policies = allowed_policies(model, settings.policies)
         self._off = model.resolve_policy(OFF)
-        self.answer = _on_gpu(self._answer)
-        self.assess = _on_gpu(self._assess)
+        self.answer, self.assess = _on_gpu(self.answer), _on_gpu(self.assess)
 
-    def _assess(self, turns: list[Turn], policy: str) -> Iterator[dict]:
-        """One verdict per turn, each judged by itself; the language model does not run."""
+    def assess(self, turns: list[Turn], policy: str) -> Iterator[dict]:
+        """Yields a verdict per turn, each assessed on its own. The language model does not run."""
         for turn in turns:
-            inputs = self._inputs([turn])
+            inputs = self.encode([turn])
             yield self.model.assess(**inputs, safety_policy=self._policy(policy)).to_list()[0]
 
-    def _answer(self, turns: list[Turn], policy: str) -> Iterator[tuple[dict, str]]:
+    def answer(self, turns: list[Turn], policy: str) -> Iterator[tuple[dict, str]]:
         """
-        The verdict on a conversation, before the first word, and, growing, the answer to its last question.
+        Answers the last question of a conversation. Yields the verdict with the answer so far; the first time, before
+        there is any text.
 
         Args:
             turns (`list[Turn]`): The last one has no answer yet.
-            policy (`str`): One of `policies`, or `"off"`: no safety step, and `NO_VERDICT` in place of the verdict.
+            policy (`str`): One of `policies`, or `"off"`: the base model answers unfiltered, and the verdict is
+                `NO_VERDICT`.
+
+        Raises:
+            `Refused`: The conversation and a full answer do not fit into the model's context.
         """
-        inputs = self._inputs(turns)
+        inputs = self.encode(turns)
         length = inputs["input_ids"].shape[1] + self.max_new_tokens
         if length > self.model.config.get_text_config().max_position_embeddings:
-            what = "conversation is too long for the model. Start a new one."
-            raise Refused(f"This {what}" if len(turns) > 1 else "The question is too long for the model. Shorten it.")
-        rules = self._policy(policy)
-        verdict, answer = None if rules.enabled else NO_VERDICT, ""
-        for piece in self._generate(inputs, rules):
+            if len(turns) > 1:
+                raise Refused("This conversation is too long for the model. Start a new one.")
+            raise Refused("The question is too long for the model. Shorten it.")
+        resolved = self._policy(policy)
+        verdict, answer = None if resolved.enabled else NO_VERDICT, ""
+        for piece in self._generate(inputs, resolved):
             if isinstance(piece, dict):
                 verdict = piece
             else:
@@ -113,41 +123,8 @@ class Engine:
             yield verdict, answer.lstrip()
         yield verdict, answer.strip()
 
-    def _generate(self, inputs, rules) -> Iterator[dict | str]:
-        """The verdict, unless the rules are off, then the answer in pieces."""
-        streamer = _VerdictStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        abandoned, deadline = threading.Event(), time.monotonic() + self.max_seconds
-        failures = []
-
-        def generate():
-            try:
-                self.model.generate(
-                    **inputs,
-                    safety_policy=rules,
-                    tokenizer=self.processor.tokenizer,
-                    max_new_tokens=self.max_new_tokens,
-                    stopping_criteria=[_StopWhen(lambda: abandoned.is_set() or time.monotonic() >= deadline)],
-                    streamer=streamer,
-                )
-            except Exception as error:  # raised below, in the thread that answers the visitor
-                failures.append(error)
-            finally:
-                streamer.end()
-
-        thread = threading.Thread(target=generate, daemon=True)
-        thread.start()
-        try:
-            yield from streamer
-        finally:  # also where the visitor pressed Stop or left
-            abandoned.set()
-            thread.join()
-        if failures:
-            raise failures[0]
-
-    def _policy(self, name: str):
-        return self._off if name == OFF else self.policies[name]
-
-    def _inputs(self, turns: list[Turn]):
+    def encode(self, turns: list[Turn]):
+        """The model's inputs for a conversation whose last question has no answer yet."""
         messages = []
         for turn in turns:
             content = [{"type": "image"}] if turn.picture is not None else []
@@ -159,19 +136,57 @@ class Engine:
         inputs = self.processor(images=images or None, text=[prompt], return_tensors="pt")
         return inputs.to(self.model.device, self.model.dtype)
 
+    def _generate(self, inputs, policy) -> Iterator[dict | str]:
+        """Yields the verdict, unless the policy is off, then the answer in pieces."""
+        streamer = _VerdictStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        abandoned, deadline = threading.Event(), time.monotonic() + self.max_seconds
+        failures = []
+
+        def generate():
+            try:
+                self.model.generate(
+                    **inputs,
+                    safety_policy=policy,
+                    tokenizer=self.processor.tokenizer,
+                    max_new_tokens=self.max_new_tokens,
+                    stopping_criteria=[_StopWhen(lambda: abandoned.is_set() or time.monotonic() >= deadline)],
+                    streamer=streamer,
+                )
+            except Exception as error:  # raised again below, in the thread that serves the visitor
+                failures.append(error)
+            finally:
+                streamer.end()
+
+        thread = threading.Thread(target=generate, daemon=True)
+        thread.start()
+        try:
+            yield from streamer
+        finally:  # also runs when the visitor presses Stop or leaves
+            abandoned.set()
+            thread.join()
+        if failures:
+            raise failures[0]
+
+    def _policy(self, name: str):
+        return self._off if name == OFF else self.policies[name]
+
 
 def allowed_policies(model, names: tuple[str, ...]) -> dict:
     """
-    The policies by name. A preset is the preset, whatever the model calls its own policy, and keeps the calibration of
-    that: what visitors choose is thresholds and actions, not how sure the head is.
+    The policies that visitors can choose from, by name.
+
+    The name of a preset always means the preset, even if the model's own policy has that name. Presets keep the
+    model's calibration: visitors choose thresholds and actions, not the temperatures of the probabilities.
     """
     own, policies = model.resolve_policy(), {}
     for name in names:
         path = Path(name)
         if path.suffix and path.stem.lower() in PRESETS:
-            raise ValueError(f"SAFEVLM_POLICIES names the file {name!r}, which visitors would take for a preset.")
+            raise ValueError(
+                f"SAFEVLM_POLICIES names the file {name!r}, which visitors would take for a preset. Rename it."
+            )
         if path.stem in policies:
-            raise ValueError(f"SAFEVLM_POLICIES names {path.stem!r} twice: {', '.join(names)}.")
+            raise ValueError(f"SAFEVLM_POLICIES names {path.stem!r} twice: {', '.join(names)}. Remove one.")
         policies[path.stem] = own if name == own.name and name not in PRESETS else model.resolve_policy(name)
     return policies
 
@@ -181,7 +196,7 @@ def _on_gpu(function):
 
 
 class _VerdictStreamer(TextIteratorStreamer):
-    """Also hands over the verdict, which `generate` gives it before the first token."""
+    """Also queues the verdict, which `generate` passes to `put_safety` before the first token."""
 
     def put_safety(self, verdict):
         self.text_queue.put(verdict.to_list()[0])

@@ -1,106 +1,37 @@
-"""Conversation and verdicts as HTML. Every text that goes in is escaped; nothing is told by colour alone."""
+"""Verdicts as HTML: the card beside an answer, the badge of an action, the audit's table and a policy in one line.
+
+Every text is escaped, and nothing is conveyed by colour alone. Where they stand on the page is in `layout.py`.
+"""
 
 from __future__ import annotations
 
-import base64
-import io
 from html import escape
 
-THUMBNAIL, SHOWN = 96, 384  # pixels a side, in the audit's table and in the conversation
+THUMBNAIL_SIDE = 96  # longest side of a picture in the audit's table, in pixels
 
-# Action -> mark, word, what it means for the visitor.
+# Action -> mark, word, and what it means for the visitor.
 ACTIONS = {
-    "allow": ("✓", "Allowed", "Below the policy's threshold; answered normally."),
-    "caution": ("i", "Caution", "A low risk; answered with care."),
-    "warn": ("!", "Warning", "A clear risk; the answer warns or declines."),
-    "refuse": ("✕", "Refused", "A high risk; the policy gives no answer."),
+    "allow": ("✓", "Allowed", "The risk is below the policy's threshold; the model answers normally."),
+    "caution": ("i", "Caution", "The risk is low; the model answers with care."),
+    "warn": ("!", "Warning", "The risk is clear; the model warns or declines."),
+    "refuse": ("✕", "Refused", "The risk is high; the policy refuses to answer."),
 }
-
-
-def conversation(turns: list, running: bool = False) -> str:
-    """
-    Questions and answers as plain text. Pictures are our own re-encoded copies, never the uploaded bytes.
-
-    Args:
-        turns (`list[Turn]`)
-        running (`bool`): Whether the last answer is still growing.
-    """
-    if not turns:
-        return (
-            '<div class="sv-chat sv-chat-empty"><p><strong>Ask about a picture</strong></p>'
-            "<p>Add one with the paper clip. Later questions may go on about it.</p></div>"
-        )
-    items = []
-    for turn in turns:
-        picture = ""
-        if turn.picture is not None:
-            picture = _picture(turn.picture)
-        items.append(f'<li class="sv-user"><span class="sv-who">You</span>{picture}{_text(turn.question)}</li>')
-        writing = running and turn is turns[-1]
-        answer = _text(turn.answer) if turn.answer else '<p class="sv-busy">Thinking …</p>'
-        chip = "" if writing or turn.safety is None or not turn.safety["assessed"] else badge(turn.safety["action"])
-        who = f'<span class="sv-who">Model</span>{answer}{chip}'
-        items.append(f'<li class="sv-model"{" data-writing" if writing else ""}>{who}</li>')
-    busy = "true" if running else "false"
-    return f'<ol class="sv-chat" role="log" aria-label="Conversation" aria-busy="{busy}">{"".join(items)}</ol>'
-
-
-def _picture(picture) -> str:
-    # The size is said beforehand: the page scrolls to the end before it has decoded the picture.
-    scale = min(240 / max(picture.size), 2)
-    width, height = (max(1, round(side * scale)) for side in picture.size)
-    style = f"width:{width}px;height:{height}px"
-    return f'<img src="{picture.shown}" alt="The picture you sent" style="{style}">'
-
-
-def _text(text: str) -> str:
-    return f'<p class="sv-text">{escape(text)}</p>'
-
-
-def data_uri(picture, side: int) -> str:
-    """A JPEG of at most `side` pixels a side, as an address."""
-    small = picture.copy()
-    small.thumbnail((side, side))
-    buffer = io.BytesIO()
-    small.save(buffer, "JPEG")
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def empty() -> str:
-    return _card(
-        '<p class="sv-empty">Ask a question about a picture. The verdict on the two together appears here, before the '
-        "answer.</p>"
-    )
-
-
-def busy(text: str = "Assessing the request …") -> str:
-    return _card(f'<p class="sv-empty sv-busy">{escape(text)}</p>')
-
-
-def notice(text: str) -> str:
-    """An error, said where the visitor is looking; empty text clears it."""
-    if not text:
-        return ""
-    return f'<div class="sv-notice" role="alert"><span aria-hidden="true">!</span><p>{escape(text)}</p></div>'
-
-
-def badge(action: str) -> str:
-    mark, word, _ = ACTIONS[action]
-    return f'<span class="sv-badge sv-{action}"><span aria-hidden="true">{mark}</span>{word}</span>'
 
 
 def verdict(safety: dict, policy: str) -> str:
     """
+    The card that shows a verdict.
+
     Args:
-        safety (`dict`): A row of `SafetyVerdict.to_list()`; its action is `"off"` where nothing was to be assessed.
+        safety (`dict`): A row of `SafetyVerdict.to_list()`; its action is `"off"` if the policy assesses nothing.
         policy (`str`): The name of the policy in force.
     """
     if safety["action"] == "off":
         return _card('<p class="sv-empty">Safety is off: nothing was assessed.</p>', policy)
     if not safety["assessed"]:
         return _card(
-            '<p class="sv-empty"><strong>Not assessed.</strong> The safety head judges pictures together with the '
-            "question, and there is no picture in this conversation yet.</p>",
+            '<p class="sv-empty"><strong>Not assessed.</strong> The safety head assesses a question together with a '
+            "picture, and this conversation has no picture yet.</p>",
             policy,
         )
     if "error" in safety:
@@ -108,7 +39,7 @@ def verdict(safety: dict, policy: str) -> str:
     _, _, meaning = ACTIONS[safety["action"]]
     return _card(
         f'<div class="sv-top">{badge(safety["action"])}<span class="sv-meaning">{meaning}</span></div>'
-        f'<dl class="sv-facts"><div><dt>Risk score</dt><dd>{_percent(safety["score"])}</dd></div>'
+        f'<dl class="sv-facts"><div><dt>Risk score</dt><dd>{percent(safety["score"])}</dd></div>'
         f"<div><dt>Category</dt><dd>{escape(safety['category'].capitalize())}</dd></div>"
         f"<div><dt>Level</dt><dd>{escape(safety['level'].capitalize())}</dd></div></dl>"
         f"{_levels(safety)}{_bars('Category probabilities', safety['category_probabilities'], safety['category'])}",
@@ -116,10 +47,29 @@ def verdict(safety: dict, policy: str) -> str:
     )
 
 
+def no_verdict_yet() -> str:
+    """The verdict's card before the first question."""
+    return _card(
+        '<p class="sv-empty">Ask a question about a picture. The verdict on both appears here before the answer '
+        "starts.</p>"
+    )
+
+
+def assessing(text: str = "Assessing the request …") -> str:
+    """The verdict's card while the model is assessing."""
+    return _card(f'<p class="sv-empty sv-busy">{escape(text)}</p>')
+
+
+def badge(action: str) -> str:
+    """The action in a mark and a word, such as "✕ Refused"."""
+    mark, word, _ = ACTIONS[action]
+    return f'<span class="sv-badge sv-{action}"><span aria-hidden="true">{mark}</span>{word}</span>'
+
+
 def policy_line(policy, level_names: list[str]) -> str:
-    """What a policy does, in a line of plain text."""
+    """What a policy does, in one line of plain text."""
     if not policy.enabled:
-        return "Safety is off: answers are the base model's."
+        return "Safety is off: the base model answers unfiltered."
     actions = ", ".join(f"{level} → {policy.level_actions.get(level, 'allow')}" for level in level_names[1:])
     special = "; some categories differ" if policy.category_actions or policy.category_risk_thresholds else ""
     return f"Counts as risky from a score of {policy.risk_threshold:.0%}. By level: {actions}{special}."
@@ -127,9 +77,11 @@ def policy_line(policy, level_names: list[str]) -> str:
 
 def audit_table(rows: list[dict], total: int) -> str:
     """
+    The verdicts of an audit so far.
+
     Args:
         rows (`list[dict]`): `file`, `thumbnail` (a data URI or `""`), and `safety` or `error`.
-        total (`int`): Number of pictures when the audit is done.
+        total (`int`): Number of pictures in the whole audit.
     """
     counts = [(word, sum(_action(row) == action for row in rows)) for action, (_, word, _) in ACTIONS.items()]
     counts.append(("Unreadable", sum("error" in row for row in rows)))
@@ -160,7 +112,7 @@ def _audit_row(row: dict) -> str:
         return f'<tr>{name}<td>{badge(safety["action"])}</td><td colspan="3">{escape(safety["error"])}</td></tr>'
     return (
         f"<tr>{name}<td>{badge(safety['action'])}</td><td>{escape(safety['category'])}</td>"
-        f'<td>{escape(safety["level"])}</td><td class="sv-number">{_percent(safety["score"])}</td></tr>'
+        f'<td>{escape(safety["level"])}</td><td class="sv-number">{percent(safety["score"])}</td></tr>'
     )
 
 
@@ -176,7 +128,7 @@ def _levels(safety: dict) -> str:
     steps = "".join(
         f'<li class="{"sv-on" if i <= reached else ""} sv-step{i * 3 // max(1, len(names) - 1)}"'
         f"{' aria-current=true' if i == reached else ''}>"
-        f"<span>{escape(name)}</span><small>{_percent(safety['level_probabilities'][name])}</small></li>"
+        f"<span>{escape(name)}</span><small>{percent(safety['level_probabilities'][name])}</small></li>"
         for i, name in enumerate(names)
     )
     return f'<h3 class="sv-sub">Level probabilities</h3><ol class="sv-levels">{steps}</ol>'
@@ -185,15 +137,15 @@ def _levels(safety: dict) -> str:
 def _bars(title: str, probabilities: dict[str, float], chosen: str) -> str:
     rows = "".join(
         f'<li class="{"sv-chosen" if name == chosen else ""}"><span class="sv-name">{escape(name)}</span>'
-        f'<span class="sv-value">{_percent(value)}</span>'
+        f'<span class="sv-value">{percent(value)}</span>'
         f'<span class="sv-track" aria-hidden="true"><span style="width:{100 * value:.1f}%"></span></span></li>'
         for name, value in sorted(probabilities.items(), key=lambda item: -item[1])
     )
     return f'<h3 class="sv-sub">{title}</h3><ul class="sv-bars">{rows}</ul>'
 
 
-def _percent(value: float) -> str:
-    """One decimal; what rounds to nothing or to certainty is said as a bound, since it is neither."""
+def percent(value: float) -> str:
+    """A probability with one decimal. A value that would round to 0 or 100 % is shown as a bound instead."""
     if 0 < value < 0.0005:
         return "&lt; 0.1 %"
     if 0.9995 <= value < 1:

@@ -58,18 +58,18 @@ texts = st.text(st.characters(blacklist_categories=["Cs", "Cc"]), min_size=1, ma
 @given(question=texts, answer=texts)
 @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 def test_any_conversation_is_shown_as_the_plain_text_it_is(modules, question, answer):
-    read = Reader(modules.panel.conversation([modules.engine.Turn(question, answer=answer)]))
+    read = Reader(modules.chat_html.conversation([modules.chat_model.Turn(question, answer=answer)]))
     assert read.paragraphs == [question, answer]
     assert read.tags <= OWN_TAGS and not any(name.startswith("on") for name in read.attributes)
 
 
 def test_names_from_the_model_and_from_files_are_escaped(modules):
-    panel = modules.panel
+    verdict_html = modules.verdict_html
     pages = [
-        panel.verdict(safety(category=HOSTILE, level=HOSTILE), HOSTILE),
-        panel.audit_table([{"file": HOSTILE, "thumbnail": "", "error": HOSTILE}], 1),
-        panel.audit_table([{"file": HOSTILE, "thumbnail": "", "safety": safety(category=HOSTILE)}], 1),
-        panel.notice(HOSTILE),
+        verdict_html.verdict(safety(category=HOSTILE, level=HOSTILE), HOSTILE),
+        verdict_html.audit_table([{"file": HOSTILE, "thumbnail": "", "error": HOSTILE}], 1),
+        verdict_html.audit_table([{"file": HOSTILE, "thumbnail": "", "safety": safety(category=HOSTILE)}], 1),
+        modules.chat_html.notice(HOSTILE),
     ]
     for page in pages:
         read = Reader(page)
@@ -80,14 +80,14 @@ def test_names_from_the_model_and_from_files_are_escaped(modules):
     ("action", "word"), [("allow", "Allowed"), ("caution", "Caution"), ("warn", "Warning"), ("refuse", "Refused")]
 )
 def test_every_action_is_told_in_a_word_and_a_mark(modules, action, word):
-    read = Reader(modules.panel.verdict(safety(action), "default"))
-    assert word in read.words and modules.panel.ACTIONS[action][0] in read.words
+    read = Reader(modules.verdict_html.verdict(safety(action), "default"))
+    assert word in read.words and modules.verdict_html.ACTIONS[action][0] in read.words
     assert "Under the policy “default”" in read.words
 
 
 def test_the_verdict_lists_all_probabilities_most_probable_first(modules):
     probabilities = {"politics": 0.25, "safe": 0.7, "privacy": 0.05}
-    words = Reader(modules.panel.verdict(safety(category_probabilities=probabilities), "x")).words
+    words = Reader(modules.verdict_html.verdict(safety(category_probabilities=probabilities), "x")).words
     bars = words.split("Category probabilities")[1]
     assert bars.startswith("safe70.0 %politics25.0 %privacy5.0 %")
 
@@ -97,18 +97,18 @@ def test_the_verdict_lists_all_probabilities_most_probable_first(modules):
     [(0.0, "0.0 %"), (1e-9, "&lt; 0.1 %"), (0.5, "50.0 %"), (0.99999, "&gt; 99.9 %"), (1.0, "100.0 %")],
 )
 def test_a_probability_is_never_rounded_to_certainty(modules, value, text):
-    assert modules.panel._percent(value) == text
+    assert modules.verdict_html.percent(value) == text
 
 
 def test_what_was_not_assessed_is_said(modules):
-    assert "Not assessed" in modules.panel.verdict({"assessed": False, "action": "allow"}, "default")
-    assert "nothing was assessed" in modules.panel.verdict(modules.engine.NO_VERDICT, "off")
+    assert "Not assessed" in modules.verdict_html.verdict({"assessed": False, "action": "allow"}, "default")
+    assert "nothing was assessed" in modules.verdict_html.verdict(modules.chat_model.NO_VERDICT, "off")
 
 
 def test_the_audit_counts_its_verdicts(modules):
     rows = [{"file": "a", "thumbnail": "", "safety": safety("allow", "safe", "none")} for _ in range(2)]
     rows += [{"file": "b", "thumbnail": "", "safety": safety()}, {"file": "c", "thumbnail": "", "error": "bad"}]
-    assert "4 of 9 pictures: 2 allowed · 1 refused · 1 unreadable" in modules.panel.audit_table(rows, 9)
+    assert "4 of 9 pictures: 2 allowed · 1 refused · 1 unreadable" in modules.verdict_html.audit_table(rows, 9)
 
 
 def test_a_head_that_failed_is_shown_as_a_refusal(modules):
@@ -116,23 +116,23 @@ def test_a_head_that_failed_is_shown_as_a_refusal(modules):
     names = ("category", "level", "score", "level_probabilities", "category_probabilities")
     failed = {"assessed": True, "action": "refuse", **dict.fromkeys(names), "error": "The head's <numbers>."}
     for html in (
-        modules.panel.verdict(failed, "default"),
-        modules.panel.audit_table([{"file": "a", "thumbnail": "", "safety": failed}], 1),
+        modules.verdict_html.verdict(failed, "default"),
+        modules.verdict_html.audit_table([{"file": "a", "thumbnail": "", "safety": failed}], 1),
     ):
         assert "Refused" in html and "The head&#x27;s &lt;numbers&gt;." in html and "NaN" not in html
 
 
 def test_an_answer_is_marked_busy_while_it_grows(modules):
-    turn = modules.engine.Turn("q", modules.engine.Picture(None, (40, 20), "data:,"), "a", safety())
-    running, done = modules.panel.conversation([turn], running=True), modules.panel.conversation([turn])
+    turn = modules.chat_model.Turn("q", modules.chat_model.Picture(None, (40, 20), "data:,"), "a", safety())
+    running, done = modules.chat_html.conversation([turn], running=True), modules.chat_html.conversation([turn])
     assert 'aria-busy="true"' in running and "Refused" not in running
     assert 'aria-busy="false"' in done and "Refused" in done and 'alt="The picture you sent"' in done
 
 
 def test_a_policy_is_said_in_a_line(modules):
     names = ["none", "low", "medium", "high"]
-    line = modules.panel.policy_line(SafetyPolicy(), names)
+    line = modules.verdict_html.policy_line(SafetyPolicy(), names)
     assert line == "Counts as risky from a score of 50%. By level: low → caution, medium → warn, high → refuse."
     special = SafetyPolicy(category_actions={"privacy": {"low": "refuse"}})
-    assert "some categories differ" in modules.panel.policy_line(special, names)
-    assert "Safety is off" in modules.panel.policy_line(SafetyPolicy(enabled=False), names)
+    assert "some categories differ" in modules.verdict_html.policy_line(special, names)
+    assert "Safety is off" in modules.verdict_html.policy_line(SafetyPolicy(enabled=False), names)

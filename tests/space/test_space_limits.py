@@ -24,13 +24,13 @@ def read(modules, tmp_path):
     def read_upload(content: bytes, name="upload", **limits):
         path = tmp_path / name
         path.write_bytes(content)
-        return modules.guards.read_picture(str(path), str(tmp_path), **{**LIMITS, **limits})
+        return modules.limits.read_picture(str(path), str(tmp_path), **{**LIMITS, **limits})
 
     return read_upload
 
 
 def refused(modules, function, *args, **kwargs) -> str:
-    with pytest.raises(modules.guards.Refused) as caught:
+    with pytest.raises(modules.limits.Refused) as caught:
         function(*args, **kwargs)
     return str(caught.value)
 
@@ -120,13 +120,13 @@ def test_only_uploads_are_read(modules, tmp_path, odd_files):
     uploads.mkdir()
     (uploads / "link.png").symlink_to(odd_files / "hopper.png")
     for path in (odd_files / "hopper.png", uploads / "link.png", uploads / ".." / "x", "/etc/passwd", uploads):
-        message = refused(modules, modules.guards.read_picture, str(path), str(uploads), **LIMITS)
+        message = refused(modules, modules.limits.read_picture, str(path), str(uploads), **LIMITS)
         assert message == "The picture did not arrive. Upload it again."
 
 
 def test_requests_are_limited_per_address_within_the_window(modules):
     now = [0.0]
-    limiter = modules.guards.RateLimiter(3, window=60, clock=lambda: now[0])
+    limiter = modules.limits.RateLimiter(3, window=60, clock=lambda: now[0])
     for _ in range(3):
         limiter.check("a")
     limiter.check("b", cost=3)
@@ -140,8 +140,8 @@ def test_requests_are_limited_per_address_within_the_window(modules):
 
 
 def test_addresses_are_forgotten_oldest_first(modules, monkeypatch):
-    monkeypatch.setattr(modules.guards, "MAX_ADDRESSES", 2)
-    limiter = modules.guards.RateLimiter(1)
+    monkeypatch.setattr(modules.limits, "MAX_ADDRESSES", 2)
+    limiter = modules.limits.RateLimiter(1)
     for address in "abc":
         limiter.check(address)
     limiter.check("a")
@@ -150,8 +150,8 @@ def test_addresses_are_forgotten_oldest_first(modules, monkeypatch):
 
 def test_an_unexpected_error_shows_a_reference_that_the_log_explains(modules, caplog):
     with caplog.at_level(logging.ERROR, logger="safevlm.space"):
-        shown = modules.guards.explain(RuntimeError("/root/model: token hf_secret"))
+        shown = modules.limits.explain(RuntimeError("/root/model: token hf_secret"))
     assert "secret" not in shown and "/root" not in shown
     reference = shown.rsplit(" ", 1)[1].rstrip(".")
     assert reference in caplog.text and "hf_secret" in caplog.text
-    assert modules.guards.explain(modules.guards.Refused("Write a question.")) == "Write a question."
+    assert modules.limits.explain(modules.limits.Refused("Write a question.")) == "Write a question."
