@@ -11,13 +11,13 @@ nothing counts as an answer, and control tokens are counted against a render of 
 """
 
 import dataclasses
-import os
 import re
 import secrets
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Mapping
 from itertools import accumulate, pairwise, product
+from os.path import commonprefix
 from typing import NamedTuple
 
 import numpy as np
@@ -97,8 +97,7 @@ def plain_messages(chat, tokens: ControlTokens) -> list[dict]:
     messages = []
     for i, message in enumerate(chat):
         where = f"messages[{i}]"
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise ValueError(f"`{where}` must be a dict with a 'role' and a 'content', got {_short(message)}.")
+        _check_dict(message, "role", where)
         content = message.get("content")
         messages.append(plain({name: message[name] for name in message if name != "content"}, where, tokens))
         if content is not None:  # a message of tool calls has none
@@ -142,8 +141,7 @@ def _plain_parts(content, where: str, tokens: ControlTokens) -> list[dict]:
         place = f"{where}[{i}]"
         if isinstance(part, str):
             part = {"type": "text", "text": part}
-        if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
-            raise ValueError(f"`{place}` must be a dict with a 'type', got {_short(part)}.")
+        _check_dict(part, "type", place)
         if (part["type"] == "text" or "text" in part) and not isinstance(part.get("text"), str):
             raise ValueError(f"`{place}['text']` must be a string, got {_short(part.get('text'))}.")
         sources = {name: part[name] for name in SOURCES if name in part}
@@ -159,6 +157,11 @@ def _plain_parts(content, where: str, tokens: ControlTokens) -> list[dict]:
     for part, text in zip(texts, tokens.neutralise([part["text"] for part in texts]), strict=True):
         part["text"] = text
     return parts
+
+
+def _check_dict(value, key: str, where: str):
+    if not isinstance(value, Mapping) or not isinstance(value.get(key), str):
+        raise ValueError(f"`{where}` must be a dict with a {key!r}, got {_short(value)}.")
 
 
 def _short(value) -> str:
@@ -280,7 +283,7 @@ def _answers(texts: list[MarkedText], lead: str, tail: str) -> list[tuple[int, i
             start = text.start - len(lead) * text.before.endswith(lead)
             if text.author == last_author:
                 start, _ = answers.pop()
-            answers.append((start, text.end + _shared(text.after, tail)))
+            answers.append((start, text.end + len(commonprefix([text.after, tail]))))
         last_author = text.author
     return answers
 
@@ -297,7 +300,7 @@ def _around_an_answer(render) -> tuple[str, str]:
         before, _, after = render([question, {**answered, "role": "assistant"}]).rpartition(answer)
     except Exception:  # a template may insist on another form of chat
         return "", ""
-    return before[_shared(before, asked) :], after
+    return before.removeprefix(commonprefix([before, asked])), after
 
 
 def answer_mask(
@@ -343,8 +346,3 @@ def _each_text(value, change: Callable[[str], str], field=None):
 def _between_tags(text: str, change: Callable[[str], str]) -> str:
     pieces = enumerate(TAGS.split(text))
     return "".join(piece if i % 2 or not piece.strip() else change(piece) for i, piece in pieces)
-
-
-def _shared(text: str, other: str) -> int:
-    """How many characters `text` and `other` have in common at their beginning."""
-    return len(os.path.commonprefix([text, other]))
