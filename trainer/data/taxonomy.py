@@ -132,6 +132,10 @@ class Taxonomy:
             level = self.level(facts)
         return Labels(category, level, dependent)
 
+    def recognises(self, record: dict[str, Any]) -> bool:
+        """Whether a record is of this data set, by its fields."""
+        return any(names <= record.keys() for names in self.recognise)
+
     @property
     def label_fields(self) -> frozenset[str]:
         """The fields that it reads labels from."""
