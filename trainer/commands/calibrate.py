@@ -53,10 +53,10 @@ def run(args):
     from safevlm.trainer.card_facts import add_calibration
     from safevlm.trainer.data import read_rows
     from safevlm.trainer.evaluation import calibrate, environment, plot_calibration, predict_rows, store_policy
-    from safevlm.trainer.evaluation.head.calibration import check_aim
-    from safevlm.trainer.evaluation.head.measures import require_eval_extra
+    from safevlm.trainer.evaluation.eval_extra import require_head_packages
+    from safevlm.trainer.evaluation.head.thresholds import check_aim
 
-    require_eval_extra()
+    require_head_packages()
     check_aim(args.target_fpr, args.cost_ratio)
     model, processor = load_model(args.model, args.device)
     labels = model.config.labels
