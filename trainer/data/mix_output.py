@@ -19,7 +19,7 @@ from safevlm.files import file_sha256
 from safevlm.safety_policy import SafetyLabels
 
 from .archives import ArchivedImage, split_archive_path
-from .containers.files import DiskFolder
+from .containers.folders import DiskFolder
 from .errors import DataError
 from .fingerprints import ImageIndex
 from .images import ImageSource, image_file, load_image

@@ -41,10 +41,9 @@ def _images(record: dict, fields: dict[str, str]) -> list:
 @functools.cache
 def flat_formats() -> dict[str, RowFormat]:
     """The formats of the shipped taxonomies of flat sets, by name."""
-    taxonomies = (Taxonomy.load(name) for name in shipped_taxonomies())
-    return {
-        taxonomy.name: RowFormat(taxonomy.recognises, _parse) for taxonomy in taxonomies if taxonomy.format == "flat"
-    }
+    taxonomies = [Taxonomy.load(name) for name in shipped_taxonomies()]
+    flat = [taxonomy for taxonomy in taxonomies if taxonomy.format == "flat"]
+    return {taxonomy.name: RowFormat(taxonomy.recognises, _parse) for taxonomy in flat}
 
 
 FLAT = RowFormat(lambda record: False, _parse)  # never recognised: the taxonomy that names the fields asks for it

@@ -47,7 +47,7 @@ def _question_field(record: dict) -> tuple[str, int | None]:
 
 
 def _single(record: dict, index: int, num_questions: int | None) -> dict:
-    """The record of one question: lists as long as that of the questions are parallel to it, other values apply to all."""
+    """The record of one question: of each list as long as that of the questions, it has one entry."""
     return {
         key: value[index] if isinstance(value, list) and len(value) == num_questions else value
         for key, value in record.items()
