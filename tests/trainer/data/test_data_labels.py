@@ -116,7 +116,9 @@ def test_file_without_labels_is_an_error_that_names_it(content, reason, tmp_path
 
 
 def test_name_of_nothing_is_an_error(tmp_path):
-    with pytest.raises(DataError, match=r"'nowhere' is no file, no model and none of the recipes \['demo', 'paper"):
+    with pytest.raises(
+        DataError, match=r"'nowhere' is neither a file, nor a model, nor one of the recipes \['demo', 'paper"
+    ):
         load_labels("nowhere")
     with pytest.raises(DataError, match="has no config.json"):
         load_labels(tmp_path)
