@@ -85,6 +85,4 @@ def _shipped_or_on_hub(name: str, where: str) -> Path:
             return hub_config(name, "`labels`")
         except ValueError as error:
             raise DataError(str(error)) from None
-    raise DataError(
-        f"{where} is neither a file, nor a model, nor one of the recipes {sorted(shipped)}; check the name."
-    )
+    raise DataError(f"{where} is not a file, a model or one of the recipes {sorted(shipped)}; check the name.")
