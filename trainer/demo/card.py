@@ -46,7 +46,7 @@ def write_demo_card(output_dir: Path, results: dict, recipe: Recipe, rows: list[
         "safevlm.trainer.demo. This model shows the method at work. It knows nothing of the real world.",
         "rows": len(rows),
         **row_counts(rows, PAPER_LABELS),
-        "stages": stage_facts(output_dir / "training", recipe, {"seed": results["seed"]}),
+        "stages": stage_facts(output_dir / "training", recipe.with_arguments(seed=results["seed"])),
     }
     data = f"{results['num_test_rows']} questions about held-out scenes of the picture world"
     result = {

@@ -194,8 +194,11 @@ def test_commands_take_labels_and_need_no_torch(tmp_path):
 
 
 def test_training_a_safe_model_further_keeps_its_labels(tmp_path):
+    from safevlm.trainer.training_options import TrainOptions
     from safevlm.trainer.training_run import train_from_files
 
     SafeVlmConfig(**OWN, safety_policy={"level_actions": {"yes": "refuse"}}).save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match="`labels` 'paper' are not those of the base, a SafeVLM: .*deepfake"):
-        train_from_files(tmp_path / "model", [rows(tmp_path)], tmp_path / "out", labels="paper", recipe="demo")
+        train_from_files(
+            TrainOptions(tmp_path / "model", [rows(tmp_path)], tmp_path / "out", labels="paper", recipe="demo")
+        )
