@@ -1,4 +1,4 @@
-"""`safevlm assess` and `safevlm answer`: one question about one image."""
+"""`safevlm assess` and `safevlm answer`: the verdict on a question about an image, and the answer."""
 
 import sys
 
@@ -10,11 +10,11 @@ def add(commands):
         commands,
         "assess",
         run_assess,
-        "The verdict on an image and a question, as JSON; the language model does not run.",
+        "Print the verdict on an image and a question as JSON, without an answer.",
         example='safevlm assess picture.jpg --question "How do I use this?" --model out/model',
     )
-    assess.add_argument("image", help="file to look at")
-    assess.add_argument("--question", default="Describe this image.", help="what is asked (default: a description)")
+    assess.add_argument("image", help="image file")
+    assess.add_argument("--question", default="Describe this image.", help="the question (default: %(default)s)")
 
     answer = add_command(
         commands,
@@ -23,10 +23,12 @@ def add(commands):
         "Ask a saved model a question about an image.",
         example='safevlm answer picture.jpg "What is in the picture?" --model out/model --policy strict',
     )
-    answer.add_argument("image", help="file to look at")
-    answer.add_argument("question", help="what is asked")
-    answer.add_argument("--max-new-tokens", type=int, default=256, help="longest answer (default: 256)")
-    answer.add_argument("--json", action="store_true", help="print answer and verdict as JSON")
+    answer.add_argument("image", help="image file")
+    answer.add_argument("question", help="the question")
+    answer.add_argument(
+        "--max-new-tokens", type=int, default=256, help="longest answer in tokens (default: %(default)s)"
+    )
+    answer.add_argument("--json", action="store_true", help="print the answer and its verdict as JSON")
     for command in (assess, answer):
         add_model_arguments(command)
 
@@ -53,7 +55,7 @@ def run_answer(args):
 
 
 def _load(args):
-    """The model, its processor and the picture; the cheap checks come first."""
+    """The model, its processor and the image. Cheap checks come first."""
     from safevlm.trainer.data import load_image
 
     check_policy(args.policy)

@@ -24,7 +24,7 @@ from .fingerprints import ImageIndex
 from .labels_file import labels_dict, load_labels
 from .mix_output import MANIFEST, MANIFEST_FORMAT, ImagePlacer, check_output, count_labels, input_hashes
 from .mix_recipe import MixFile, MixRecipe, MixSource
-from .readers import Rows, read_rows
+from .readers import Rows
 from .safety_row import SafetyRow
 from .sampling import balance, split_holdout
 from .writers import IMAGE_MARKER, write_safevlm_jsonl
@@ -117,8 +117,7 @@ class _Build:
 
     def _read(self, file: MixFile, **options) -> Rows:
         self.inputs.update(input_hashes(file.path, self.root))
-        arguments = file.reader_arguments(self.root)
-        return read_rows(**arguments, labels=self.labels, check_images="none", on_error="skip", **options)
+        return file.read(self.root, labels=self.labels, check_images="none", on_error="skip", **options)
 
     def _read_source(self, source: MixSource) -> list[SafetyRow]:
         read = self._read(source, assume_safe=source.assume_safe)

@@ -18,6 +18,8 @@ from safevlm.safety_policy import PAPER_LABELS, SafetyLabels
 from .errors import DataError, short
 from .images import MAX_PIXELS, ImageSource, load_image
 
+NOTHING_TO_TRAIN_ON = "has neither an answer nor a label; add one, or drop the row"
+
 
 @dataclass(frozen=True)
 class SafetyRow:
@@ -72,6 +74,11 @@ class SafetyRow:
     def has_answer(self) -> bool:
         """Whether there is an answer at the end, which trains the language model."""
         return self.messages[-1]["role"] == "assistant"
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether the row trains anything: the language model, the safety head, or both."""
+        return self.has_answer or self.is_labelled
 
     def load_images(self, max_pixels: int = MAX_PIXELS) -> list[Image.Image]:
         """Decodes the images, in order, to RGB.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .archives import ArchivedImage
 from .errors import DataError
-from .formats.conversations import ANY_MARKER, IMAGE_MARKER, IMAGE_SEPARATOR
+from .formats.markers import ANY_MARKER, IMAGE_MARKER, IMAGE_SEPARATOR
 from .safety_row import SafetyRow
 
 _SPEAKERS = {"user": "USER", "assistant": "ASSISTANT", "system": "SYSTEM"}

@@ -15,15 +15,17 @@ Instruction = tuple[str, str]  # a text put after the question, and the answer t
 
 
 class Packer:
-    """Makes rows of a prefix with the picture, then blocks of a question and its answer that see only the prefix and
-    themselves."""
+    """
+    Makes rows of a prefix with the picture and of blocks, each a question with its answer. A block sees the prefix and
+    itself, but no other block.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, instructions: Sequence[Instruction], recipe: BaseRecipe):
         self.tokenizer, self.instructions, self.recipe = tokenizer, instructions, recipe
         prefix = tokenizer(prompt_text("")).input_ids
         image = prefix.index(tokenizer.image_token_id)
         end = tokenizer(prompt_text("").removesuffix(" ASSISTANT:")).input_ids
-        self.before, self.after = prefix[:image], end[image + 1 :]
+        self.before, self.after = prefix[:image], end[image + 1 :]  # the prefix around the picture
         self._cache: dict[str, list[int]] = {}
 
     def _ids(self, text: str) -> list[int]:
@@ -32,7 +34,7 @@ class Packer:
         return self._cache[text]
 
     def block(self, scene: Scene, rng: random.Random) -> tuple[list[int], list[int]]:
-        """Prompt ids (after the picture) and answer ids of one question."""
+        """The ids of a random question, without the picture before it, and of its answer."""
         risky = rng.random() < self.recipe.risky_request_share
         question, answer = ask_risky(scene, rng) if risky else ask_ordinary(scene, rng)
         instruction = ""

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from safevlm.trainer import data
-from safevlm.trainer.data import SafetyRow, formats, read_rows
+from safevlm.trainer.data import ReadOptions, SafetyRow, formats, iter_rows
 from safevlm.trainer.data.taxonomy import TAXONOMY_KEYS
 
 README = (Path(inspect.getfile(data)).parent / "README.md").read_text(encoding="utf-8")
@@ -51,4 +51,4 @@ def test_table_of_taxonomy_keys_is_complete():
 
 @pytest.mark.parametrize("option", re.findall(r"(\w+)=", README.split("## Reading")[1].split("```")[1]))
 def test_options_in_the_examples_exist(option):
-    assert option in inspect.signature(read_rows).parameters
+    assert option in {*inspect.signature(iter_rows).parameters, *ReadOptions.__dataclass_fields__}

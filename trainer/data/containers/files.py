@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
@@ -105,7 +105,7 @@ def image_finder(image_folder: str | os.PathLike) -> Callable[[str], ImageSource
     return _image_folder(Path(image_folder)).image
 
 
-def one_set(containers: list[Container]) -> bool:
+def is_one_table(containers: Sequence[Container]) -> bool:
     """Whether the files are shards of one table (`train-00000-of-00002.parquet`)."""
     return len({_SHARD.sub("", container.stem) for container in containers}) == 1
 
@@ -152,8 +152,7 @@ def _container(folder: DiskFolder | ZipFolder, name: str, images: DiskFolder | Z
 
     parent = pure.parent.name or folder.root.name
     split = _split_of(name)
-    facts = {"$file": pure.stem, "$folder": parent, "$split": split, "$subset": ""}
-    return Container(str(shown), pure.name, pure.stem, open_records, images.image, split, facts)
+    return Container(str(shown), pure.name, pure.stem, open_records, images.image, folder=parent, split=split)
 
 
 def _is_data_file(name: str) -> bool:

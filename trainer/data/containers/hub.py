@@ -23,7 +23,7 @@ def open_hub(
     subset: str | None = None,
     revision: str | None = None,
     streaming: bool = False,
-    image: Callable[[str], ImageSource] | None = None,
+    find_image: Callable[[str], ImageSource] | None = None,
 ) -> Container:
     """One split of a data set on the Hub.
 
@@ -33,7 +33,7 @@ def open_hub(
         subset (`str`, *optional*): The configuration, `name` in `datasets`. Needed where there are several.
         revision (`str`, *optional*): A branch, tag or commit. Pin a commit for reproducible rows.
         streaming (`bool`, *optional*, defaults to `False`): Whether to read row by row instead of downloading first.
-        image (`Callable`, *optional*): Finds images that the rows name instead of holding.
+        find_image (`Callable`, *optional*): Finds images that the rows name instead of holding.
 
     Raises:
         `DataError`: It cannot be loaded, or a choice is missing.
@@ -56,7 +56,6 @@ def open_hub(
         ((split, loaded),) = loaded.items()
     loaded = _undecoded(loaded)
     split, subset = split or "", subset or ""
-    facts = {"$file": subset, "$folder": repository, "$split": split, "$subset": subset}
 
     def records() -> tuple[str, Iterator[Item]]:
         return "row", _items(repository, loaded)
@@ -65,10 +64,11 @@ def open_hub(
         name=repository,
         file_name=repository,
         stem=subset,
-        open=records,
-        image=image or _no_image(repository),
+        open_records=records,
+        find_image=find_image or _no_image(repository),
+        folder=repository,
         split=split,
-        facts=facts,
+        subset=subset,
         remote=streaming,
     )
 

@@ -6,9 +6,10 @@ needs no code: the fields of `flat` sets are named in `taxonomies/*.yaml`.
 
 from safevlm.trainer.data.errors import DataError
 
-from .conversations import CHAT, LLAVA, MLLM, SAFEVLM
+from .conversations import LLAVA, SAFEVLM
 from .figstep import FIGSTEP
 from .flat import FLAT, flat_formats
+from .messages import CHAT, MLLM
 from .mm_safetybench import MM_SAFETYBENCH
 from .row_format import Context, RowFormat
 from .rtvlm import RTVLM

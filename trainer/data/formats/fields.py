@@ -38,6 +38,13 @@ def image_list(images: Any, field: str = "image") -> list[Any]:
     return images
 
 
+def is_empty(value: Any) -> bool:
+    """Null, NaN, or nothing in it: tables have all fields in all rows."""
+    if isinstance(value, float):
+        return value != value
+    return value is None or (isinstance(value, (str, bytes, list, tuple, dict)) and len(value) == 0)
+
+
 def text_field(record: dict, field: str) -> str:
     """A field that must be a text that is not blank."""
     if record.get(field) is None:

@@ -9,9 +9,8 @@ from urllib.parse import unquote, urlsplit
 from safevlm.trainer.data.errors import DataError
 from safevlm.trainer.data.taxonomy import Taxonomy, shipped_taxonomies
 
-from .fields import identifier, image_list, optional_text, single_turn, text_field
+from .fields import identifier, image_list, is_empty, optional_text, single_turn, text_field
 from .row_format import Context, RowFormat
-from .unused_fields import is_empty
 
 
 def _parse(record: dict, *, context: Context, **_) -> dict:

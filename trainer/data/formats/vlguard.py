@@ -6,7 +6,7 @@ from safevlm.trainer.data.errors import DataError, short
 
 from .fields import identifier, image_list, optional_text, single_turn, text_field
 from .row_format import Context, RowFormat
-from .unused_fields import other_fields
+from .unused_fields import unused_fields
 
 _INSTRUCTIONS = ("instruction", "safe_instruction", "unsafe_instruction")
 
@@ -22,7 +22,7 @@ def _parse(record: dict, *, context: Context, **_) -> list[dict]:
         kinds = [kind for kind in _INSTRUCTIONS if pair.get(kind) is not None]
         if len(kinds) != 1:
             raise DataError(f"`instr-resp` {number} must have one of {list(_INSTRUCTIONS)}, got {short(pair)}")
-        other_fields(pair, {kinds[0], "response"}, has_images=True, where=f"`instr-resp` {number}")
+        unused_fields(pair, {kinds[0], "response"}, has_images=True, where=f"`instr-resp` {number}")
         question = text_field(pair, kinds[0])
         row = {"images": images, "messages": single_turn(len(images), question, optional_text(pair, "response"))}
         if record.get("id") is not None:
