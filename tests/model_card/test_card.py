@@ -277,7 +277,7 @@ def test_broken_metadata_is_an_error_that_says_so(saved):
     folder = saved()
     path = write_card(folder, FACTS)
     path.write_text(path.read_text(encoding="utf-8").replace("language: en", "language: [en"), encoding="utf-8")
-    with pytest.raises(ValueError, match="metadata .* no valid YAML"):
+    with pytest.raises(ValueError, match="metadata .* not valid YAML"):
         refresh_card(folder)
 
 
