@@ -18,8 +18,7 @@ from huggingface_hub.errors import (
 )
 
 from safevlm.files import read_json
-from safevlm.safety_labels import SafetyLabels
-from safevlm.safety_policy import SafetyPolicy
+from safevlm.safety_policy import SafetyLabels, SafetyPolicy
 
 from .remote_code import loaded_code, named_code
 

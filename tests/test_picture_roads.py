@@ -15,6 +15,7 @@ from tiny import chat
 
 from safevlm import SafeVlmPipeline
 from safevlm.processing.pictures import MAX_PIXELS, PictureError, find_picture, load_picture
+from safevlm.safety_verdict import SafetyVerdict
 from safevlm.trainer.commands import ask
 from safevlm.trainer.data import SafetyRow
 from safevlm.trainer.encoding.row_encoder import encode_row
@@ -61,10 +62,13 @@ def roads(path, model, processor, pipe):
         return templated(part(image=decode_image(url, 1, MAX_PIXELS)))
 
     def asked():
-        args = SimpleNamespace(image=Path(path), model="m", policy=None, device=None)
+        args = SimpleNamespace(image=Path(path), question=QUESTION, model="m", policy=None, device=None)
+        inputs = {}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(ask, "load_model", lambda *_: (model, processor))
-            return ask._load(args, QUESTION)[2]
+            patch.setattr(model, "assess", lambda **given: inputs.update(given) or SafetyVerdict.off(1, model.config))
+            ask.run_assess(args)
+        return inputs
 
     def trained():
         messages = [*chat(QUESTION), {"role": "assistant", "content": [{"type": "text", "text": "yes"}]}]

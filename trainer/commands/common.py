@@ -60,20 +60,15 @@ def reader_options(args) -> dict:
 
 
 def load_model(name: str, device: str | None = None):
-    """A saved SafeVLM, ready to use, and its processor. A weak policy is told by the model itself, as a warning."""
+    """The SafeVLM that `--model` names, on the device that `--device` names, and its processor."""
     check_model_type(name, "--model")
     check_device(device)
-    import torch
     from transformers import logging as transformers_logging
 
-    from safevlm import SafeVlmForConditionalGeneration, SafeVlmProcessor
+    from safevlm.trainer.loading import load_checkpoint
 
     transformers_logging.disable_progress_bar()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = SafeVlmForConditionalGeneration.from_pretrained(name, dtype="auto").to(device).eval()
-    processor = SafeVlmProcessor.from_pretrained(name)
-    model.check_policy_texts(processor)
-    return model, processor
+    return load_checkpoint(name, device)
 
 
 def check_policy(policy: str | None, argument: str = "--policy", value: str | None = None):

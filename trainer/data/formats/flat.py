@@ -6,13 +6,14 @@ import functools
 from pathlib import PurePosixPath
 from urllib.parse import unquote, urlsplit
 
-from .errors import DataError
-from .format_base import Context, RowFormat, identifier, image_list, optional_text, single_turn, text_field
-from .record_fields import is_empty
-from .taxonomy import Taxonomy, shipped_taxonomies
+from safevlm.trainer.data.errors import DataError
+from safevlm.trainer.data.taxonomy import Taxonomy, shipped_taxonomies
+
+from .fields import identifier, image_list, is_empty, optional_text, single_turn, text_field
+from .row_format import Context, RowFormat
 
 
-def parse_flat(record: dict, *, context: Context, **_) -> dict:
+def _parse(record: dict, *, context: Context, **_) -> dict:
     taxonomy = context.taxonomy
     fields = taxonomy.fields
     images = _images(record, fields)
@@ -45,4 +46,7 @@ def flat_formats() -> dict[str, RowFormat]:
 
 
 def _format(taxonomy: Taxonomy) -> RowFormat:
-    return RowFormat(lambda record: any(names <= record.keys() for names in taxonomy.recognise), parse_flat)
+    return RowFormat(lambda record: any(names <= record.keys() for names in taxonomy.recognise), _parse)
+
+
+FLAT = RowFormat(lambda record: False, _parse)  # any record, by a taxonomy that names the fields

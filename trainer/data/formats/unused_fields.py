@@ -13,8 +13,9 @@ from typing import Any
 
 from PIL import Image
 
-from .errors import DataError
-from .schema import short
+from safevlm.trainer.data.errors import DataError, short
+
+from .fields import is_empty
 
 
 def _words(text: str) -> frozenset[str]:
@@ -70,7 +71,7 @@ _FIXES = {
 }
 
 
-def other_fields(
+def unused_fields(
     record: Mapping[str, Any], used: Collection[str], has_images: bool, where: str = "the record"
 ) -> dict[str, Any]:
     """The fields that are not in `used` and not empty.
@@ -92,13 +93,6 @@ def other_fields(
                 "of a taxonomy"
             )
     return rest
-
-
-def is_empty(value: Any) -> bool:
-    """Null, NaN, or nothing in it: tables have all fields in all rows."""
-    if isinstance(value, float):
-        return value != value
-    return value is None or (isinstance(value, (str, bytes, list, tuple, dict)) and len(value) == 0)
 
 
 def _carried(name: str, value: Any, has_images: bool) -> str | None:

@@ -7,21 +7,14 @@ repository can choose unpickles.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from .containers import Container
+from safevlm.trainer.data.errors import DataError
+from safevlm.trainer.data.images import ImageSource
+
+from .container import Container
 from .data_files import Item
-from .errors import DataError
-from .images import ImageSource
-
-_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-
-
-def is_hub_id(name: Any) -> bool:
-    """Whether a text has the form `owner/name`. Whether a file of that name exists is for the caller to ask first."""
-    return isinstance(name, str) and _REPOSITORY.fullmatch(name) is not None
 
 
 def open_hub(
@@ -30,7 +23,7 @@ def open_hub(
     subset: str | None = None,
     revision: str | None = None,
     streaming: bool = False,
-    image: Callable[[str], ImageSource] | None = None,
+    find_image: Callable[[str], ImageSource] | None = None,
 ) -> Container:
     """One split of a data set on the Hub.
 
@@ -40,7 +33,7 @@ def open_hub(
         subset (`str`, *optional*): The configuration, `name` in `datasets`. Needed where there are several.
         revision (`str`, *optional*): A branch, tag or commit. Pin a commit for reproducible rows.
         streaming (`bool`, *optional*, defaults to `False`): Whether to read row by row instead of downloading first.
-        image (`Callable`, *optional*): Finds images that the rows name instead of holding.
+        find_image (`Callable`, *optional*): Finds images that the rows name instead of holding.
 
     Raises:
         `DataError`: It cannot be loaded, or a choice is missing.
@@ -63,7 +56,6 @@ def open_hub(
         ((split, loaded),) = loaded.items()
     loaded = _undecoded(loaded)
     split, subset = split or "", subset or ""
-    facts = {"$file": subset, "$folder": repository, "$split": split, "$subset": subset}
 
     def records() -> tuple[str, Iterator[Item]]:
         return "row", _items(repository, loaded)
@@ -72,10 +64,11 @@ def open_hub(
         name=repository,
         file_name=repository,
         stem=subset,
-        open=records,
-        image=image or _no_image(repository),
+        open_records=records,
+        find_image=find_image or _no_image(repository),
+        folder=repository,
         split=split,
-        facts=facts,
+        subset=subset,
         remote=streaming,
     )
 

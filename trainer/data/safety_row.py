@@ -6,7 +6,6 @@ Every reader produces `SafetyRow`s and everything after reads only these. A row 
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -14,10 +13,12 @@ from typing import Any
 
 from PIL import Image
 
-from safevlm.safety_labels import PAPER_LABELS, SafetyLabels
+from safevlm.safety_policy import PAPER_LABELS, SafetyLabels
 
-from .errors import DataError
+from .errors import DataError, short
 from .images import MAX_PIXELS, ImageSource, load_image
+
+NOTHING_TO_TRAIN_ON = "has neither an answer nor a label; add one, or drop the row"
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,11 @@ class SafetyRow:
         """Whether there is an answer at the end, which trains the language model."""
         return self.messages[-1]["role"] == "assistant"
 
+    @property
+    def is_trainable(self) -> bool:
+        """Whether the row trains anything: the language model, the safety head, or both."""
+        return self.has_answer or self.is_labelled
+
     def load_images(self, max_pixels: int = MAX_PIXELS) -> list[Image.Image]:
         """Decodes the images, in order, to RGB.
 
@@ -101,11 +107,6 @@ def label_ids(category: Any, level: Any, labels: SafetyLabels = PAPER_LABELS) ->
             f"a safe row has level {labels.level_names[0]!r} (0)"
         )
     return category_id, level_id
-
-
-def short(value: Any) -> str:
-    """A `repr` short enough for an error message."""
-    return reprlib.repr(value)
 
 
 def plain_label(value: Any) -> Any:

@@ -13,8 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from .errors import DataError
-from .schema import short
+from safevlm.trainer.data.errors import DataError, short
 
 DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 MAX_DATA_BYTES = 4 * 2**30  # of a JSON list, and of any data file in a zip

@@ -9,44 +9,19 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from .archives import ArchivedImage, open_archive, split_archive_path
+from safevlm.trainer.data.archives import ArchivedImage, open_archive, split_archive_path
+from safevlm.trainer.data.errors import DataError, short
+from safevlm.trainer.data.images import ImageSource
+
+from .container import Container
 from .data_files import DATA_SUFFIXES, MAX_DATA_BYTES, Item, read_records
-from .errors import DataError
-from .images import ImageSource
-from .schema import short
 
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 _SPLITS = ("train", "training", "validation", "val", "valid", "dev", "test", "eval")
-
-
-@dataclass
-class Container:
-    """Records and the way to their images.
-
-    Args:
-        name (`str`): In error messages.
-        file_name (`str`): Begins the ids of rows that have none.
-        stem (`str`): The data file's name without extension.
-        open (`Callable`): Returns what a record is called (`"line"`, `"item"`, `"row"`) and an iterator of `Item`s.
-        image (`Callable`): Turns an image's name into its source; raises `DataError`.
-        split (`str`): The split, where file name or Hub say it.
-        facts (`dict[str, str]`): For taxonomies, see `format_base.Context`.
-        remote (`bool`): Whether reading on costs a download.
-    """
-
-    name: str
-    file_name: str
-    stem: str
-    open: Callable[[], tuple[str, Iterator[Item]]]
-    image: Callable[[str], ImageSource]
-    split: str = ""
-    facts: dict[str, str] = field(default_factory=dict)
-    remote: bool = False
 
 
 class DiskFolder:
@@ -130,7 +105,7 @@ def image_finder(image_folder: str | os.PathLike) -> Callable[[str], ImageSource
     return _image_folder(Path(image_folder)).image
 
 
-def one_set(containers: list[Container]) -> bool:
+def is_one_table(containers: Sequence[Container]) -> bool:
     """Whether the files are shards of one table (`train-00000-of-00002.parquet`)."""
     return len({_SHARD.sub("", container.stem) for container in containers}) == 1
 
@@ -177,8 +152,7 @@ def _container(folder: DiskFolder | ZipFolder, name: str, images: DiskFolder | Z
 
     parent = pure.parent.name or folder.root.name
     split = _split_of(name)
-    facts = {"$file": pure.stem, "$folder": parent, "$split": split, "$subset": ""}
-    return Container(str(shown), pure.name, pure.stem, open_records, images.image, split, facts)
+    return Container(str(shown), pure.name, pure.stem, open_records, images.image, folder=parent, split=split)
 
 
 def _is_data_file(name: str) -> bool:

@@ -1,49 +1,14 @@
-"""What the formats share: their interface, and small checks of fields."""
+"""Reading and checking the fields of a record, and making the messages of one question."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from PIL import Image
 
-from .errors import DataError
-from .schema import check_text, short
-from .taxonomy import Taxonomy
-
-
-class RowFormat(NamedTuple):
-    """A record format.
-
-    Args:
-        matches (`Callable[[dict], bool]`): Whether a record looks like this format, by its keys.
-        parse (`Callable`): `parse(record, *, labels, assume_safe, context)` returns a dict, or a list of them for
-            several rows, or raises `DataError`. Keys: `images` (names relative to the image folder, bytes, or
-            `{"bytes", "path"}`) and `messages`; optional are `row_id`, `source`, `split`, `question_dependent`,
-            `metadata`, and either `category` and `level` or `facts`, a dict from which the taxonomy takes the labels.
-            `used` names the record's fields that went into all this: of the others those that carry pictures, turns
-            or labels are refused, and the rest is the row's metadata. Take `**_` for what you don't need.
-        spans_files (`bool`, *optional*, defaults to `False`): Whether all data files of a folder belong together.
-    """
-
-    matches: Callable[[dict], bool]
-    parse: Callable[..., dict[str, Any] | list[dict[str, Any]]]
-    spans_files: bool = False
-
-
-class Context(NamedTuple):
-    """Where a record comes from.
-
-    Args:
-        stem (`str`): The data file's name without extension.
-        facts (`dict[str, str]`): `$file` (the stem), `$folder`, `$split`, `$subset`, for taxonomies.
-        taxonomy (`Taxonomy`, *optional*): The set's labels and field names.
-    """
-
-    stem: str
-    facts: dict[str, str]
-    taxonomy: Taxonomy | None
+from safevlm.trainer.data.errors import DataError, short
+from safevlm.trainer.data.safety_row import check_text
 
 
 def image_list(images: Any, field: str = "image") -> list[Any]:
@@ -71,6 +36,13 @@ def image_list(images: Any, field: str = "image") -> list[Any]:
         if name.startswith(("http:", "https:", "data:")):
             raise DataError(f"`{field}` {short(name)} is a URL, which is never fetched; download it to a file")
     return images
+
+
+def is_empty(value: Any) -> bool:
+    """Null, NaN, or nothing in it: tables have all fields in all rows."""
+    if isinstance(value, float):
+        return value != value
+    return value is None or (isinstance(value, (str, bytes, list, tuple, dict)) and len(value) == 0)
 
 
 def text_field(record: dict, field: str) -> str:
