@@ -11,9 +11,8 @@ import yaml
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HTTPError
 
-from safevlm.files import file_sha256
+from safevlm.files import file_sha256, is_hub_id
 from safevlm.model_card import write_card
-from safevlm.model_card.card import is_hub_id
 from safevlm.model_card.facts import policy_mark, portable_command, portable_word, read_facts
 from safevlm.safety_labels import SafetyLabels
 
