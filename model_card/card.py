@@ -16,10 +16,10 @@ from huggingface_hub.utils import validate_repo_id
 
 from safevlm.adapter_files import ADAPTER_WEIGHTS, LORA_WEIGHTS
 
-from . import sections
 from .facts import check_facts, read_facts, write_facts, write_text
 from .free_text import DEFAULTS, block, read_free_text
 from .markdown import text
+from .sections import about, policy, results, training
 
 CARD = "README.md"
 TAGS = ("safevlm", "safety", "guardrail", "custom_code")
@@ -89,15 +89,15 @@ def render_card(model_dir: Path, facts: dict, existing: str | None = None, model
         template_path=str(Path(__file__).with_name("template.md")),
         title=text(facts["model_name"]),
         adapter=adapter,
-        summary=sections.summary(facts, config),
-        usage=sections.usage(facts, model_id, adapter),
-        policy=sections.policy(config),
-        results=sections.results(facts, config),
-        calibration=sections.calibration(facts, config),
-        training=sections.training(facts),
-        environment=sections.environment(facts),
-        limits=sections.limits(facts, config),
-        licence=sections.licence(facts),
+        summary=about.summary(facts, config),
+        usage=about.usage(facts, model_id, adapter),
+        policy=policy.policy(config),
+        results=results.results(facts, config),
+        calibration=results.calibration(facts, config),
+        training=training.training(facts),
+        environment=training.environment(facts),
+        limits=about.limits(facts, config),
+        licence=about.licence(facts),
         **free_text,
     )
     return str(card).rstrip("\n") + "\n"

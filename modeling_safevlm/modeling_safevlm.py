@@ -22,7 +22,7 @@ from .devices import compute_device
 from .embedding_override import override_embeddings
 from .generation_safevlm import SafeVlmGenerationMixin
 from .losses import IGNORE_INDEX, combine_losses, safety_losses
-from .policy_texts import answer_opening_token_ids, generation_prompt_token_ids, policy_token_ids
+from .policy_texts import store_policy_texts
 from .prompt import check_inputs
 from .quantization import forget_quantization, keep_safety_modules, share_quantization, unpack
 from .safety_modules import SafetyEmbeddings, SafetyModules, SafetyTokens, check_safety_weights
@@ -230,12 +230,7 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
         """
         policy = SafetyPolicy.from_value(policy).for_labels(self.config.labels)
         if processor is not None:
-            texts = policy_token_ids(processor, policy.texts(self.config.labels))
-            for text, ids in texts.items():
-                self._check_text(text, [int(i) for i in ids.split()], getattr(processor, "tokenizer", processor))
-            self.config.generation_prompt_token_ids = generation_prompt_token_ids(processor)
-            self.config.answer_opening_token_ids = answer_opening_token_ids(processor)
-            self.config.policy_token_ids = {**self.config.policy_token_ids, **texts}
+            store_policy_texts(self.config, policy, processor, self._control_token_ids())
         self.config.safety_policy = policy.to_dict()
 
     def resolve_policy(self, policy=None) -> SafetyPolicy:
@@ -361,7 +356,7 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
         safety_level_labels: torch.LongTensor | None = None,
         safety_category_labels: torch.LongTensor | None = None,
         safety_question_mask: torch.Tensor | None = None,
-        label_conditioning: float = 0.0,
+        condition_on_labels: torch.BoolTensor | None = None,
         past_key_values=None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SafeVlmOutput:
@@ -376,8 +371,8 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
             safety_level_labels, safety_category_labels (`torch.LongTensor` of shape `(batch_size,)`): -100 is ignored.
             safety_question_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`): See `predict_safety`; by
                 default all tokens that `labels` does not supervise.
-            label_conditioning (`float` in [0, 1]): Share of labelled rows whose safety embeddings are conditioned on
-                their label; the others on the head's prediction, as at inference.
+            condition_on_labels (`torch.BoolTensor` of shape `(batch_size,)`, *optional*): Rows whose safety embeddings
+                are conditioned on their labels; all others, and rows without labels, on the head's prediction.
             kwargs: For the base model (further image inputs, `num_items_in_batch`, ...).
         """
         check_inputs(input_ids, self.backbone.pixel_ndims, pixel_values, **kwargs)
@@ -402,7 +397,7 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
             output = self.base(**base_inputs)
         else:
             action, category = self._training_condition(
-                reading, safety_level_labels, safety_category_labels, label_conditioning
+                reading, safety_level_labels, safety_category_labels, condition_on_labels
             )
             base_inputs["mm_encoder_outputs"] = features.vision.mm_encoder_outputs
             embeddings = self.condition(features, action, category)
@@ -413,8 +408,6 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
         level_logits, category_logits, assessed = reading.per_row()
         losses = safety_losses(level_logits, category_logits, safety_level_labels, safety_category_labels, assessed)
         lm_loss = output.loss if answered else None
-        if self.training and torch.is_grad_enabled():
-            losses = self._attached(losses, lm_loss)
         return SafeVlmOutput(
             loss=combine_losses(
                 lm_loss,
@@ -434,28 +427,17 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
             attentions=output.get("attentions"),
         )
 
-    def _attached(self, losses, lm_loss):
-        """
-        Safety losses with a gradient, of 0, where the batch reaches nothing that trains (in stage 1: no picture):
-        `backward` needs one, and other processes wait for it.
-        """
-        present = [loss for loss in (lm_loss, *losses.values()) if loss is not None]
-        if any(loss.requires_grad for loss in present):
-            return losses
-        zero = sum((weight * 0).sum().cpu() for weight in self.parameters() if weight.requires_grad)
-        return {name: loss if loss is None else loss + zero for name, loss in losses.items()}
-
-    def _training_condition(self, reading, level_labels, category_labels, label_conditioning):
-        """Action and category ids per row: the labels' for a share of the labelled rows, else the prediction's."""
+    def _training_condition(self, reading, level_labels, category_labels, condition_on_labels):
+        """Action and category ids per row: the labels' where `condition_on_labels` is set, else the prediction's."""
         policy = self.resolve_policy()
         if not policy.enabled:  # a model saved with policy "off" can still be trained
             policy = self.resolve_policy("default")
         verdict = self.apply_policy([reading], policy)
         action, category = verdict.action, verdict.category
-        if label_conditioning > 0 and level_labels is not None and category_labels is not None:
+        if condition_on_labels is not None and level_labels is not None and category_labels is not None:
             level_labels, category_labels = level_labels.to(action.device), category_labels.to(action.device)
             use_label = (level_labels != IGNORE_INDEX) & (category_labels != IGNORE_INDEX)
-            use_label &= torch.rand(len(action), device=action.device) < label_conditioning
+            use_label &= condition_on_labels.to(action.device)
             table = policy.action_table(self.config.labels).to(action.device)
             labelled = table[category_labels.clamp(min=0), level_labels.clamp(min=0)]
             action = torch.where(use_label, labelled, action)

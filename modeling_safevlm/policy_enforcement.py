@@ -1,7 +1,5 @@
 """Carries a policy out while the base model writes: forced refusals, no placeholders, no hints on a streamer."""
 
-import unicodedata
-
 import torch
 from transformers import LogitsProcessor
 
@@ -125,40 +123,3 @@ class PromptStreamer:
 
     def end(self):
         self.streamer.end()
-
-
-def check_text_ids(text: str | None, ids: list[int], vocab_size: int, control_ids: set[int], tokenizer=None):
-    """
-    Raises `ValueError` if token ids cannot stand for a policy's text: a refusal must not be empty, or another text.
-
-    Args:
-        text (`str`, *optional*): `None` for what opens an answer, which is read by nobody.
-        control_ids (`set[int]`): Ids that no text may have: ends, padding, placeholders.
-        tokenizer (*optional*): Without one nobody can tell what the ids say.
-    """
-    problem = None
-    if tokenizer is not None and text is not None:
-        control_ids = control_ids | set(tokenizer.all_special_ids)
-    if not ids:
-        problem = "no tokens at all"
-    elif strange := [i for i in ids if not isinstance(i, int)]:
-        problem = f"{strange[0]!r}, which is no token id"
-    elif outside := [i for i in ids if not 0 <= i < vocab_size]:
-        problem = f"the token id {outside[0]}, outside the vocabulary of {vocab_size}"
-    elif control := [i for i in ids if i in control_ids]:
-        problem = f"the special token {control[0]}"
-    elif tokenizer is not None and text is not None:
-        read = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        if _letters(read) != _letters(text):
-            problem = f"tokens that say {read!r}"
-    if problem:
-        what = "What opens an answer (`answer_opening_token_ids`)" if text is None else f"The policy's text {text!r}"
-        raise ValueError(
-            f"{what} has {problem}. Use another text, or store the policy's own once more: "
-            f"`model.set_safety_policy(policy, processor)`."
-        )
-
-
-def _letters(text: str) -> str:
-    """What tokenizers keep of a text: not its white space, nor how its letters are composed."""
-    return "".join(unicodedata.normalize("NFKC", text).split())

@@ -9,8 +9,7 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn.functional as F
 
-from .safety_labels import SafetyLabels
-from .safety_policy import ACTIONS, SafetyPolicy
+from .safety_policy import ACTIONS, SafetyLabels, SafetyPolicy
 
 OFF = -1  # the action id under a policy that is off
 NOT_FINITE = "The safety head's numbers are not finite, so the request is refused."

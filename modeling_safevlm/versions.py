@@ -1,7 +1,7 @@
 """Which versions go together, checked first of all: others fail here, with what to install, not in the depths.
 
 Every load of a model starts with configuration_safevlm.py, whose first import is this file. It may use only what the
-oldest releases of transformers and torch have. (base_processor.py checks for itself: it lies in another package.)
+oldest releases of transformers and torch have. (processing_safevlm.py checks for itself: it lies in another package.)
 """
 
 import re

@@ -1,10 +1,10 @@
-"""Reads one picture into the pixels that every road gives the model: 8-bit RGB, upright, transparency over white.
+"""Reads one picture into the pixels that the model gets on every road: 8-bit RGB, upright, transparency over white.
 
-The processor calls it, and so does training, so that one picture gets one verdict. A picture counts as hostile: the
-right pixels, or one `PictureError`; never a substitute. Formats are an allow list, so that exotic decoders (EPS runs
-Ghostscript) are never started; sizes are checked before any pixel is decoded; only the first frame of an animation is
-read. PIL's process-wide limits and warning filters stay as the host program set them. Colour profiles are not applied:
-vision towers never saw them.
+The processor and training both call it, so that one picture gets one verdict. Every picture is treated as hostile:
+the result is the right pixels or a `PictureError`, never a substitute. Only the formats of an allow list are decoded,
+so that exotic decoders never start (EPS runs Ghostscript). Sizes are checked before any pixel is decoded, and only the
+first frame of an animation is read. PIL's process-wide limits and warning filters stay as the host program set them.
+Colour profiles are not applied: vision towers were trained without them.
 """
 
 import base64
@@ -24,7 +24,7 @@ MAX_PIXELS = 50_000_000
 # An uncompressed 16-bit RGB picture of MAX_PIXELS takes 300 MB.
 MAX_FILE_BYTES = 512 * 2**20
 
-TRANSPOSE = {
+TRANSPOSE = {  # by EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -37,42 +37,56 @@ TRANSPOSE = {
 
 class PictureError(ValueError):
     """
-    A picture is missing, truncated, corrupt, too large or of a refused format.
+    A picture is missing, truncated, corrupt or otherwise unusable.
 
     Args:
-        message (`str`): The whole message.
-        name (`str`): Its path, or a short description.
-        reason (`str`): What is wrong, without name or fix.
+        name (`str`): The picture's path, or a short description.
+        reason (`str`): What is wrong, without name and fix.
+        fix (`str`): What to do about it.
     """
 
-    def __init__(self, message: str, name: str = "", reason: str = ""):
-        super().__init__(message)
-        self.name, self.reason = name, reason
+    def __init__(self, name: str, reason: str, fix: str):
+        super().__init__(name, reason, fix)
+        self.name, self.reason, self.fix = name, reason, fix
+
+    def __str__(self) -> str:
+        return f"image {self.name} {self.reason}; {self.fix}."
+
+
+class PictureTooLarge(PictureError):
+    """The file has too many bytes, or the picture too many pixels."""
+
+
+class PictureFormatError(PictureError):
+    """The file is not a picture, or not in one of `ALLOWED_FORMATS`."""
+
+
+class PixelTypeError(PictureError):
+    """The pixels are of a type without an agreed range, such as signed or 32-bit integers."""
 
 
 def load_picture(source, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """
-    Decodes a picture into 8-bit RGB, upright, with transparency over white.
+    Decodes a picture.
 
-    EXIF orientation is applied and all metadata dropped, so nobody applies it twice. Unsigned 16-bit grey is scaled
-    from 0-65535 to 0-255; pixel types without an agreed range (signed or 32-bit integers, floats) are refused.
+    The EXIF orientation is applied and all metadata is dropped, so that nobody applies it twice. Unsigned 16-bit grey
+    is scaled from 0-65535 to 0-255.
 
     Args:
         source (`str`, `os.PathLike`, `bytes` or `PIL.Image.Image`): A path, the content of a file, or an image. An
-            image is trusted in its format (its owner opened it) but not in its size. Of an animation it is the frame
-            that it shows: the first one, if its owner did not choose another.
-        max_pixels (`int`): Largest width x height. PIL's own limit, `2 * Image.MAX_IMAGE_PIXELS`, stays in force
-            above it.
+            image may have any format (its owner chose to open it), but not any size. Of an animation, the frame that
+            it currently shows is read.
+        max_pixels (`int`): Largest width x height. PIL's own limit, `2 * Image.MAX_IMAGE_PIXELS`, also applies.
 
     Returns:
         `PIL.Image.Image` in mode `RGB`, independent of `source`.
 
     Raises:
-        `PictureError`: It cannot be read.
+        `PictureError`: The picture cannot be read.
     """
-    with _refusals(source), _strict_decoding(), _opened(source, max_pixels) as image:
+    with _opened(source, max_pixels) as image:
         image.load()
-        rgb = _to_rgb(image)
+        rgb = _to_rgb(image, _name(source))
         if (turn := TRANSPOSE.get(_orientation(image))) is not None:
             rgb = rgb.transpose(turn)
         rgb.info = {}
@@ -81,16 +95,18 @@ def load_picture(source, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 def picture_size(source, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """
-    Width and height of a picture in pixels, before EXIF orientation, from its header alone: finds missing files,
-    refused formats and sizes, not damaged pixels. Arguments and errors are those of [`load_picture`].
+    Width and height of a picture in pixels, before EXIF orientation.
+
+    Reads only the header: finds missing files, refused formats and sizes, but no damaged pixels. Arguments and errors
+    are those of [`load_picture`].
     """
-    with _refusals(source), _strict_decoding(), _opened(source, max_pixels) as image:
+    with _opened(source, max_pixels) as image:
         return image.size
 
 
-def find_picture(name: str, timeout: float | None = None):
+def find_picture(name: str, timeout: float | None = None) -> str | bytes:
     """
-    What a string of a chat or a pipeline stands for, as in transformers: a web address (fetched), a file's path, a
+    Resolves a string in a chat or a pipeline call as transformers does: a web address (which is fetched), a path, a
     data URL, or base64.
 
     Returns:
@@ -106,11 +122,11 @@ def find_picture(name: str, timeout: float | None = None):
         return base64.b64decode("".join(name.split(",")[-1].split()), validate=True)
     except (binascii.Error, ValueError):
         short = name if len(name) <= 60 else name[:60] + "..."
-        raise _error(repr(short), "is no path, web address or base64", "check the spelling") from None
+        raise PictureError(repr(short), "is no path, web address or base64", "check the spelling") from None
 
 
 def _fetch(address: str, timeout: float | None) -> bytes:
-    from transformers.image_utils import httpx  # what transformers itself fetches pictures with
+    from transformers.image_utils import httpx  # the client with which transformers itself fetches pictures
 
     content = bytearray()
     try:
@@ -119,109 +135,96 @@ def _fetch(address: str, timeout: float | None) -> bytes:
             for piece in response.iter_bytes():
                 content += piece
                 if len(content) > MAX_FILE_BYTES:
-                    raise _error(repr(address), f"has more than {MAX_FILE_BYTES} bytes", "shrink it")
+                    raise PictureTooLarge(repr(address), f"has more than {MAX_FILE_BYTES} bytes", "shrink it")
     except httpx.HTTPError as error:
-        raise _error(repr(address), f"cannot be fetched ({error})", "check the address") from None
+        raise PictureError(repr(address), f"cannot be fetched ({error})", "check the address") from None
     return bytes(content)
 
 
-class _Refused(Exception):
-    """(reason, fix): turned into a `PictureError` by `_refusals`."""
-
-
-def _error(name: str, reason: str, fix: str) -> PictureError:
-    return PictureError(f"image {name} {reason}; {fix}.", name, reason)
-
-
-@contextmanager
-def _refusals(source):
-    try:
-        yield
-    except _Refused as error:
-        cause, (reason, fix) = None, error.args
-    except Exception as error:  # on damaged or hostile bytes PIL's decoders raise nearly anything
-        cause, reason = error, f"is truncated or corrupt ({type(error).__name__}: {error})"
-        fix = "replace it"
-    else:
-        return
+def _name(source) -> str:
     if isinstance(source, (str, os.PathLike)):
-        name = repr(os.fspath(source))
-    else:
-        name = f"<{len(source)} bytes>" if isinstance(source, bytes) else f"<{type(source).__name__} in memory>"
-    raise _error(name, reason, fix) from cause
+        return repr(os.fspath(source))
+    return f"<{len(source)} bytes>" if isinstance(source, bytes) else f"<{type(source).__name__} in memory>"
 
 
 @contextmanager
 def _opened(source, max_pixels: int):
-    """Opens without decoding and checks the size. Closes what it opened, and only that."""
-    if isinstance(source, Image.Image):
-        _check_size(source, max_pixels)
-        yield source
-        return
-    if isinstance(source, bytes):
-        _check_file_size(len(source))
-        source = io.BytesIO(source)
-    elif isinstance(source, (str, os.PathLike)):
-        _check_file(source)
-    else:
-        raise _Refused("is not a path, bytes or a PIL image", "pass one of these")
+    """
+    The picture with its header read and its size checked. Closes what it opened, and only that. Whatever goes wrong
+    here or in the body is raised as a `PictureError`.
+    """
+    name = _name(source)
     try:
-        image = Image.open(source, formats=ALLOWED_FORMATS)
+        with _strict_decoding():
+            if isinstance(source, Image.Image):
+                _check_size(source, max_pixels, name)
+                yield source
+            else:
+                with Image.open(_checked_file(source, name), formats=ALLOWED_FORMATS) as image:
+                    _check_size(image, max_pixels, name)
+                    yield image
+    except PictureError:
+        raise
     except UnidentifiedImageError:
-        formats = ", ".join(ALLOWED_FORMATS)
-        raise _Refused(f"is not a readable {formats} file", "convert or replace it") from None
+        reason = f"is not a readable {', '.join(ALLOWED_FORMATS)} file"
+        raise PictureFormatError(name, reason, "convert or replace it") from None
     except Image.DecompressionBombError as error:
-        raise _Refused(f"is too large ({error})", "shrink it") from None
-    with image:
-        _check_size(image, max_pixels)
-        yield image
+        raise PictureTooLarge(name, f"is too large ({error})", "shrink it") from None
+    except Exception as error:  # on damaged or hostile bytes PIL's decoders raise nearly anything
+        reason = f"is truncated or corrupt ({type(error).__name__}: {error})"
+        raise PictureError(name, reason, "replace it") from error
 
 
-def _check_file(path) -> None:
+def _checked_file(source, name: str):
+    """`source` as `Image.open` takes it."""
+    if isinstance(source, bytes):
+        file, size = io.BytesIO(source), len(source)
+    elif isinstance(source, (str, os.PathLike)):
+        file, size = source, _file_size(source, name)
+    else:
+        raise PictureError(name, "is not a path, bytes or a PIL image", "pass one of these")
+    if size > MAX_FILE_BYTES:
+        raise PictureTooLarge(name, f"has {size} bytes, more than {MAX_FILE_BYTES}", "compress or shrink it")
+    return file
+
+
+def _file_size(path, name: str) -> int:
     try:
         status = os.stat(path)
     except FileNotFoundError:
-        if str(path).startswith(("http:/", "https:/")):  # a `Path` has one slash left
-            raise _Refused("is a web address, which is not fetched", "save the picture and name its file") from None
-        raise _Refused("does not exist", "check the folder and the path") from None
+        if str(path).startswith(("http:/", "https:/")):  # a `Path` keeps only one slash
+            reason, fix = "is a web address, which is not fetched", "save the picture and name its file"
+        else:
+            reason, fix = "does not exist", "check the folder and the path"
+        raise PictureError(name, reason, fix) from None
     except (OSError, ValueError) as error:  # ValueError: a NUL or a lone surrogate in the name
-        raise _Refused(f"cannot be opened ({error})", "check the path") from None
-    if not stat.S_ISREG(status.st_mode):  # a pipe would block for ever, a device never end
-        raise _Refused("is not a regular file", "check the path")
-    _check_file_size(status.st_size)
+        raise PictureError(name, f"cannot be opened ({error})", "check the path") from None
+    if not stat.S_ISREG(status.st_mode):  # a pipe would block forever, a device would never end
+        raise PictureError(name, "is not a regular file", "check the path")
+    return status.st_size
 
 
-def _check_file_size(size: int) -> None:
-    if size > MAX_FILE_BYTES:
-        raise _Refused(f"has {size} bytes, more than {MAX_FILE_BYTES}", "compress or shrink it")
-
-
-def _check_size(image: Image.Image, max_pixels: int) -> None:
+def _check_size(image: Image.Image, max_pixels: int, name: str) -> None:
     width, height = image.size
     if width * height == 0:
-        raise _Refused(f"is empty ({width}x{height} pixels)", "replace it")
+        raise PictureError(name, f"is empty ({width}x{height} pixels)", "replace it")
     if width * height > max_pixels:
-        raise _Refused(f"has {width}x{height} pixels, more than {max_pixels}", "shrink it or raise `max_pixels`")
+        reason = f"has {width}x{height} pixels, more than {max_pixels}"
+        raise PictureTooLarge(name, reason, "shrink it or raise `max_pixels`")
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         return _sixteen_bit_grey_to_rgb(image)
     if image.mode in ("I", "F"):
-        raise _Refused(f"has pixels of mode {image.mode!r}, which have no agreed range", "convert it to 8 bit")
+        reason = f"has pixels of mode {image.mode!r}, which have no agreed range"
+        raise PixelTypeError(name, reason, "convert it to 8 bit")
     if image.has_transparency_data:
         rgba = image.convert({"La": "LA"}.get(image.mode, "RGBA")).convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
         white.alpha_composite(rgba)
         return white.convert("RGB")
     return image.convert("RGB")
-
-
-def _orientation(image: Image.Image) -> int | None:
-    try:
-        return image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # unreadable EXIF beside sound pixels, common on the web: shown as stored, as viewers do
-        return None
 
 
 def _sixteen_bit_grey_to_rgb(image: Image.Image) -> Image.Image:
@@ -234,6 +237,13 @@ def _sixteen_bit_grey_to_rgb(image: Image.Image) -> Image.Image:
     return Image.fromarray(grey).convert("RGB")
 
 
+def _orientation(image: Image.Image) -> int | None:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # unreadable EXIF beside sound pixels is common on the web; viewers show these as stored
+        return None
+
+
 _strict_lock = threading.Lock()
 _strict_users = 0
 _host_setting = False
@@ -242,9 +252,9 @@ _host_setting = False
 @contextmanager
 def _strict_decoding():
     """
-    Holds `ImageFile.LOAD_TRUNCATED_IMAGES` off while any thread decodes here, then restores what the host had set.
+    Keeps `ImageFile.LOAD_TRUNCATED_IMAGES` off while any thread decodes here, then restores the host's setting.
 
-    Many training scripts switch it on for the whole process; PIL then fills the missing part with grey, silently.
+    Many training scripts switch it on for the whole process; PIL then silently fills the missing part with grey.
     """
     global _strict_users, _host_setting
     with _strict_lock:

@@ -3,18 +3,26 @@
 Pictures are read in one place (pictures.py), and user text can never become a control token (chat_texts.py).
 """
 
-import copy
 import functools
+import inspect
 import os
 
+import transformers
 from PIL import Image
 from transformers import AddedToken, BatchFeature, ProcessorMixin
 from transformers.image_utils import ImageInput
 
-from .base_processor import PREFIX_TEMPLATE, base_processor_class, base_processor_settings, load_base_processor
 from .chat_prompt import ChatPrompt, answer_mask, render_chat
 from .chat_texts import ControlTokens, checked_text, plain, plain_messages
 from .pictures import find_picture, load_picture
+
+REQUIRED = "5.23"
+# As in versions.py, which this file cannot import from the package, for those who load the processor first.
+if tuple(map(int, transformers.__version__.split(".")[:2])) < tuple(map(int, REQUIRED.split("."))):
+    raise ImportError(
+        f"This SafeVLM's processor needs transformers >= {REQUIRED}, found {transformers.__version__}: "
+        f"pip install --upgrade 'transformers>={REQUIRED}' (and restart Python)."
+    )
 
 SAFETY_TOKEN = "<safety>"
 # Options of the tokenizer and the base's processor, and the outputs they give: where characters are in tokens.
@@ -56,34 +64,6 @@ class SafeVlmProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         self._add_safety_token()
         self.base = self._make_base()
-
-    @classmethod
-    def from_base(cls, base, config=None, tokens_per_image: int | None = None, **kwargs) -> "SafeVlmProcessor":
-        """
-        Extends a base model's processor.
-
-        Args:
-            base (`str`, `Path` or `ProcessorMixin`): Hub id, folder or a loaded processor (which is not changed).
-            config (`SafeVlmConfig`, *optional*): The model's configuration; gives `tokens_per_image`.
-            tokens_per_image (`int`, *optional*): Used without `config`; the default fits `SafeVlmConfig`'s defaults.
-            kwargs: For loading the base's processor.
-        """
-        if not isinstance(base, ProcessorMixin):
-            base = load_base_processor(base, **kwargs)
-        if not isinstance(base, ProcessorMixin) or not hasattr(base, "image_processor"):
-            raise ValueError(
-                f"The base's processor is a {type(base).__name__} without images: it is not a vision-language model."
-            )
-        if config is not None:
-            tokens_per_image = config.tokens_per_image
-        return cls(
-            image_processor=copy.deepcopy(base.image_processor),  # saving notes the remote code in it
-            tokenizer=copy.deepcopy(base.tokenizer),
-            tokens_per_image=8 if tokens_per_image is None else tokens_per_image,
-            base_processor_class=type(base).__name__,
-            base_processor_kwargs=base_processor_settings(type(base).__name__, vars(base)),
-            chat_template=base.chat_template or getattr(base.tokenizer, "chat_template", None) or PREFIX_TEMPLATE,
-        )
 
     def _add_safety_token(self):
         if self.safety_token not in self.tokenizer.get_vocab():
@@ -276,3 +256,42 @@ class SafeVlmProcessor(ProcessorMixin):
         normaliser = getattr(getattr(self.tokenizer, "backend_tokenizer", None), "normalizer", None)
         normalised = normaliser is not None and any(t.normalized for t in added if t.content in special)
         return ControlTokens(special, normaliser.normalize_str if normalised else None)
+
+
+def base_processor_class(name: str, placeholders: str = "") -> type[ProcessorMixin]:
+    """
+    The base model's own processor class, `name` in transformers, with the three changes that SafeVLM needs.
+
+    - Each image's tokens are followed by `placeholders`.
+    - It has no video processor: the safety head does not see videos, so it must not accept any. (A video processor
+      would also need torchvision.)
+    - PaliGemma's does not rearrange the prompt: prompts arrive fully rendered.
+    """
+    original = getattr(transformers, name, None)
+    if not isinstance(original, type) or not issubclass(original, ProcessorMixin):
+        raise ValueError(
+            f"`base_processor_class` {name!r} is no processor of transformers {transformers.__version__}."
+        )
+
+    class BaseProcessor(original):
+        def __init__(self, image_processor=None, tokenizer=None, **settings):
+            if "video_processor" in inspect.signature(original.__init__).parameters:
+                settings["video_processor"] = None
+            super().__init__(image_processor=image_processor, tokenizer=tokenizer, **settings)
+
+        # What is saved follows from these two.
+        __init__.__signature__ = inspect.signature(original.__init__)
+
+        @classmethod
+        def get_attributes(cls) -> list[str]:
+            return [name for name in super().get_attributes() if name != "video_processor"]
+
+        def replace_image_token(self, *args, **kwargs) -> str:
+            return super().replace_image_token(*args, **kwargs) + placeholders
+
+    if name == "PaliGemmaProcessor":
+        BaseProcessor.prepare_inputs_layout = ProcessorMixin.prepare_inputs_layout
+        BaseProcessor.validate_inputs = ProcessorMixin.validate_inputs
+    # Errors and `to_dict` show the base's name.
+    BaseProcessor.__name__ = BaseProcessor.__qualname__ = name
+    return BaseProcessor

@@ -12,7 +12,7 @@ import torch
 import transformers as hf
 from tiny import tiny_tokenizer
 
-from safevlm.processing.base_processor import base_processor_class
+from safevlm.processing.processing_safevlm import base_processor_class
 
 TEXT = dict(
     hidden_size=64,

@@ -18,7 +18,7 @@ HEAVY = ["datasets", "peft", "gradio", "sklearn", "matplotlib", "bitsandbytes", 
 # Of the package alone. All else is saved with a model, flat in one folder.
 PACKAGE_ONLY = {
     *("__init__.py", "__main__.py", "registration.py"),
-    *("from_base.py", "safety_adapter.py", "adapter_files.py", "files.py"),
+    *("from_base.py", "safety_adapter.py", "adapter_files.py", "files.py", "policy_file.py"),
 }
 REMOTE_CODE = [
     path

@@ -55,7 +55,7 @@ def test_the_saved_folder_holds_all_its_code(here, processor, tmp_path):
     code = {path.name for path in tmp_path.glob("*.py")}
     folders = [Path(sys.modules[name].__file__).parent for name in ("safevlm", "safevlm.processing")]
     package_only = {"__init__.py", "__main__.py", "registration.py"}
-    package_only |= {"from_base.py", "safety_adapter.py", "adapter_files.py", "files.py"}
+    package_only |= {"from_base.py", "safety_adapter.py", "adapter_files.py", "files.py", "policy_file.py"}
     assert code == {path.name for folder in folders for path in folder.glob("*.py")} - package_only
     assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == {
         "AutoConfig": "configuration_safevlm.SafeVlmConfig",

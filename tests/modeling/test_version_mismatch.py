@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from safevlm import SafeVlmConfig, SafeVlmForConditionalGeneration, __version__
-from safevlm.processing import base_processor
+from safevlm.processing import processing_safevlm
 from safevlm.versions import REQUIRED, check_installed, check_saved_by
 
 ROOT = Path(__file__).parents[2]
@@ -118,7 +118,7 @@ def test_the_lowest_versions_are_the_same_everywhere():
         assert f"{pins[name]}.".startswith(f"{bounds[name]}."), name
     for package, required in REQUIRED.items():
         assert bounds[package.__name__].startswith(required)
-    assert base_processor.REQUIRED == REQUIRED[transformers]
+    assert processing_safevlm.REQUIRED == REQUIRED[transformers]
 
 
 def test_the_package_has_one_version():

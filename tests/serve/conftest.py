@@ -97,14 +97,18 @@ def chat(image_url):
 @pytest.fixture(scope="session")
 def in_thread():
     """`with in_thread(model, processor) as server:` runs a server of `safevlm serve` in this process."""
-    from safevlm.trainer.serving import Answering, Server, build_app
+    from safevlm.trainer.serving.answering import Answering
+    from safevlm.trainer.serving.limits import ServerLimits
+    from safevlm.trainer.serving.routes import build_app
+    from safevlm.trainer.serving.server import Server
 
     @contextmanager
     def run(model, processor, name="demo/model", endless=False, seconds=120.0, max_waiting=16, max_request_mb=2):
         answering = Answering(model, processor, max_pixels=25_000_000)
         if endless:
             answering.max_tokens = 10**9
-        app = build_app(answering, name, max_request_mb=max_request_mb, seconds=seconds, max_waiting=max_waiting)
+        limits = ServerLimits(max_request_mb, request_timeout=seconds, max_waiting=max_waiting)
+        app = build_app(answering, name, limits)
         server = Server(app, "127.0.0.1", 0, seconds, "")
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()

@@ -52,10 +52,12 @@ MESSAGE = st.fixed_dictionaries(
 def app(judge, processor):
     from starlette.testclient import TestClient
 
-    from safevlm.trainer.serving import Answering, build_app
+    from safevlm.trainer.serving.answering import Answering
+    from safevlm.trainer.serving.limits import ServerLimits
+    from safevlm.trainer.serving.routes import build_app
 
-    answering = Answering(judge.model, processor, max_pixels=1_000_000)
-    app = build_app(answering, "demo/model", max_request_mb=2, seconds=60, max_waiting=4)
+    limits = ServerLimits(max_request_mb=2, max_megapixels=1, request_timeout=60, max_waiting=4)
+    app = build_app(Answering(judge.model, processor, limits.max_pixels), "demo/model", limits)
     return TestClient(app, raise_server_exceptions=False)
 
 

@@ -160,8 +160,8 @@ def test_it_serves_one_model_and_names_it(client, refused, ask, chat, judge):
 @pytest.mark.parametrize("name", ["demo/model", "./demo/model", "demo//model/", "demo/model@main"])
 @pytest.mark.parametrize("served", ["demo/model", "./demo/model", "demo/model@main"])
 def test_a_folder_has_one_name_however_it_is_written(name, served):
-    from safevlm.trainer.serving.app import check_model
     from safevlm.trainer.serving.errors import RequestError
+    from safevlm.trainer.serving.routes import check_model
 
     if "@" in name and "@" not in served:
         with pytest.raises(RequestError):

@@ -94,8 +94,8 @@ def test_who_waited_too_long_gets_a_503(judge, processor, in_thread, chat):
 
 
 def test_connections_that_send_nothing_or_too_slowly_are_closed(server, monkeypatch):
-    monkeypatch.setattr("safevlm.trainer.serving.server.HEADER_SECONDS", 0.5)
-    monkeypatch.setattr("safevlm.trainer.serving.app.BODY_SECONDS", 0.5)
+    monkeypatch.setattr("safevlm.trainer.serving.limits.HEADER_SECONDS", 0.5)
+    monkeypatch.setattr("safevlm.trainer.serving.limits.BODY_SECONDS", 0.5)
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
     for begin in (b"", b"GET", head, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET"):
         with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
@@ -110,7 +110,7 @@ def test_connections_that_send_nothing_or_too_slowly_are_closed(server, monkeypa
 
 
 def test_there_are_only_so_many_connections(server, monkeypatch):
-    monkeypatch.setattr("safevlm.trainer.serving.server.MAX_CONNECTIONS", 3)
+    monkeypatch.setattr("safevlm.trainer.serving.limits.MAX_CONNECTIONS", 3)
     open_ones = [socket.create_connection(("127.0.0.1", server.port), timeout=10) for _ in range(6)]
     closed = 0
     for connection in open_ones[3:]:
@@ -130,8 +130,8 @@ def test_bodies_being_read_share_a_budget(chat):
 
     from starlette.requests import Request
 
-    from safevlm.trainer.serving.app import BodyReader
     from safevlm.trainer.serving.errors import RequestError
+    from safevlm.trainer.serving.routes import BodyReader
 
     reader = BodyReader(max_bytes=100, max_bodies=2)
     body = json.dumps({"messages": [{"role": "user", "content": "x"}]}).encode()

@@ -45,10 +45,10 @@ def space_folder(tmp_path_factory, example):
 def modules(space_folder):
     """The Space's modules that need no gradio, imported as `app.py` would."""
     sys.path.insert(0, str(space_folder))
-    names = ("settings", "guards", "panel", "engine")
+    names = ("settings", "limits", "verdict_html", "chat_html", "chat_model")
     yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
     sys.path.remove(str(space_folder))
-    for name in (*names, "gate", "handlers", "app"):
+    for name in (*names, "gate", "handlers", "layout", "app"):
         sys.modules.pop(name, None)
 
 

@@ -108,7 +108,7 @@ def test_a_client_cannot_name_a_file_of_the_server(page, file):
     assert not [leak for leak in (*LEAKS, "passwd", str(page.uploads)) if leak in reply], reply
 
 
-@pytest.mark.parametrize("path", ["app.py", "engine.py", "/etc/passwd", "../app.py", "settings.py"])
+@pytest.mark.parametrize("path", ["app.py", "chat_model.py", "/etc/passwd", "../app.py", "settings.py"])
 def test_the_servers_files_are_not_served(page, path):
     with pytest.raises(urllib.error.HTTPError) as caught:
         urllib.request.urlopen(f"{page.url}/gradio_api/file={path}", timeout=30)

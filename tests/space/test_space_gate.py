@@ -62,7 +62,7 @@ def passing(modules, gate, tmp_path):
             seen.append(scope)
 
         settings = modules.settings.Settings("m", **settings)
-        limiter = modules.guards.RateLimiter(settings.requests_per_minute)
+        limiter = modules.limits.RateLimiter(settings.requests_per_minute)
         guarded = gate.Gate(app, settings, limiter, str(tmp_path))
 
         def call(scope):
@@ -132,8 +132,10 @@ def test_uvicorn_takes_no_address_from_a_header(modules, monkeypatch):
     app = importlib.import_module("app")
     monkeypatch.setenv("SAFEVLM_MODEL", "me/m")
     monkeypatch.setenv("FORWARDED_ALLOW_IPS", "127.0.0.1")
-    monkeypatch.setattr(app, "Engine", lambda settings: None)
-    monkeypatch.setattr(app, "build", lambda *args: SimpleNamespace(launch=lambda **options: launched.update(options)))
+    monkeypatch.setattr(app, "ChatModel", lambda settings: None)
+    monkeypatch.setattr(
+        app, "build_page", lambda *args: SimpleNamespace(launch=lambda **options: launched.update(options))
+    )
     app.main()
     gates = [one for one in launched["app_kwargs"]["middleware"] if one.cls.__name__ == "Gate"]
     assert len(gates) == 1 and launched["state_session_capacity"] <= 256

@@ -13,7 +13,7 @@ from tiny import tiny_processor
 from transformers import LlavaProcessor
 
 from safevlm import SafeVlmProcessor
-from safevlm.processing.base_processor import base_processor_class
+from safevlm.processing.processing_safevlm import base_processor_class
 
 
 class _ProcessorTest(ProcessorTesterMixin):

@@ -49,13 +49,14 @@ def run(args):
         raise ValueError(f"--apply needs a model folder on this machine, got --model {args.model!r}.")
     check_policy(args.policy)
     check_model_type(args.model, "--model")
+    from safevlm.policy_file import write_policy
     from safevlm.trainer.card_facts import add_calibration
     from safevlm.trainer.data import read_rows
     from safevlm.trainer.evaluation import calibrate, environment, plot_calibration, predict_rows, store_policy
-    from safevlm.trainer.evaluation.head.calibration import check_aim
-    from safevlm.trainer.evaluation.head.measures import require_eval_extra
+    from safevlm.trainer.evaluation.eval_extra import require_head_packages
+    from safevlm.trainer.evaluation.head.thresholds import check_aim
 
-    require_eval_extra()
+    require_head_packages()
     check_aim(args.target_fpr, args.cost_ratio)
     model, processor = load_model(args.model, args.device)
     labels = model.config.labels
@@ -76,7 +77,7 @@ def run(args):
     predictions = predict_rows(model, processor, rows, args.batch_size, path=args.output / "predictions.jsonl")
     calibration = calibrate(predictions, policy, labels, args.target_fpr, args.cost_ratio, args.seed)
     plot_calibration(calibration, labels, args.output)
-    calibration.policy.to_file(args.output / "policy.yaml")
+    write_policy(calibration.policy, args.output / "policy.yaml")
     report = {
         "command": shlex.join(["safevlm", *sys.argv[1:]]),
         "model": args.model,

@@ -1,6 +1,9 @@
-"""`safevlm serve`: a model behind OpenAI's chat protocol, each answer with its verdict."""
+"""`safevlm serve`: a model behind OpenAI's chat protocol, with the verdict in each reply."""
 
 from contextlib import suppress
+from dataclasses import fields
+
+from safevlm.trainer.serving.limits import ServerLimits
 
 from .common import add_command, check_device, check_model_type, check_policy
 
@@ -10,7 +13,7 @@ def add(commands):
         commands,
         "serve",
         run,
-        "Serve a model under its policy with OpenAI's chat protocol; replies have the verdict as `safety`.",
+        "Serve a model under its policy with OpenAI's chat protocol; each reply carries the verdict as `safety`.",
         example="safevlm serve demo/model --policy strict --port 8000",
     )
     command.add_argument("model", help="folder or Hub id of a SafeVLM, ID@REVISION for a commit, branch or tag")
@@ -21,20 +24,30 @@ def add(commands):
     command.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: as saved)")
     command.add_argument("--quantization", choices=("bnb-4bit", "bnb-8bit"), help="load in 4 or 8 bit")
     command.add_argument(
-        "--max-request-mb", type=float, default=20, help="largest request, images included (default: %(default)s)"
+        "--max-request-mb",
+        type=float,
+        default=ServerLimits.max_request_mb,
+        help="largest request, images included (default: %(default)s)",
     )
     command.add_argument(
-        "--max-megapixels", type=float, default=25, help="of all images of a request (default: %(default)s)"
+        "--max-megapixels",
+        type=float,
+        default=ServerLimits.max_megapixels,
+        help="most pixels in all images of a request together, in millions (default: %(default)s)",
     )
     command.add_argument(
         "--request-timeout",
         type=float,
-        default=120,
+        default=ServerLimits.request_timeout,
         metavar="SECONDS",
-        help="time a request has, its wait in the queue included; an answer is cut there (default: %(default)s)",
+        help="time limit of a request, including its wait in the queue; a longer answer is cut off "
+        "(default: %(default)s)",
     )
     command.add_argument(
-        "--max-waiting", type=int, default=16, help="requests in the queue, others get a 503 (default: %(default)s)"
+        "--max-waiting",
+        type=int,
+        default=ServerLimits.max_waiting,
+        help="requests that can wait in the queue; further ones get a 503 (default: %(default)s)",
     )
 
 
@@ -48,21 +61,16 @@ def run(args):
         raise ImportError(
             "The server needs fastapi, uvicorn and openai. Install them with: pip install 'safevlm[serve]'"
         )
-    from safevlm.trainer.serving import Answering, Server, build_app, load
+    from safevlm.trainer.serving.answering import Answering
+    from safevlm.trainer.serving.loading import load
+    from safevlm.trainer.serving.routes import build_app
+    from safevlm.trainer.serving.server import Server
 
-    for name in ("max_request_mb", "max_megapixels", "request_timeout", "max_waiting"):
-        if not 0 < getattr(args, name) < float("inf"):
-            raise ValueError(f"--{name.replace('_', '-')} must be a number above 0, got {getattr(args, name)}.")
+    limits = ServerLimits(**{field.name: getattr(args, field.name) for field in fields(ServerLimits)})
     if not 0 <= args.port < 2**16:
         raise ValueError(f"--port must be a number from 0 to 65535, got {args.port}.")
     check_device(None if args.device == "auto" else args.device)
     model, processor = load(model_name, revision or None, args.policy, args.device, args.dtype, args.quantization)
-    app = build_app(
-        Answering(model, processor, max_pixels=int(args.max_megapixels * 1_000_000)),
-        args.model,
-        max_request_mb=args.max_request_mb,
-        seconds=args.request_timeout,
-        max_waiting=args.max_waiting,
-    )
+    app = build_app(Answering(model, processor, limits.max_pixels), args.model, limits)
     with suppress(KeyboardInterrupt):
-        Server(app, args.host, args.port, args.request_timeout, f"Serving {args.model}").run()
+        Server(app, args.host, args.port, limits.request_timeout, f"Serving {args.model}").run()

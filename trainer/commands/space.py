@@ -145,6 +145,7 @@ def push(folder: Path, name: str, settings: dict[str, str], private: bool):
 
 def _place_policies(folder: Path, names: str) -> str:
     """Copies the policy files among `names` beside the app; returns the names the app will find."""
+    from safevlm.policy_file import write_policy
     from safevlm.safety_policy import POLICY_PRESETS
 
     placed = []
@@ -153,7 +154,7 @@ def _place_policies(folder: Path, names: str) -> str:
         if name.endswith((".yaml", ".yml", ".json")):
             if Path(name).stem.lower() in POLICY_PRESETS:
                 raise ValueError(f"--policies {name!r}: visitors would take the file for the preset. Rename it.")
-            policy.to_file(folder / Path(name).name)
+            write_policy(policy, folder / Path(name).name)
             name = Path(name).name
         placed.append(name)
     if not placed:

@@ -16,7 +16,7 @@ from .duplicates import contradict, find_conflicts, question_of
 from .errors import DataError
 from .fingerprints import ImageIndex
 from .readers import Rows
-from .schema import SafetyRow
+from .safety_row import NOTHING_TO_TRAIN_ON, SafetyRow
 
 
 @dataclass(frozen=True)
@@ -148,8 +148,8 @@ def _row_problems(row: SafetyRow, index: ImageIndex, require_answer: bool) -> li
     problems = [("image", str(error)) for error in errors if error is not None]
     if "" in question_of(row):
         problems.append(("text", "a user turn has an image but no text; write the question"))
-    if require_answer and not (row.has_answer or row.is_labelled):
-        problems.append(("answer", "has neither an answer nor a label; add one, or drop the row"))
+    if require_answer and not row.is_trainable:
+        problems.append(("answer", NOTHING_TO_TRAIN_ON))
     return problems
 
 

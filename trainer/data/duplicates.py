@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from .fingerprints import ImageIndex
 from .images import ImageSource
-from .schema import SafetyRow
+from .safety_row import SafetyRow
 
 
 class Leak(NamedTuple):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import reprlib
+from typing import Any
+
 
 class DataError(ValueError):
     """A row, or a whole data file, cannot be used. The message names file, line or row id, field, value and fix."""
@@ -25,3 +28,8 @@ class ImageError(DataError):
         self.row_id = row_id
         self.source = source
         self.reason = reason
+
+
+def short(value: Any) -> str:
+    """A `repr` short enough for an error message."""
+    return reprlib.repr(value)

@@ -16,18 +16,15 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from .archives import ArchivedImage
 from .errors import ImageError
-from .images import MAX_FILE_BYTES, ImageSource, load_image
-from .sampling import image_key
-from .schema import SafetyRow
+from .images import ImageSource, image_file, image_key, load_image
+from .safety_row import SafetyRow
 
 HASH_BITS = 256
 NEAR_DISTANCE = 24
@@ -194,15 +191,6 @@ def _try_fingerprint(image: ImageSource, perceptual: bool) -> Fingerprint | Imag
         return fingerprint(image, perceptual=perceptual)
     except ImageError as error:
         return error
-
-
-def image_file(image: ImageSource) -> bytes | None:
-    """The bytes of an image's file, wherever it lies, `None` for an image in memory; `load_image` has accepted it."""
-    if isinstance(image, Image.Image):
-        return None
-    if isinstance(image, ArchivedImage):
-        return image.read(MAX_FILE_BYTES)
-    return image if isinstance(image, bytes) else Path(image).read_bytes()
 
 
 def _perceptual_hash(rgb: Image.Image) -> bytes | None:

@@ -11,11 +11,10 @@ from typing import Any
 
 import yaml
 
-from safevlm.safety_labels import PAPER_LABELS, SafetyLabels
+from safevlm.files import is_hub_id
+from safevlm.safety_policy import PAPER_LABELS, SafetyLabels
 
-from .errors import DataError
-from .hub import is_hub_id
-from .schema import short
+from .errors import DataError, short
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 _NAMES = tuple(field.name for field in fields(SafetyLabels))

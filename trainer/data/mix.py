@@ -16,17 +16,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from safevlm.files import replace_folder
+from safevlm.files import file_sha256, replace_folder
 
 from .duplicates import find_conflicts, find_duplicates, find_leaks, question_of
 from .errors import DataError
 from .fingerprints import ImageIndex
 from .labels_file import labels_dict, load_labels
-from .mix_output import MANIFEST, MANIFEST_FORMAT, ImagePlacer, check_output, count_labels, file_sha256, input_hashes
+from .mix_output import MANIFEST, MANIFEST_FORMAT, ImagePlacer, check_output, count_labels, input_hashes
 from .mix_recipe import MixFile, MixRecipe, MixSource
-from .readers import Rows, read_rows
+from .readers import Rows
+from .safety_row import SafetyRow
 from .sampling import balance, split_holdout
-from .schema import SafetyRow
 from .writers import IMAGE_MARKER, write_safevlm_jsonl
 
 _LIBRARIES = ("safevlm", "imagehash", "numpy", "pillow", "scipy")
@@ -117,8 +117,7 @@ class _Build:
 
     def _read(self, file: MixFile, **options) -> Rows:
         self.inputs.update(input_hashes(file.path, self.root))
-        arguments = file.reader_arguments(self.root)
-        return read_rows(**arguments, labels=self.labels, check_images="none", on_error="skip", **options)
+        return file.read(self.root, labels=self.labels, check_images="none", on_error="skip", **options)
 
     def _read_source(self, source: MixSource) -> list[SafetyRow]:
         read = self._read(source, assume_safe=source.assume_safe)

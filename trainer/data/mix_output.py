@@ -15,15 +15,16 @@ from typing import Any, Literal
 from PIL import Image
 from tqdm import tqdm
 
-from safevlm.safety_labels import SafetyLabels
+from safevlm.files import file_sha256
+from safevlm.safety_policy import SafetyLabels
 
 from .archives import ArchivedImage, split_archive_path
-from .containers import DiskFolder
+from .containers.files import DiskFolder
 from .errors import DataError
-from .fingerprints import ImageIndex, image_file
-from .images import ImageSource, load_image
+from .fingerprints import ImageIndex
+from .images import ImageSource, image_file, load_image
 from .mix_recipe import MixRecipe
-from .schema import SafetyRow
+from .safety_row import SafetyRow
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = "safevlm-mix/1"
@@ -137,12 +138,3 @@ def input_hashes(name: str, root: Path) -> dict[str, str | None]:
         archive, member = in_archive
         return {name.removesuffix(f"/{member}"): file_sha256(archive)}
     return {name: file_sha256(path) if path.is_file() else None}
-
-
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file of any size."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -22,8 +22,10 @@ from typing import Any, Literal
 
 import yaml
 
+from safevlm.files import is_hub_id
+
 from .fingerprints import HASH_BITS, NEAR_DISTANCE
-from .hub import is_hub_id
+from .readers import Rows, read_rows
 
 MIXES = Path(__file__).parent / "mixes"
 
@@ -36,8 +38,8 @@ class MixFile:
         path (`str`): The file, folder or zip, relative to the data root, or a Hub id.
         images (`str`, *optional*): Its image folder or zip, relative to the data root. Defaults to the file's folder.
         taxonomy (`str`, *optional*): A shipped taxonomy, or a YAML file relative to the data root.
-        format, split, subset, revision (`str`, *optional*): As in `read_rows`. Pin `revision` of a set on the Hub to a
-            commit, or the mix is not reproducible.
+        format, split, subset, revision (`str`, *optional*): As in `ReadOptions`. Pin `revision` of a Hub
+            data set to a commit, or the mix is not reproducible.
     """
 
     path: str
@@ -48,19 +50,23 @@ class MixFile:
     subset: str | None = None
     revision: str | None = None
 
-    def reader_arguments(self, root: Path) -> dict[str, Any]:
-        """Arguments of `read_rows`."""
+    def read(self, root: Path, **options: Any) -> Rows:
+        """Reads its rows; `options` are further ones of `ReadOptions`."""
         in_root = root / self.path
         on_hub = is_hub_id(self.path) and not in_root.exists()
         taxonomy = self.taxonomy
         if taxonomy is not None and taxonomy.endswith((".yaml", ".yml")):
             taxonomy = root / taxonomy
-        return {
-            "path": self.path if on_hub else in_root,
-            "image_folder": None if self.images is None else root / self.images,
-            "taxonomy": taxonomy,
-            **{name: getattr(self, name) for name in ("format", "split", "subset", "revision")},
-        }
+        return read_rows(
+            self.path if on_hub else in_root,
+            None if self.images is None else root / self.images,
+            format=self.format,
+            taxonomy=taxonomy,
+            split=self.split,
+            subset=self.subset,
+            revision=self.revision,
+            **options,
+        )
 
 
 @dataclass(frozen=True)

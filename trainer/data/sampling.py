@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
 import random
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
-from PIL import Image
-
-from safevlm.safety_labels import PAPER_LABELS, SafetyLabels
+from safevlm.safety_policy import PAPER_LABELS, SafetyLabels
 
 from .errors import DataError
-from .images import ImageSource
-from .schema import SafetyRow
+from .images import ImageSource, image_key
+from .safety_row import SafetyRow
 
 logger = logging.getLogger(__name__)
 
@@ -75,15 +71,6 @@ def balance(
         chosen += draw.sample(indices, count)
     logger.info("chose %d of %d rows: %d per risk category, %d clean", len(chosen), len(rows), per_category, clean)
     return [rows[index] for index in sorted(chosen)]
-
-
-def image_key(image: ImageSource) -> str:
-    """The same key for the same file or the same content in memory. Copies of a file under two names are not found."""
-    if isinstance(image, Image.Image):
-        return hashlib.sha256(repr((image.mode, image.size)).encode() + image.tobytes()).hexdigest()
-    if isinstance(image, bytes):
-        return hashlib.sha256(image).hexdigest()
-    return os.path.realpath(image)
 
 
 def split_holdout(

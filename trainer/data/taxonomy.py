@@ -13,15 +13,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safevlm.safety_labels import PAPER_LABELS, SafetyLabels
+from safevlm.safety_policy import PAPER_LABELS, SafetyLabels
 
-from .errors import DataError
-from .schema import label_ids, short
+from .errors import DataError, short
+from .safety_row import label_ids
 
 TAXONOMY_FOLDER = Path(__file__).parent / "taxonomies"
 FIELD_NAMES = ("id", "image", "image_url", "question", "answer", "system")
-_KEYS = ("name", "about", "source", "license", "format", "recognise", "fields", "prompt", "split", "metadata")
-_LABEL_KEYS = ("safe_when", "labels", "level", "question_dependent")
+TAXONOMY_KEYS = (
+    *("name", "about", "source", "license", "format", "recognise", "fields", "prompt", "split", "metadata"),
+    *("safe_when", "labels", "level", "question_dependent"),
+)
 
 
 class UnmappedLabel(DataError):
@@ -172,11 +174,10 @@ def _parse(path: Path, labels: SafetyLabels) -> Taxonomy:
 
 
 def _from_dict(content: Any, labels: SafetyLabels) -> Taxonomy:
-    known = (*_KEYS, *_LABEL_KEYS)
     if not isinstance(content, dict) or not isinstance(content.get("name"), str):
         raise DataError("it must be a mapping with at least a `name`")
-    if unknown := [key for key in content if key not in known]:
-        raise DataError(f"unknown keys {unknown}; known are {list(known)}")
+    if unknown := [key for key in content if key not in TAXONOMY_KEYS]:
+        raise DataError(f"unknown keys {unknown}; known are {list(TAXONOMY_KEYS)}")
     for key in ("format", "prompt", "split"):
         if not isinstance(content.get(key, ""), str):
             raise DataError(f"`{key}` must be a text, got {short(content[key])}")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from .archives import ArchivedImage
 from .errors import DataError
-from .format_conversations import ANY_MARKER, IMAGE_MARKER, IMAGE_SEPARATOR
-from .schema import SafetyRow
+from .formats.markers import ANY_MARKER, IMAGE_MARKER, IMAGE_SEPARATOR
+from .safety_row import SafetyRow
 
 _SPEAKERS = {"user": "USER", "assistant": "ASSISTANT", "system": "SYSTEM"}
 

@@ -1,4 +1,4 @@
-"""The model that is served, and the policy it is served under."""
+"""Loads the model that is served, and puts it under its policy."""
 
 import torch
 from transformers import BitsAndBytesConfig, logging

@@ -36,6 +36,7 @@ from safevlm.trainer.encoding.row_encoder import RowEncoder
 
 from .card_callback import CardCallback, read_measured
 from .checkpoints import is_complete, last_complete_checkpoint, load_weights
+from .label_conditioning import draw_rows, label_conditioning_share
 from .lora import merged_copy
 from .mean_losses import LOSS_NAMES, MeanLosses, Numbers
 from .precision import quantized_base_allowed
@@ -43,6 +44,7 @@ from .sharding import check_sharding, without_weights
 from .stage_model import StageModel
 from .trainer_checks import check_parts, check_trainer_options
 from .training_args import SafeVlmTrainingArguments
+from .zero_gradients import zero_gradients
 
 ROW_IDS = "row_ids"
 WITH_ALL = " (with `save_only_model` none is complete: it lacks the optimizer)"
@@ -133,7 +135,8 @@ class SafeVlmTrainer(Trainer):
         empty = without_weights(self.model) if self.is_fsdp_enabled else None
         self._labelled = 0
         self._losses = MeanLosses()
-        result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        with zero_gradients(self.model.get_base_model() if self.args.uses_lora else self.model):
+            result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if isinstance(self.train_dataset, EncodedStream) and self.args.trains_head and not resume_from_checkpoint:
             if not self._labelled:
                 raise ValueError("No training row had a safety label and a picture: the safety head is untrained.")
@@ -240,7 +243,8 @@ class SafeVlmTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if model.training:
-            inputs = {**inputs, "label_conditioning": self._label_conditioning()}
+            share = label_conditioning_share(self.args, self.state.global_step, self.state.max_steps)
+            inputs = {**inputs, "condition_on_labels": draw_rows(inputs, share)}
         _, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         losses = {name: outputs.get(name) for name in LOSS_NAMES}
         numbers = self._numbers.of_batch(inputs)
@@ -319,11 +323,6 @@ class SafeVlmTrainer(Trainer):
             means["loss"] = combine_losses(*parts, *self._coefs()).item()
         output.metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in means.items()})
         return output
-
-    def _label_conditioning(self) -> float:
-        """Share of label-conditioned rows at this point of the training, in [0, 1]."""
-        start, end = self.args.label_conditioning_start, self.args.label_conditioning_end
-        return start + (end - start) * min(self.state.global_step / max(self.state.max_steps, 1), 1.0)
 
     def log(self, logs, start_time=None):
         if "loss" in logs:

@@ -104,9 +104,9 @@ def test_split_must_be_chosen_where_there_are_several(hub, table):
 
 
 def test_unmapped_labels_of_a_stream_are_listed_without_reading_it_to_the_end(hub, table, monkeypatch):
-    from safevlm.trainer.data import assembly
+    from safevlm.trainer.data import row_builder
 
-    monkeypatch.setattr(assembly, "_SCAN_WHEN_REMOTE", 1)
+    monkeypatch.setattr(row_builder, "SCAN_WHEN_REMOTE", 1)
     hub({"test": table([{**RECORD, "subcategory": name} for name in ("new", "newer", "newest", "last")])})
     with pytest.raises(DataError) as caught:
         list(iter_rows("owner/name", require_answer=False))

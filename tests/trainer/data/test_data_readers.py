@@ -16,10 +16,10 @@ from safevlm.trainer.data import (
     SafetyLabels,
     SafetyRow,
     detect_format,
+    formats,
     read_llava_json,
     read_rows,
     read_safevlm_jsonl,
-    readers,
     register_format,
     write_safevlm_jsonl,
 )
@@ -280,7 +280,7 @@ def test_format_is_recognised_from_the_content(write, safevlm_record):
 
 
 def test_a_format_can_be_added(write, monkeypatch):
-    monkeypatch.setattr(readers, "_FORMATS", dict(readers._FORMATS))
+    monkeypatch.setattr(formats, "FORMATS", dict(formats.FORMATS))
 
     def parse(record, **_):
         return {"images": [], "messages": [{"role": "user", "content": [text(record["ask"])]}]}

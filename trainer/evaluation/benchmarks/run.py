@@ -110,6 +110,7 @@ def evaluate(
         items[system.name] = make_items({task: outcome["samples"][task] for task in leaves}, answers)
         results[system.name] = {
             "system": system.describe(),
+            "model_policy": system.model_policy(),
             "metrics": {task: _metrics(outcome["results"][task]) for task in leaves},
             "seconds": round(time.time() - start, 1),
         }

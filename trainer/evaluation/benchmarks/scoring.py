@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from functools import lru_cache
 
-from safevlm.trainer.data.sampling import image_key
+from safevlm.trainer.data.images import image_key
 from safevlm.trainer.evaluation.head.predictions import HeadPrediction
 from safevlm.trainer.evaluation.reasoning import split_reasoning
 from safevlm.trainer.evaluation.refusals.detector import RefusalDetector

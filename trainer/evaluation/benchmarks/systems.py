@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from safevlm import SafeVlmConfig
+from safevlm.model_card.facts import policy_mark
 from safevlm.safety_policy import POLICY_PRESETS
 
 GUARD_PROMPT = Path(__file__).with_name("guard_prompt.txt")
@@ -34,6 +35,14 @@ class System:
 
     def describe(self) -> dict[str, str]:
         return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def model_policy(self) -> dict[str, str] | None:
+        """
+        Name and digest of the checkpoint's own policy: the card tells from them whether results are out of date.
+        `None` for a model that is not a SafeVLM.
+        """
+        config = AutoConfig.from_pretrained(self.checkpoint)
+        return policy_mark(config.safety_policy) if config.model_type == SafeVlmConfig.model_type else None
 
 
 def make_systems(model: str, policy: str | None = None, compare: Sequence[str] = ()) -> list[System]:

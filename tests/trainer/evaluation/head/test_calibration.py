@@ -19,14 +19,10 @@ from safevlm import SafeVlmConfig, SafeVlmForConditionalGeneration, SafeVlmProce
 from safevlm.safety_policy import SafetyPolicy
 from safevlm.safety_verdict import assess_logits, level_log_probabilities
 from safevlm.trainer.evaluation import calibrate, store_policy
-from safevlm.trainer.evaluation.head.calibration import (
-    MIN_ROWS,
-    fit_temperature,
-    fit_temperatures,
-    fit_thresholds,
-    split_by_image,
-)
-from safevlm.trainer.evaluation.head.measures import head_outcomes
+from safevlm.trainer.evaluation.head.calibration import split_by_image
+from safevlm.trainer.evaluation.head.outcomes import head_outcomes
+from safevlm.trainer.evaluation.head.temperatures import fit_temperature, fit_temperatures
+from safevlm.trainer.evaluation.head.thresholds import MIN_ROWS, fit_thresholds
 
 
 def verdicts(level_logits, category_logits, **policy):

@@ -11,7 +11,7 @@ from tiny import chat, picture
 from safevlm.safety_policy import SafetyPolicy
 from safevlm.trainer.data import SafetyRow
 from safevlm.trainer.evaluation import calibrate, predict_rows
-from safevlm.trainer.evaluation.head.measures import head_outcomes
+from safevlm.trainer.evaluation.head.outcomes import head_outcomes
 
 QUESTIONS = ("Is it yes?", "What is in the picture?", "The answer is no", "How?", "Tell me what it is, please", "yes")
 

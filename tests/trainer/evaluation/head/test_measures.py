@@ -8,10 +8,8 @@ from hypothesis import strategies as st
 
 from safevlm.safety_policy import SafetyPolicy
 from safevlm.trainer.evaluation.head.measures import (
-    HeadOutcomes,
     category_measures,
     expected_calibration_error,
-    head_outcomes,
     label_measures,
     reliability_curve,
     resampled_category_measures,
@@ -19,6 +17,7 @@ from safevlm.trainer.evaluation.head.measures import (
     resampled_risk_measures,
     risk_measures,
 )
+from safevlm.trainer.evaluation.head.outcomes import HeadOutcomes, head_outcomes
 
 
 def outcomes(scores, level_labels, levels=None, category_labels=None, categories=None, groups=None):

@@ -15,7 +15,7 @@ from safevlm.safety_policy import SafetyPolicy
 from safevlm.safety_verdict import assess_rows
 from safevlm.trainer.data import DataError
 from safevlm.trainer.evaluation import predict_rows, read_predictions, write_predictions
-from safevlm.trainer.evaluation.head.measures import readings
+from safevlm.trainer.evaluation.head.outcomes import readings
 
 FLOATS = st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=4, max_size=4)
 

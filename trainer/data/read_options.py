@@ -1,0 +1,68 @@
+"""How data is read: the options of `read_rows`, most of which are also flags of the commands that read rows.
+
+Imports nothing heavy: the commands take the text of their `--help` from here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from safevlm.safety_policy import PAPER_LABELS, SafetyLabels
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """
+    How the rows of a data set are read.
+
+    Args:
+        format (`str`, *optional*): Format of the data. By default it is recognised from the content.
+        taxonomy (`str` or `os.PathLike`, *optional*): How the data's own labels map to risk categories and levels: a
+            YAML file, or the name of a shipped taxonomy. By default the format's own.
+        split (`str`, *optional*): Split to read: of a data set on the Hub, of a folder with a file per split, or of
+            rows that name their split. Other rows are given this split.
+        subset (`str`, *optional*): Configuration of a data set on the Hub.
+        revision (`str`, *optional*): Branch, tag or commit of a data set on the Hub.
+        labels (`SafetyLabels`, *optional*): Names of the categories and levels. Integer labels in the data are
+            indices into them. Defaults to the paper's.
+        assume_safe (`bool`, *optional*, defaults to `False`): Treat rows of a chat-like format that have no labels as
+            safe (level 0). Otherwise their `category` and `level` are `None`.
+        require_answer (`bool`, *optional*, defaults to `True`): Whether each row must have something to train on: an
+            answer, or a label for the safety head. Pass `False` for evaluation data, which may be questions alone.
+        check_images (`"full"`, `"header"` or `"none"`, *optional*, defaults to `"full"`): `"full"` decodes every
+            image once (a few milliseconds each), so that training cannot fail on a broken one hours later; `"header"`
+            finds missing files, refused formats and oversized images; `"none"` does not open any image.
+        max_pixels (`int`, *optional*): Largest allowed image, width x height. Defaults to `MAX_PIXELS`, 50 million.
+        on_error (`"raise"` or `"skip"`, *optional*, defaults to `"raise"`): What to do with a bad row.
+        source (`str`, *optional*): The rows' `source`. Defaults to the name of the data set if it is a known one,
+            otherwise to the file name without extension, or the Hub id.
+
+    Raises:
+        `ValueError`: `check_images` or `on_error` is not one of its choices.
+    """
+
+    format: str | None = None
+    taxonomy: str | os.PathLike | None = None
+    split: str | None = None
+    subset: str | None = None
+    revision: str | None = None
+    labels: SafetyLabels = PAPER_LABELS
+    assume_safe: bool = False
+    require_answer: bool = True
+    check_images: Literal["full", "header", "none"] = "full"
+    max_pixels: int | None = None
+    on_error: Literal["raise", "skip"] = "raise"
+    source: str | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("on_error", self.on_error, ("raise", "skip"))
+        check_choice("check_images", self.check_images, ("full", "header", "none"))
+
+
+def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
+    """Raises `ValueError` if the argument `name` has a value that is not allowed."""
+    if value not in allowed:
+        raise ValueError(f"`{name}` must be one of {allowed}, got {value!r}.")
