@@ -142,7 +142,7 @@ def test_remote_code_imports_and_calls_only_what_is_allowed(path):
         "import bitsandbytes",
         "import os, subprocess",
         "from urllib.request import urlopen",
-        "from safevlm.losses import IGNORE_INDEX",
+        "from safevlm.safety_modules import IGNORE_INDEX",
         "from ..processing_safevlm import SafeVlmProcessor",
         "from .nowhere import name",
         "from torch import load",
