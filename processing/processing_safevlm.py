@@ -11,18 +11,16 @@ import transformers
 from PIL import Image
 from transformers import AddedToken, BatchFeature, ProcessorMixin
 from transformers.image_utils import ImageInput
+from transformers.utils.versions import require_version
 
 from .chat_prompt import ChatPrompt, answer_mask, render_chat
 from .chat_texts import ControlTokens, checked_text, plain, plain_messages
 from .pictures import find_picture, load_picture
 
-REQUIRED = "5.23"
-# As in versions.py, which this file cannot import from the package, for those who load the processor first.
-if tuple(map(int, transformers.__version__.split(".")[:2])) < tuple(map(int, REQUIRED.split("."))):
-    raise ImportError(
-        f"This SafeVLM's processor needs transformers >= {REQUIRED}, found {transformers.__version__}: "
-        f"pip install --upgrade 'transformers>={REQUIRED}' (and restart Python)."
-    )
+# As in configuration_safevlm.py, which lies in another package: whoever loads the processor alone needs it, too.
+REQUIRED = "transformers>=5.23.dev0,<5.24.dev0"
+_FIX = REQUIRED.replace(".dev0", "")
+require_version(REQUIRED, f"This SafeVLM needs it: pip install --upgrade '{_FIX}' (and restart Python).")
 
 SAFETY_TOKEN = "<safety>"
 # Options of the tokenizer and the base's processor, and the outputs they give: where characters are in tokens.
