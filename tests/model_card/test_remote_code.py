@@ -20,18 +20,10 @@ ALL_SAME = re.compile(rf"(\d+) files, (\d+) lines: all as in safevlm {re.escape(
 RUNS = "import pathlib\npathlib.Path(__file__).with_name('it_ran').touch()\n"
 
 
-@pytest.fixture(scope="session")
-def saved_once(model, processor, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("code") / "model"
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
-def saved(saved_once, tmp_path):
+def saved(model_folders, tmp_path):
     """A copy of a saved model that a test may change."""
-    return Path(shutil.copytree(saved_once, tmp_path / "model"))
+    return Path(shutil.copytree(model_folders / "safe", tmp_path / "model"))
 
 
 @pytest.fixture

@@ -23,10 +23,8 @@ def assert_same_model(found, expected, inputs):
 
 
 @pytest.fixture(scope="module")
-def saved(model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved")
-    model.save_pretrained(folder)
-    return folder
+def saved(model_folders):
+    return model_folders / "safe"
 
 
 def edit_weights(folder, target, edit):

@@ -29,11 +29,8 @@ def one(processor):
 
 
 @pytest.fixture(scope="module")
-def folder(model, processor, tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    model.save_pretrained(path)
-    processor.save_pretrained(path)
-    return path
+def folder(model_folders):
+    return model_folders / "safe"
 
 
 def refused(model, processor, inputs, **settings):

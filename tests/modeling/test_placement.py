@@ -37,16 +37,6 @@ WHOLE = pytest.param(
 )
 
 
-@pytest.fixture(scope="module")
-def folders(base, base_processor, model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("placement")
-    base.save_pretrained(folder / "base")
-    base_processor.save_pretrained(folder / "base")
-    model.save_pretrained(folder / "safe")
-    model.save_safety_adapter(folder / "adapter")
-    return folder
-
-
 def offloaded(model) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter.device.type == "meta"}
 
@@ -64,17 +54,17 @@ def assert_same(actual, expected, batch):
 
 
 @pytest.mark.parametrize("split", [WHOLE, *(pytest.param(split, id=name) for name, split in SPLITS.items())])
-def test_a_split_model_answers_as_the_plain_one(model, batch, folders, tmp_path, split):
+def test_a_split_model_answers_as_the_plain_one(model, batch, model_folders, tmp_path, split):
     actual = SafeVlmForConditionalGeneration.from_pretrained(
-        folders / "safe", device_map=split, offload_folder=tmp_path
+        model_folders / "safe", device_map=split, offload_folder=tmp_path
     )
     assert bool(offloaded(actual)) == (split != "cpu")
     assert_same(actual, model, batch)
 
 
-def test_an_automatic_map_keeps_each_safety_module_whole(model, batch, folders, tmp_path):
+def test_an_automatic_map_keeps_each_safety_module_whole(model, batch, model_folders, tmp_path):
     actual = SafeVlmForConditionalGeneration.from_pretrained(
-        folders / "safe", device_map="auto", max_memory={"cpu": "440KB"}, offload_folder=tmp_path
+        model_folders / "safe", device_map="auto", max_memory={"cpu": "440KB"}, offload_folder=tmp_path
     )
     assert set(actual.hf_device_map.values()) == {"cpu", "disk"}
     inside = [name for name in actual.hf_device_map if name.startswith("safety.") and name.count(".") > 1]
@@ -83,10 +73,10 @@ def test_an_automatic_map_keeps_each_safety_module_whole(model, batch, folders, 
 
 
 @pytest.mark.parametrize("device_map", [WHOLE, {"model": "disk", "lm_head": "cpu"}])
-def test_safety_modules_go_onto_an_offloaded_base(model, batch, folders, tmp_path, device_map):
+def test_safety_modules_go_onto_an_offloaded_base(model, batch, model_folders, tmp_path, device_map):
     actual = SafeVlmForConditionalGeneration.from_base(
-        folders / "base",
-        safety_adapter=folders / "adapter",
+        model_folders / "base",
+        safety_adapter=model_folders / "adapter",
         base_kwargs={"device_map": device_map, "offload_folder": tmp_path},
     )
     assert not any(name.startswith("safety") for name in offloaded(actual)) and offloaded(actual)
@@ -94,16 +84,18 @@ def test_safety_modules_go_onto_an_offloaded_base(model, batch, folders, tmp_pat
     assert_same(actual, model, batch)
 
 
-def test_an_offloaded_model_can_be_saved(model, batch, folders, tmp_path):
+def test_an_offloaded_model_can_be_saved(model, batch, model_folders, tmp_path):
     actual = SafeVlmForConditionalGeneration.from_pretrained(
-        folders / "safe", device_map={**SPLITS["head offloaded"], "base": "disk"}, offload_folder=tmp_path / "offload"
+        model_folders / "safe",
+        device_map={**SPLITS["head offloaded"], "base": "disk"},
+        offload_folder=tmp_path / "offload",
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
         actual.save_pretrained(tmp_path / "saved")
     assert_same(SafeVlmForConditionalGeneration.from_pretrained(tmp_path / "saved"), model, batch)
     actual.save_safety_adapter(tmp_path / "adapter")
-    adapted = SafeVlmForConditionalGeneration.from_base(folders / "base", safety_adapter=tmp_path / "adapter")
+    adapted = SafeVlmForConditionalGeneration.from_base(model_folders / "base", safety_adapter=tmp_path / "adapter")
     assert_same(adapted, model, batch)
 
 

@@ -32,11 +32,8 @@ auto.from_pretrained(folder, trust_remote_code=True)
 
 
 @pytest.fixture(scope="module")
-def saved(model, processor, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved")
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+def saved(model_folders):
+    return model_folders / "safe"
 
 
 def load_with(package: str, version: str, missing: str, auto: str, folder: Path) -> subprocess.CompletedProcess:
