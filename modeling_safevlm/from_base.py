@@ -8,9 +8,8 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
-from .backbones import get_backbone
+from .backbones import compute_device, get_backbone
 from .configuration_safevlm import SafeVlmConfig
-from .devices import compute_device
 from .quantization import keep_output_layer, share_quantization
 from .safety_adapter import adapter_config, adapter_folder, load_adapter_weights
 from .safety_policy import SafetyPolicy
