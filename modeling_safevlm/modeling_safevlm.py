@@ -16,9 +16,8 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
 
-from .backbones import ImageFeatures, get_backbone, patches_of_images, units_of_images
+from .backbones import ImageFeatures, compute_device, get_backbone, patches_of_images, units_of_images
 from .configuration_safevlm import SafeVlmConfig
-from .devices import compute_device
 from .embedding_override import override_embeddings
 from .generation_safevlm import SafeVlmGenerationMixin
 from .loading_checks import check_loaded
