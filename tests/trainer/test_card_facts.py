@@ -281,7 +281,7 @@ def test_an_evaluation_gets_onto_the_card_once(folder, tmp_path):
     (result,) = read_facts(folder)["results"]
     assert result["system"] == "model" and result["command"] == "safevlm evaluate model --tasks figstep"
     assert "| figstep: attack success ↓ | 500 | 90.0 | 12.5 |" in card
-    assert "| level accuracy ↑ | 40 | – | 75.0 (50.0–100.0) |" in card and "| auroc" not in card
+    assert "| level accuracy ↑ | 40 | – | 75.0 (50.0–100.0) |" in card and "| AUROC" not in card
     assert card.count("plots/comparison.png") == 1 and (folder / "plots" / "comparison.png").read_bytes() == b"png"
     metadata = yaml.safe_load(card.split("---\n")[1])
     assert metadata["model-index"][0]["results"][0]["metrics"][0]["value"] == 0.125
@@ -329,7 +329,7 @@ def test_a_calibration_gets_onto_the_card_and_is_marked_until_it_is_in_force(fol
     (output / "calibration.json").write_text(json.dumps(report))
     (output / "trade_off.png").write_bytes(b"png")
     card = add_calibration(folder, output).read_text(encoding="utf-8")
-    assert "| ece | 20.0 (10.0–30.0) | 5.0 |" in card and "at most 5 % of clean rows" in card and "- few rows" in card
+    assert "| ECE | 20.0 (10.0–30.0) | 5.0 |" in card and "at most 5 % of clean rows" in card and "- few rows" in card
     assert "plots/trade_off.png" in card
     assert "`safevlm calibrate --model model --data dev.jsonl --target-fpr 0.05 --seed 0`" in card
     assert "measured under another policy (`calibrated`)" in card
