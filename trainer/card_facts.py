@@ -11,11 +11,10 @@ import yaml
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HTTPError
 
-from safevlm.files import file_sha256
+from safevlm.files import file_sha256, is_hub_id
 from safevlm.model_card import write_card
-from safevlm.model_card.card import is_hub_id
 from safevlm.model_card.facts import policy_mark, portable_command, portable_word, read_facts
-from safevlm.safety_policy import SafetyLabels
+from safevlm.safety_labels import SafetyLabels
 
 from .data.mix_output import MANIFEST, MANIFEST_FORMAT, input_hashes
 from .evaluation.environment import environment
@@ -34,9 +33,6 @@ PLOTS = {
 }
 
 
-TRAIN_DEFAULTS = {"assume_safe": False, "dtype": "auto", "seed": 0}
-
-
 # -- training
 
 
@@ -44,22 +40,6 @@ def model_facts(model_name: str, base: dict, training: dict, results: list[dict]
     """All facts of a model fresh from training. The base's licence is the model's, unless its publisher says more."""
     known = {"license": base["license"], "license_source": "that of the base model"} if base.get("license") else {}
     return {"model_name": model_name, "base_model": base, **known, "training": training, "results": results}
-
-
-def train_command(base, data, images, recipe, output_dir, options: dict, overrides: dict | None) -> str:
-    """
-    The `safevlm train` command that does the same. What has its default value is left out, but `--holdout` is not:
-    figures on what was held out stand beside the command.
-    """
-    words = ["safevlm", "train", "--base", base, "--data", *data, "--output", output_dir]
-    words += ["--images", images] if images is not None else []
-    words += ["--recipe", recipe] if recipe != "paper" else []
-    for name, value in options.items():
-        if value is not None and TRAIN_DEFAULTS.get(name) != value:
-            words += [f"--{name.replace('_', '-')}", *([] if value is True else [value])]
-    if overrides:
-        words += ["--set", *(f"{name}={'null' if value is None else value}" for name, value in overrides.items())]
-    return portable_command(words)
 
 
 def head_results(report: dict, training: dict, config) -> list[dict]:
@@ -137,19 +117,17 @@ def row_counts(rows, labels: SafetyLabels) -> dict:
     }
 
 
-def stage_facts(output_dir: str | os.PathLike, recipe: Recipe, overrides: dict | None = None) -> list[dict]:
+def stage_facts(output_dir: str | os.PathLike, recipe: Recipe) -> list[dict]:
     """Hyper-parameters and measurements of each stage that `run_schedule` trained in `output_dir`."""
     facts = []
-    for number, stage in enumerate(recipe.stages, start=1):
-        name = stage["stage"]
-        trainable = ["safety"] if name == STAGES[0] else ["safety", "language_model"]
-        arguments = {"trainable": trainable, **stage, **(overrides or {})}
+    for folder, stage in zip(recipe.folders(output_dir), recipe.stages, strict=True):
+        trainable = ["safety"] if folder.stage == STAGES[0] else ["safety", "language_model"]
+        arguments = {"trainable": trainable, **stage}
         for argument in ("safety_level_loss_coef", "safety_category_loss_coef"):
             if argument in recipe.safety:
                 arguments.setdefault(argument, recipe.safety[argument])
-        arguments = {key: value for key, value in json.loads(json.dumps(arguments, default=str)).items()}
-        measured = read_measured(Path(output_dir) / f"{number}-{name}")
-        facts.append({"stage": name, "arguments": arguments, "measured": measured})
+        arguments = json.loads(json.dumps(arguments, default=str))
+        facts.append({"stage": folder.stage, "arguments": arguments, "measured": read_measured(folder.path)})
     return facts
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from safevlm.files import file_sha256
 from safevlm.model_card import write_card
-from safevlm.safety_policy import PAPER_LABELS
+from safevlm.safety_labels import PAPER_LABELS
 from safevlm.trainer.card_facts import card_measures, model_facts, origin, row_counts, stage_facts
 from safevlm.trainer.data import SafetyRow
 from safevlm.trainer.evaluation.measure_table import Measure, head_measures
@@ -47,7 +47,7 @@ def write_demo_card(output_dir: Path, results: dict, recipe: Recipe, rows: list[
         "safevlm.trainer.demo. This model shows the method at work. It knows nothing of the real world.",
         "rows": len(rows),
         **row_counts(rows, PAPER_LABELS),
-        "stages": stage_facts(output_dir / "training", recipe, {"seed": results["seed"]}),
+        "stages": stage_facts(output_dir / "training", recipe.with_arguments(seed=results["seed"])),
     }
     data = f"{results['num_test_rows']} questions about held-out scenes of the picture world"
     result = {

@@ -2,10 +2,11 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
-from tiny import picture, safe_model, tiny_llava, tiny_processor
+from tiny import picture, psa_vlm_record, safe_model, tiny_llava, write_jsonl
 
 pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: pip install 'safevlm[eval]'")
 
@@ -23,31 +24,18 @@ SHARED = Path(__file__).parents[4] / os.environ.get("SAFEVLM_TEST_DATA", "../sha
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory, model, processor):
+def world(tmp_path_factory, model_folders):
     """A folder with a base, a SafeVLM over it, and rows of a user's own: two harmful, two benign, one in between."""
-    folder = tmp_path_factory.mktemp("run")
-    tiny_llava().save_pretrained(folder / "base")
-    tiny_processor().save_pretrained(folder / "base")
-    model.save_pretrained(folder / "model")
-    processor.save_pretrained(folder / "model")
+    folder = tmp_path_factory.mktemp("engine")
+    shutil.copytree(model_folders / "base", folder / "base")
+    shutil.copytree(model_folders / "safe", folder / "model")
     (folder / "data" / "own").mkdir(parents=True)
     records = []
-    for i, (category, level) in enumerate([(1, 3), (0, 2), (6, 0), (6, 0), (4, 1)]):
+    for i, labels in enumerate([(1, 3), (0, 2), (6, 0), (6, 0), (4, 1)]):
         picture(i).save(folder / "data" / "own" / f"{i}.png")
-        records.append(
-            {
-                "id": f"row-{i}",
-                "safe_type": category,
-                "safe_level": level,
-                "image": f"{i}.png",
-                "conversations": [
-                    {"from": "USER", "value": f"<image>\nWhat is in the picture, {'yes' * i}?"},
-                    {"from": "ASSISTANT", "value": "The answer is yes."},
-                ],
-            }
-        )
-    text = "".join(json.dumps(record) + "\n" for record in records)
-    (folder / "data" / "own" / "rows.jsonl").write_text(text)
+        question = f"What is in the picture, {'yes' * i}?"
+        records.append(psa_vlm_record(f"row-{i}", f"{i}.png", labels, question, "The answer is yes."))
+    write_jsonl(folder / "data" / "own" / "rows.jsonl", records)
     return folder
 
 
