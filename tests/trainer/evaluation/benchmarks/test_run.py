@@ -238,7 +238,7 @@ def test_pope_scores_equal_hand_computed_ones_on_the_published_labels(world, tmp
 def test_mme_scores_equal_hand_computed_ones(world, tmp_path, scripted):
     picture(0).save(tmp_path / "blank.png")
     image = {"bytes": (tmp_path / "blank.png").read_bytes(), "path": None}
-    rows, given = [], {}
+    rows, answer_to = [], {}
     for category, pairs in {
         "existence": [("Yes", "No"), ("Yes", "Yes")],  # both right: 200; one right: 50
         "OCR": [("yes, it does", "no")],  # 200
@@ -247,11 +247,11 @@ def test_mme_scores_equal_hand_computed_ones(world, tmp_path, scripted):
         for number, answers in enumerate(pairs):
             for gold, answer in zip(("Yes", "No"), answers, strict=True):
                 question = f"{category} {number} {gold}?"
-                given[question] = answer
+                answer_to[question] = answer
                 row = {"question_id": f"{category}/{number}", "question": question, "answer": gold}
                 rows.append({**row, "category": category, "image": image})
     write_hub_copy(tmp_path / "data/lmms-lab-encoder/MME", rows)
-    scripted(lambda prompt: given[prompt.split("\n")[0]])
+    scripted(lambda prompt: answer_to[prompt.split("\n")[0]])
     report = evaluate(
         [System("s", str(world / "base"))],
         ["mme"],
