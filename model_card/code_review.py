@@ -18,7 +18,8 @@ from huggingface_hub.errors import (
 )
 
 from safevlm.files import read_json
-from safevlm.safety_policy import SafetyLabels, SafetyPolicy
+from safevlm.safety_labels import SafetyLabels
+from safevlm.safety_policy import SafetyPolicy
 
 from .remote_code import loaded_code, named_code
 

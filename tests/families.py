@@ -10,24 +10,12 @@ from pathlib import Path
 
 import torch
 import transformers as hf
-from tiny import tiny_tokenizer
+from tiny import CHAT_TEMPLATE, TOKEN_IDS, VISION, tiny_tokenizer
+from tiny import TEXT as TINY_TEXT
 
 from safevlm.processing.processing_safevlm import base_processor_class
 
-TEXT = dict(
-    hidden_size=64,
-    intermediate_size=128,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=448,
-    max_position_embeddings=2048,
-    initializer_range=0.2,  # far from uniform logits, so that a change in the input changes the answer
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
-VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, patch_size=8)
+TEXT = dict(**TINY_TEXT, **TOKEN_IDS, vocab_size=448, max_position_embeddings=2048)
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
@@ -48,12 +36,6 @@ MISTRAL = (
     "<s>{% for m in messages %}{% if m['role'] == 'assistant' %}{% for p in m['content'] %} {{ p['text'] }}"
     "{% endfor %}</s>{% else %}[INST] {% for p in m['content'] %}{% if p['type'] == 'image' %}<image>\n"
     "{% else %}{{ p['text'] }}{% endif %}{% endfor %} [/INST]{% endif %}{% endfor %}"
-)
-LLAVA = (
-    "{% for m in messages %}{% if m['role'] == 'assistant' %}ASSISTANT:{% for p in m['content'] %} {{ p['text'] }}"
-    "{% endfor %}</s>{% else %}{{ m['role'] | upper }}: {% for p in m['content'] %}"
-    "{% if p['type'] == 'image' %}<image>\n{% else %}{{ p['text'] }} {% endif %}{% endfor %}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
 
 
@@ -208,6 +190,7 @@ def _aya_vision(ids):
 
 QWEN_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 QWEN_TEMPLATE = CHATML.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
+QWEN3_VISION = dict(depth=2, hidden_size=32, out_hidden_size=64, num_position_embeddings=64)
 IDEFICS_TOKENS = (
     "<image>",
     "<fake_token_around_image>",
@@ -220,7 +203,9 @@ IDEFICS_TOKENS = (
 
 def _llava_family(make_config):
     settings = dict(patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1)
-    return Family({}, ("<image>",), "LlavaProcessor", _clip("CLIPImageProcessorPil"), settings, LLAVA, make_config)
+    return Family(
+        {}, ("<image>",), "LlavaProcessor", _clip("CLIPImageProcessorPil"), settings, CHAT_TEMPLATE, make_config
+    )
 
 
 def _qwen_family(processor_class, config_class, **settings):
@@ -258,23 +243,12 @@ FAMILIES: dict[str, Family] = {
         window_size=32,
         fullatt_block_indexes=[1],
     ),
-    "qwen3_vl": _qwen_family(
-        "Qwen3VLProcessor",
-        hf.Qwen3VLConfig,
-        depth=2,
-        hidden_size=32,
-        out_hidden_size=64,
-        num_position_embeddings=64,
-        deepstack_visual_indexes=[0, 1],
-    ),
+    "qwen3_vl": _qwen_family("Qwen3VLProcessor", hf.Qwen3VLConfig, **QWEN3_VISION, deepstack_visual_indexes=[0, 1]),
     "qwen3_vl_moe": _qwen_family(
         "Qwen3VLProcessor",
         hf.Qwen3VLMoeConfig,
         text=dict(moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2),
-        depth=2,
-        hidden_size=32,
-        out_hidden_size=64,
-        num_position_embeddings=64,
+        **QWEN3_VISION,
         deepstack_visual_indexes=[0, 1],
     ),
     "qwen3_5": _qwen_family(
@@ -287,10 +261,7 @@ FAMILIES: dict[str, Family] = {
             linear_key_head_dim=16,
             linear_value_head_dim=16,
         ),
-        depth=2,
-        hidden_size=32,
-        out_hidden_size=64,
-        num_position_embeddings=64,
+        **QWEN3_VISION,
     ),
     "vipllava": _llava_family(_vipllava),
     "gemma3": Family(
@@ -382,7 +353,7 @@ def build(family: str, seed: int = 0, tie: bool = False):
     config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = tie
     torch.manual_seed(seed)
     model = hf.AutoModelForImageTextToText.from_config(config).eval()
-    model.generation_config = hf.GenerationConfig(pad_token_id=0, bos_token_id=1, eos_token_id=2, max_new_tokens=8)
+    model.generation_config = hf.GenerationConfig(**TOKEN_IDS, max_new_tokens=8)
     return model, processor
 
 

@@ -20,6 +20,16 @@ from transformers import (
 
 from safevlm import SafeVlmForConditionalGeneration
 
+VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, patch_size=8)
+TEXT = dict(
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    initializer_range=0.2,  # far from uniform logits, so that a change in the input changes the answer
+)
+TOKEN_IDS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
 CHAT_TEMPLATE = (
     "{% for m in messages %}"
     "{% if m['role'] == 'assistant' %}ASSISTANT:{% for p in m['content'] %} {{ p['text'] }}{% endfor %}</s>"
@@ -66,34 +76,15 @@ def tiny_processor(image_size: int = 32, patch_size: int = 8) -> LlavaProcessor:
 def tiny_llava(seed: int = 0, vocab_size: int = 384, tie: bool = False) -> LlavaForConditionalGeneration:
     torch.manual_seed(seed)
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            image_size=32,
-            patch_size=8,
-        ),
-        text_config=LlamaConfig(
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=vocab_size,
-            max_position_embeddings=512,
-            tie_word_embeddings=tie,
-            initializer_range=0.2,  # far from uniform logits, so that a change in the input changes the answer
-        ),
+        vision_config=CLIPVisionConfig(**VISION, image_size=32),
+        text_config=LlamaConfig(**TEXT, vocab_size=vocab_size, max_position_embeddings=512, tie_word_embeddings=tie),
         image_token_index=3,
         vision_feature_layer=-2,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
+        **TOKEN_IDS,
         tie_word_embeddings=tie,
     )
     model = LlavaForConditionalGeneration(config).eval()
-    model.generation_config = GenerationConfig(pad_token_id=0, bos_token_id=1, eos_token_id=2, max_new_tokens=8)
+    model.generation_config = GenerationConfig(**TOKEN_IDS, max_new_tokens=8)
     return model
 
 
@@ -108,16 +99,27 @@ def chat(question: str = "What is in the picture?", images: int = 1) -> list[dic
     return [{"role": "user", "content": content}]
 
 
+RISK, NO_RISK = (1, 3), (6, 0)  # ids of category and level in the paper's labels: illegal risk, high; safe, none
+
+
+def psa_vlm_record(row_id: str, image: str, labels=NO_RISK, question="Is it?", answer="yes", /, **changes) -> dict:
+    """A training row in the format of PSA-VLM. `labels` are ids of category and level; `changes` replace fields."""
+    turns = [{"from": "USER", "value": f"<image>\n{question}"}, {"from": "ASSISTANT", "value": answer}]
+    record = {"id": row_id, "image": image, "conversations": turns, "safe_type": labels[0], "safe_level": labels[1]}
+    return {**record, **changes}
+
+
+def write_jsonl(path: Path, records: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
 def write_rows(folder: Path, count: int = 6) -> Path:
     """Writes pictures and a training file about them, every other row of high risk; returns the file."""
-    lines = []
     for i in range(count):
         picture(i).save(folder / f"{i}.png")
-        turns = [{"from": "USER", "value": "<image>\nIs it?"}, {"from": "ASSISTANT", "value": "yes"}]
-        label = {"safe_type": 1, "safe_level": 3} if i % 2 else {"safe_type": 6, "safe_level": 0}
-        lines.append(json.dumps({"id": str(i), "image": f"{i}.png", "conversations": turns, **label}) + "\n")
-    (folder / "rows.jsonl").write_text("".join(lines))
-    return folder / "rows.jsonl"
+    records = [psa_vlm_record(str(i), f"{i}.png", RISK if i % 2 else NO_RISK) for i in range(count)]
+    return write_jsonl(folder / "rows.jsonl", records)
 
 
 LEVELS = ("none", "low", "medium", "high")

@@ -133,7 +133,7 @@ def metadata(path) -> dict:
 
 
 def test_the_whole_card_reads_as_the_stored_one(saved):
-    """After an intended change rewrite it: `SAFEVLM_REWRITE_CARD=1 python -m pytest tests/model_card/test_card.py`."""
+    """To rewrite it on purpose: `SAFEVLM_REWRITE_CARD=1 python -m pytest tests/model_card/test_card.py`."""
     card = write_card(saved(), EVERYTHING).read_text(encoding="utf-8")
     if os.environ.get("SAFEVLM_REWRITE_CARD"):
         RENDERED.write_text(card, encoding="utf-8")

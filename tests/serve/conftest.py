@@ -15,26 +15,23 @@ from types import SimpleNamespace
 
 import pytest
 from http_client import GENERATED, error_of, post
-from tiny import RISKY, answers, encode, judging_model, picture
+from tiny import RISKY, answers, encode, picture
 
 PACKAGES = ("fastapi", "uvicorn", "openai")
 
 
 @pytest.fixture(scope="session")
-def judge(model, processor, tmp_path_factory):
+def judge(judging, model_folders, processor):
     """`model` and its `folder`; `refusal`, its text; `answer(question)`, what it says about the picture."""
     for package in PACKAGES:
         pytest.importorskip(package, reason=f"{package} is not installed; pip install 'safevlm[serve]'")
-    safe, folder = judging_model(model, processor), tmp_path_factory.mktemp("saved") / "model"
-    safe.save_pretrained(folder)
-    processor.save_pretrained(folder)
 
     def answer(question: str) -> str:
         inputs = encode(processor, [question], [1])
-        return answers(processor, safe.generate(**inputs, do_sample=False, max_new_tokens=12), inputs)[0]
+        return answers(processor, judging.generate(**inputs, do_sample=False, max_new_tokens=12), inputs)[0]
 
-    refusal = safe.resolve_policy().refusal("politics")
-    return SimpleNamespace(model=safe, folder=folder, refusal=refusal, answer=answer)
+    refusal = judging.resolve_policy().refusal("politics")
+    return SimpleNamespace(model=judging, folder=model_folders / "judging", refusal=refusal, answer=answer)
 
 
 @pytest.fixture(scope="session")

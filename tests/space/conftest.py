@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from tiny import BENIGN, RISKY, judging_model, picture
+from tiny import BENIGN, RISKY, picture
 
 from safevlm.trainer.commands.space import assemble
 
@@ -53,16 +53,8 @@ def modules(space_folder):
 
 
 @pytest.fixture(scope="session")
-def judging(model, processor):
-    return judging_model(model, processor)
-
-
-@pytest.fixture(scope="session")
-def saved_model(judging, processor, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved") / "model"
-    judging.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+def saved_model(model_folders):
+    return model_folders / "judging"
 
 
 @pytest.fixture(scope="session")

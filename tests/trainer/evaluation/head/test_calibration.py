@@ -3,7 +3,9 @@
 import copy
 import json
 import os
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -306,10 +308,8 @@ def test_rows_without_two_honest_halves_are_refused(rows):
 
 
 @pytest.fixture
-def folder(model, processor, tmp_path):
-    model.save_pretrained(tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+def folder(model_folders, tmp_path):
+    return Path(shutil.copytree(model_folders / "safe", tmp_path / "model"))
 
 
 def test_a_stored_policy_changes_nothing_else_in_the_folder(model, processor, folder):
