@@ -1,4 +1,4 @@
-"""A Space's folder as `safevlm space` puts it together, its modules, and a running one whose verdicts are known."""
+"""A Space's folder as `safevlm space` assembles it, its modules, and a running Space with known verdicts."""
 
 import importlib
 import os
@@ -43,7 +43,7 @@ def space_folder(tmp_path_factory, example):
 
 @pytest.fixture(scope="session")
 def modules(space_folder):
-    """The Space's modules that need no gradio, imported as `app.py` would."""
+    """The Space's modules that do not need gradio, imported as `app.py` imports them."""
     sys.path.insert(0, str(space_folder))
     names = ("settings", "limits", "verdict_html", "chat_html", "chat_model")
     yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
@@ -99,7 +99,7 @@ def page(saved_model, space_folder, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def browser():
-    """Headless Chromium, Debian's."""
+    """Debian's Chromium, headless."""
     if not Path(CHROMIUM).exists():
         pytest.skip(f"no browser at {CHROMIUM}; apt-get install chromium")
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; pip install playwright")

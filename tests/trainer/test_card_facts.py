@@ -1,4 +1,4 @@
-"""What training notes for the card, and how the results of evaluate and calibrate get there."""
+"""What training records for the card, and how the results of evaluate and calibrate get there."""
 
 import hashlib
 import json
@@ -71,7 +71,7 @@ def test_the_command_on_a_card_asks_for_what_was_done(options):
     command = portable_command(["safevlm", "train", *option_words(options, always=("holdout",))])
     args = build_parser().parse_args(shlex.split(command)[1:])
     assert options_from(args, TrainOptions) == options
-    assert "--holdout" in command  # figures stand beside it, on rows that were held out
+    assert "--holdout" in command  # the figures beside it are on held-out rows
 
 
 # -- the callback
