@@ -36,7 +36,7 @@ def judge(judging, model_folders, processor):
 
 @pytest.fixture(scope="session")
 def serving(tmp_path_factory):
-    """`with serving(command) as server:` starts a server and waits until its `address` answers; `log` is its output."""
+    """`with serving(command) as server:` starts a server and waits until its `address` answers; `log` is a file."""
 
     @contextmanager
     def run(command: list[str], ends_within: float = 30):

@@ -3,10 +3,8 @@
 import base64
 import io
 import json
-import os
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 from http_client import GENERATED, error_of, post
@@ -155,15 +153,6 @@ def test_the_client_shows_what_is_wrong(ask, chat):
 def test_images_outside_a_question_are_refused(refused, chat, role):
     status, error = refused([{**chat(BENIGN)[0], "role": role}, *chat(BENIGN)])
     assert (status, error.param) == (400, "messages.0.content.0.type")
-
-
-@pytest.fixture(scope="module")
-def odd_files():
-    """Pillow's odd images, from `SAFEVLM_TEST_DATA`."""
-    root = Path(__file__).parents[2] / os.environ.get("SAFEVLM_TEST_DATA", "../shared/data")
-    if not root.is_dir():
-        pytest.skip(f"no test data at {root}; set SAFEVLM_TEST_DATA")
-    return root / "pillow_odd_images/Tests/images"
 
 
 def data_url(content: bytes) -> str:

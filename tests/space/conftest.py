@@ -19,15 +19,6 @@ CHROMIUM = "/usr/bin/chromium"
 
 
 @pytest.fixture(scope="session")
-def odd_files():
-    """Pillow's odd images, from `SAFEVLM_TEST_DATA`."""
-    root = Path(__file__).parents[2] / os.environ.get("SAFEVLM_TEST_DATA", "../shared/data")
-    if not root.is_dir():
-        pytest.skip(f"no test data at {root}; set SAFEVLM_TEST_DATA")
-    return root.resolve() / "pillow_odd_images/Tests/images"
-
-
-@pytest.fixture(scope="session")
 def example(tmp_path_factory):
     path = tmp_path_factory.mktemp("example") / "example.png"
     picture().resize((256, 192)).save(path)
