@@ -14,7 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from posixpath import dirname, join, normpath
 
-from safevlm.safety_policy import SafetyLabels, SafetyPolicy
+from safevlm.safety_labels import SafetyLabels
+from safevlm.safety_policy import SafetyPolicy
 
 FOLDERS = [Path(find_spec(package).origin).parent for package in ("safevlm", "safevlm.processing")]
 # Of a model, of another model that config.json points to by version, of the processor and its parts, of the tokenizer.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .losses import IGNORE_INDEX
+from .safety_modules import IGNORE_INDEX
 
 
 @dataclass
@@ -26,6 +26,20 @@ class VisionFeatures:
     mm_encoder_outputs: dict
     patches: list[torch.Tensor]
     tokens: list[int]
+
+
+@dataclass
+class ImageFeatures:
+    """
+    Args:
+        vision (`VisionFeatures`): The base's own features.
+        safety (`torch.FloatTensor` of shape `(num_images, num_safety_features, safety_hidden_size)`)
+        rows (`torch.LongTensor` of shape `(num_images,)`): The row of the batch each image belongs to.
+    """
+
+    vision: VisionFeatures
+    safety: torch.Tensor
+    rows: torch.Tensor
 
 
 class Backbone:

@@ -8,7 +8,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 )
 
-from .safety_policy import SafetyLabels, SafetyPolicy
+from .safety_labels import SafetyLabels
+from .safety_policy import SafetyPolicy
 
 # `transformers serve`, the pipelines and the model card ask these tables whether a class is a vision-language model;
 # the Auto classes' `register` does not enter it there. Here, since a server reads a model's configuration first.

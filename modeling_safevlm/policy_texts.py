@@ -1,4 +1,4 @@
-"""A policy's texts as token ids: making them, checking them, and looking up what each row of a batch gets.
+"""A model's own policy, and its texts as token ids: making them, checking them, looking up what each row gets.
 
 `set_safety_policy` renders the texts with the processor's chat template and saves their token ids in the
 configuration, so that the model can write hints and refusals without a tokenizer.
@@ -8,7 +8,61 @@ import os.path
 import re
 import unicodedata
 
-from .safety_policy import ACTIONS, UNKNOWN_RISK, SafetyPolicy
+import torch
+
+from .safety_policy import ACTIONS, POLICY_PRESETS, UNKNOWN_RISK, SafetyPolicy
+
+
+class PolicyMixin:
+    """A model's own safety policy: stored in its configuration with its texts as token ids, resolved for each call."""
+
+    def set_safety_policy(self, policy, processor=None):
+        """
+        Makes `policy` the model's own, which is saved with it.
+
+        Args:
+            policy (`SafetyPolicy`, `dict`, file or preset name)
+            processor (*optional*): Needed if the policy has texts that the model has no token ids for.
+
+        Raises:
+            `ValueError`: The policy does not fit the model's labels, or the tokenizer cannot write one of its texts.
+        """
+        policy = SafetyPolicy.from_value(policy).for_labels(self.config.labels)
+        if processor is not None:
+            store_policy_texts(self.config, policy, processor, self.control_token_ids())
+        self.config.safety_policy = policy.to_dict()
+
+    def resolve_policy(self, policy=None) -> SafetyPolicy:
+        """
+        The policy that a call asks for, by default the model's own. A preset name always means the preset, whatever
+        the model's own policy is called; only the calibration of the head (the temperatures) is the model's.
+        """
+        own = SafetyPolicy.from_value(self.config.safety_policy, files=False)
+        if isinstance(policy, str) and policy in POLICY_PRESETS:
+            policy = POLICY_PRESETS[policy].replace(
+                level_temperature=own.level_temperature, category_temperature=own.category_temperature
+            )
+        policy = own if policy is None else SafetyPolicy.from_value(policy)
+        return policy.for_labels(self.config.labels)
+
+    def policy_weaknesses(self) -> list[str]:
+        """How the model's own policy is milder than the preset `"default"`; see [`SafetyPolicy.weaknesses`]."""
+        return self.resolve_policy().weaknesses(self.config.labels)
+
+    def check_policy_texts(self, processor=None):
+        """
+        Raises `ValueError` if the stored token ids of the policy's texts cannot be right. Only with a `processor` (or
+        tokenizer) can it check what the ids say, and that both have the same placeholder.
+        """
+        check_policy_texts(self.config, self.control_token_ids(), processor)
+
+    def control_token_ids(self) -> set[int | None]:
+        """Ids that no text of a policy may have."""
+        settings, eos = self.generation_config, self.generation_config.eos_token_id
+        ends = [] if eos is None else torch.as_tensor(eos).flatten().tolist()
+        placeholders = {self.config.safety_token_id, self.backbone.image_token_id}
+        return placeholders | {*ends, settings.pad_token_id, settings.bos_token_id}
+
 
 # -- making ----------------------------------------------------------------------------------------------------------
 
@@ -26,7 +80,7 @@ def store_policy_texts(config, policy: SafetyPolicy, processor, control_ids: set
 def policy_token_ids(processor, texts: dict[str, list[str]]) -> dict[str, str]:
     """
     Args:
-        processor: A processor or tokenizer. Without a chat template each text is encoded by itself.
+        processor: A processor or tokenizer. Without a chat template each text is encoded alone.
         texts (`dict[str, list[str]]`): From [`SafetyPolicy.texts`].
 
     Returns:
@@ -37,7 +91,7 @@ def policy_token_ids(processor, texts: dict[str, list[str]]) -> dict[str, str]:
         ids = {hint: _hint_ids(processor, hint) for hint in texts["hints"]}
         ids |= {refusal: _refusal_ids(processor, refusal, opening) for refusal in texts["refusals"]}
     else:
-        ids = {text: _encode(processor, " " + text) for text in (*texts["hints"], *texts["refusals"])}
+        ids = {text: _encode_alone(processor, text) for text in (*texts["hints"], *texts["refusals"])}
     return {text: " ".join(map(str, tokens)) for text, tokens in ids.items()}
 
 
@@ -68,18 +122,13 @@ def _hint_ids(processor, hint: str) -> list[int]:
 
 
 def _refusal_ids(processor, refusal: str, opening: str) -> list[int]:
-    if opening:
-        return _encode(processor, refusal)
-    prompt = _render(processor, _user("a"))
-    full = _render(processor, _user("a"), _assistant(refusal))
-    if full[: len(prompt)] != prompt:  # the template renders past answers in another way
-        return _encode(processor, " " + refusal)
+    prompt, full = _render(processor, _user("a")), _render(processor, _user("a"), _assistant(refusal))
+    if opening or full[: len(prompt)] != prompt:  # some templates render past answers in another way
+        return _encode_alone(processor, refusal, opening)
     # The template may write more after the answer (white space, end of turn), which is not part of the text.
-    tokenizer = getattr(processor, "tokenizer", processor)
-    answer, length = full[len(prompt) :], 1
-    while tokenizer.decode(answer[:length], skip_special_tokens=True).strip() != refusal and length < len(answer):
-        length += 1
-    return answer[:length]
+    answer, tokenizer = full[len(prompt) :], getattr(processor, "tokenizer", processor)
+    ends = (n for n in range(len(answer)) if tokenizer.decode(answer[:n], skip_special_tokens=True).strip() == refusal)
+    return answer[: next(ends, len(answer))]
 
 
 def _answer_opening(processor) -> str:
@@ -115,6 +164,10 @@ def _render_text(processor, *messages) -> str:
 
 def _render(processor, *messages) -> list[int]:
     return _encode(processor, _render_text(processor, *messages))
+
+
+def _encode_alone(processor, text: str, opening="") -> list[int]:
+    return _encode(processor, text if opening else " " + text)
 
 
 def _encode(processor, text: str) -> list[int]:
@@ -231,7 +284,7 @@ def _text_ids(text: str | None, config, control_ids: set[int], tokenizer) -> lis
     if text in config.policy_token_ids:
         ids = _parse(config.policy_token_ids[text])
     elif tokenizer is not None:
-        ids = tokenizer(text if config.answer_opening_token_ids else " " + text, add_special_tokens=False)["input_ids"]
+        ids = _encode_alone(tokenizer, text, config.answer_opening_token_ids)
     else:
         raise ValueError(
             f"The policy's text {text!r} has no token ids in this model. Pass `tokenizer=processor.tokenizer` to "

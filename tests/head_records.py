@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from safevlm.safety_policy import PAPER_LABELS as LABELS
+from safevlm.safety_labels import PAPER_LABELS as LABELS
 from safevlm.trainer.evaluation import HeadPrediction
 
 SAFE = LABELS.safe_category_id

@@ -15,7 +15,7 @@ from safevlm.files import file_sha256
 from safevlm.model_card import write_card
 from safevlm.model_card.card import is_hub_id
 from safevlm.model_card.facts import policy_mark, portable_command, portable_word, read_facts
-from safevlm.safety_policy import SafetyLabels
+from safevlm.safety_labels import SafetyLabels
 
 from .data.mix_output import MANIFEST, MANIFEST_FORMAT, input_hashes
 from .evaluation.environment import environment

@@ -75,11 +75,11 @@ def test_a_saved_model_s_files_are_all_safevlm_s(saved, code):
 
 
 def test_a_changed_file_and_what_it_uses_are_shown_last(saved, code):
-    append(saved / "losses.py", "import requests, subprocess as sp\nfrom os import system as s\n")
-    append(saved / "losses.py", "s('x')\nsp.run(eval('1'))\n")
+    append(saved / "pipeline_safevlm.py", "import requests, subprocess as sp\nfrom os import system as s\n")
+    append(saved / "pipeline_safevlm.py", "s('x')\nsp.run(eval('1'))\n")
     exit_code, lines, _ = code(saved)
     assert exit_code == 1 and lines[-4].startswith("differs ")
-    assert lines[-4] == line_of("losses.py", lines)
+    assert lines[-4] == line_of("pipeline_safevlm.py", lines)
     assert lines[-3:-1] == ["    imports: requests", "    calls: eval, os.system, requests, subprocess.run"]
     total = len(list(saved.glob("*.py")))
     advice = "read it before you trust it (--diff shows how)"
@@ -94,13 +94,13 @@ def test_one_other_byte_makes_a_difference(saved, code):
 
 
 def test_the_diff_goes_from_safevlm_s_file_to_the_model_s(saved, code):
-    append(saved / "losses.py", "x = 1\n")
+    append(saved / "pipeline_safevlm.py", "x = 1\n")
     (saved / "versions.py").write_bytes((saved / "versions.py").read_bytes().replace(b"\n", b"\r\n"))
-    append(saved / "losses.py", "from .helper import x\n")
+    append(saved / "pipeline_safevlm.py", "from .helper import x\n")
     (saved / "helper.py").write_text("hidden = 1\n")
     exit_code, lines, _ = code(saved, "--diff")
-    start = lines.index("--- safevlm/losses.py")
-    assert lines[start + 1] == "+++ model/losses.py"
+    start = lines.index("--- safevlm/pipeline_safevlm.py")
+    assert lines[start + 1] == "+++ model/pipeline_safevlm.py"
     assert exit_code == 1 and "+x = 1" in lines and "-x = 1" not in lines
     assert "+check_installed()\\r" in lines and "-check_installed()" in lines  # the only difference can be seen
     assert line_of("helper.py", lines).startswith("unknown ") and "+hidden = 1" not in lines
@@ -211,7 +211,7 @@ def test_nothing_that_a_terminal_acts_on_is_printed(saved, code):
 def test_the_release_to_compare_with_is_named(saved, code, version, said):
     edit(saved / "config.json", safevlm_version=version)
     assert code(saved)[0] == 0
-    append(saved / "losses.py", "x = 1\n")
+    append(saved / "pipeline_safevlm.py", "x = 1\n")
     lines = code(saved)[1]
     assert ("pip install" in "".join(lines)) is said
     assert not said or lines[-1].endswith("by safevlm 0.0.9: to compare with that, pip install safevlm==0.0.9")
@@ -243,12 +243,12 @@ def test_a_hub_id_is_reviewed_without_its_weights(saved, code, monkeypatch):
     files = {path.name: path.read_bytes() for path in saved.iterdir()}
     with taken_for_the_hub(monkeypatch) as hub:
         repo = hub.add("me/m", files=files)
-        repo.branches["bad"] = {**files, "losses.py": b"import requests\n"}
+        repo.branches["bad"] = {**files, "pipeline_safevlm.py": b"import requests\n"}
         exit_code, lines, _ = code("me/m")
         assert exit_code == 0 and ALL_SAME.fullmatch(lines[-2])
         assert lines[-1] == f'Load what you read: revision="{repo.sha("main")}"'
         exit_code, lines, _ = code("me/m", "--revision", "bad")
-        assert exit_code == 1 and line_of("losses.py", lines).startswith("differs ")
+        assert exit_code == 1 and line_of("pipeline_safevlm.py", lines).startswith("differs ")
         assert code("me/m", "--revision", repo.sha("bad"))[0] == 1
         requested = {path.rpartition("/")[2] for _, path in hub.requests if "/resolve/" in path}
         assert {"config.json", "modeling_safevlm.py"} <= requested

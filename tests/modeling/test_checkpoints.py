@@ -87,7 +87,7 @@ def test_missing_safety_weights_fail_loudly(saved, tmp_path, part):
             del weights[name]
 
     with pytest.raises(
-        ValueError, match="lacks .*[1-9][0-9]* of them safety weights.*random safety modules.*from_base"
+        ValueError, match="lacks .*[1-9][0-9]* of them safety weights.*safety modules are untrained.*from_base"
     ):
         SafeVlmForConditionalGeneration.from_pretrained(edit_weights(saved, tmp_path, drop))
 

@@ -17,7 +17,7 @@ from safevlm.versions import REQUIRED, check_installed, check_saved_by
 
 ROOT = Path(__file__).parents[2]
 
-# What a user's process does, one without safevlm. A package says that it is of another version, and lacks a module.
+# A user's process without safevlm, in which a package reports another version and lacks a module.
 LOAD = """
 import sys
 sys.modules["safevlm"] = None
@@ -46,12 +46,12 @@ def load_with(package: str, version: str, missing: str, auto: str, folder: Path)
     [
         ("transformers", "5.22.2", "AutoConfig"),
         ("transformers", "4.57.6", "AutoProcessor"),
-        ("transformers", "5.24.0", "AutoConfig"),  # `past_key_values` has another name there
+        ("transformers", "5.24.0", "AutoConfig"),  # which renames `past_key_values`
         ("torch", "2.5.1+cu124", "AutoModelForImageTextToText"),
     ],
 )
 def test_saved_code_under_a_package_that_does_not_fit_says_what_to_install(saved, package, version, auto):
-    # The saved code imports this one, as it does others that old releases lack.
+    # One of the modules that the saved code imports and old releases lack.
     done = load_with(package, version, "transformers.models.auto.modeling_auto", auto, saved)
     required = REQUIRED[sys.modules[package]]
     assert done.returncode == 1
@@ -69,7 +69,7 @@ def test_saved_code_loads_under_later_patches_and_development_versions(saved):
 
 
 @pytest.mark.parametrize("version", ["2.6.0", "2.6.0a0+git1", "2.13.0+cpu", "3.0"])
-def test_versions_from_the_lowest_on_will_do(monkeypatch, version):
+def test_versions_from_the_lowest_on_are_accepted(monkeypatch, version):
     monkeypatch.setattr(torch, "__version__", version)
     check_installed()
 
@@ -93,14 +93,14 @@ def test_a_later_releases_model_is_refused_with_both_versions(saved, tmp_path):
             load.from_pretrained(tmp_path)
 
 
-def test_models_of_this_and_earlier_releases_load_and_note_this_one_when_saved():
-    # Before there was a note of it: None.
+def test_models_of_this_and_earlier_releases_load_and_record_this_one_when_saved():
+    # None: saved before releases were recorded.
     for version in (None, "0.0.9", __version__, f"{__version__}.post1"):
         assert SafeVlmConfig(safevlm_version=version).safevlm_version == __version__
 
 
 @pytest.mark.parametrize("version", ["new", "1", 3, ["0.1"]])
-def test_a_version_that_is_none_is_an_error(version):
+def test_an_invalid_version_is_an_error(version):
     with pytest.raises(ValueError, match="A version must start with two numbers"):
         check_saved_by(version)
 

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from safevlm.files import is_hub_id
-from safevlm.safety_policy import PAPER_LABELS, SafetyLabels
+from safevlm.safety_labels import PAPER_LABELS, SafetyLabels
 
 from .errors import DataError, short
 

@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from safevlm.files import file_sha256
-from safevlm.safety_policy import SafetyLabels
+from safevlm.safety_labels import SafetyLabels
 
 from .archives import ArchivedImage, split_archive_path
 from .containers.files import DiskFolder

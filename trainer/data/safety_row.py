@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from safevlm.safety_policy import PAPER_LABELS, SafetyLabels
+from safevlm.safety_labels import PAPER_LABELS, SafetyLabels
 
 from .errors import DataError, short
 from .images import MAX_PIXELS, ImageSource, load_image

@@ -7,7 +7,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
-from safevlm.safety_policy import PAPER_LABELS, SafetyLabels
+from safevlm.safety_labels import PAPER_LABELS, SafetyLabels
 
 from .errors import DataError
 from .images import ImageSource, image_key

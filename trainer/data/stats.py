@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from safevlm.safety_policy import PAPER_LABELS, SafetyLabels
+from safevlm.safety_labels import PAPER_LABELS, SafetyLabels
 
 from .duplicates import Leak, find_conflicts, find_duplicates, find_leaks, question_of
 from .fingerprints import ImageIndex

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from safevlm.files import file_sha256
 from safevlm.model_card import write_card
-from safevlm.safety_policy import PAPER_LABELS
+from safevlm.safety_labels import PAPER_LABELS
 from safevlm.trainer.card_facts import model_facts, origin, row_counts, share_measures, stage_facts
 from safevlm.trainer.data import SafetyRow
 from safevlm.trainer.recipe import Recipe

@@ -54,7 +54,7 @@ def test_the_papers_names_stand_once_in_the_repository():
                     places += [path.name] * (set(PAPER_LABELS.category_names) <= names)
             elif path.suffix in (".yaml", ".yml"):
                 places += [path.name] * ("category_names" in path.read_text(encoding="utf-8"))
-    assert places == ["safety_policy.py"]
+    assert places == ["safety_labels.py"]
     assert SafeVlmConfig().labels == PAPER_LABELS
 
 

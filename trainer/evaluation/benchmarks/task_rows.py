@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from safevlm.safety_policy import PAPER_LABELS, SafetyLabels
+from safevlm.safety_labels import PAPER_LABELS, SafetyLabels
 from safevlm.trainer.data import DataError, SafetyRow, load_labels, read_rows
 from safevlm.trainer.task_names import HOW_TO_GET, task_files
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from safevlm.safety_policy import SafetyLabels, SafetyPolicy
+from safevlm.safety_labels import SafetyLabels
+from safevlm.safety_policy import SafetyPolicy
 
 from .outcomes import HeadOutcomes, head_outcomes
 from .predictions import HeadPrediction
