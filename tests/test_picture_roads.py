@@ -16,6 +16,7 @@ from tiny import chat
 from safevlm import SafeVlmPipeline
 from safevlm.processing.pictures import MAX_PIXELS, PictureError, find_picture, load_picture
 from safevlm.safety_verdict import SafetyVerdict
+from safevlm.trainer.asking import encode_chats
 from safevlm.trainer.commands import ask
 from safevlm.trainer.data import SafetyRow
 from safevlm.trainer.encoding.row_encoder import encode_row
@@ -59,14 +60,18 @@ def roads(path, model, processor, pipe):
         return processor.apply_chat_template(messages, **SETTINGS)
 
     def served():
-        return templated(part(image=decode_image(url, 1, MAX_PIXELS)))
+        return encode_chats(processor, [chat(QUESTION)], [[decode_image(url, 1, MAX_PIXELS)]], model)
 
     def asked():
         args = SimpleNamespace(image=Path(path), question=QUESTION, model="m", policy=None, device=None)
         inputs = {}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(ask, "load_model", lambda *_: (model, processor))
-            patch.setattr(model, "assess", lambda **given: inputs.update(given) or SafetyVerdict.off(1, model.config))
+            patch.setattr(
+                model,
+                "assess",
+                lambda **given: inputs.update(given) or SafetyVerdict.unassessed(1, model.config.labels),
+            )
             ask.run_assess(args)
         return inputs
 

@@ -4,39 +4,26 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import yaml
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HTTPError
 
-from safevlm.files import file_sha256
+from safevlm.files import file_sha256, is_hub_id
 from safevlm.model_card import write_card
-from safevlm.model_card.card import is_hub_id
 from safevlm.model_card.facts import policy_mark, portable_command, portable_word, read_facts
 from safevlm.safety_labels import SafetyLabels
 
 from .data.mix_output import MANIFEST, MANIFEST_FORMAT, input_hashes
 from .evaluation.environment import environment
+from .evaluation.measure_table import Measure, head_measures
 from .recipe import Recipe
 from .stage.card_callback import read_measured
 from .stage.training_args import STAGES
 
 VERSIONS = ("safevlm", "torch", "transformers", "lmms_eval")
-SHARES = {
-    "attack_success_rate": ("safety", False),
-    "refusal_rate": ("safety", True),
-    "over_refusal_rate": ("over-refusal", False),
-    "category_macro_f1": ("safety head", True),
-    "level_accuracy": ("safety head", True),
-    "auroc": ("safety head", True),
-    "ece": ("safety head", False),
-    "category_ece": ("safety head", False),
-    "recall": ("safety head", True),
-    "false_positive_rate": ("safety head", False),
-}
-"""Measures in [0, 1]: what of a card they belong to, and whether higher is better."""
 PLOTS = {
     "trade_off.png": "Over-blocking: recall of risky rows against clean rows flagged, for each policy",
     "reliability.png": "Reliability of scores before and after calibration",
@@ -44,9 +31,6 @@ PLOTS = {
     "confusion_matrix.png": "Categories and levels: labels against verdicts",
     "roc_pr.png": "ROC and precision-recall curves of the risk score",
 }
-
-
-TRAIN_DEFAULTS = {"assume_safe": False, "dtype": "auto", "seed": 0}
 
 
 # -- training
@@ -58,28 +42,11 @@ def model_facts(model_name: str, base: dict, training: dict, results: list[dict]
     return {"model_name": model_name, "base_model": base, **known, "training": training, "results": results}
 
 
-def train_command(base, data, images, recipe, output_dir, options: dict, overrides: dict | None) -> str:
-    """
-    The `safevlm train` command that does the same. What has its default value is left out, but `--holdout` is not:
-    figures on what was held out stand beside the command.
-    """
-    words = ["safevlm", "train", "--base", base, "--data", *data, "--output", output_dir]
-    words += ["--images", images] if images is not None else []
-    words += ["--recipe", recipe] if recipe != "paper" else []
-    for name, value in options.items():
-        if value is not None and TRAIN_DEFAULTS.get(name) != value:
-            words += [f"--{name.replace('_', '-')}", *([] if value is True else [value])]
-    if overrides:
-        words += ["--set", *(f"{name}={'null' if value is None else value}" for name, value in overrides.items())]
-    return portable_command(words)
-
-
 def head_results(report: dict, training: dict, config) -> list[dict]:
     """The head's measures on the rows that `train_from_files` held out, after each stage."""
     columns = report["metrics"]
-    measures = share_measures(
-        columns, n=max((column.get("num_assessed", 0) for column in columns.values()), default=0)
-    )
+    num_assessed = max((column.get("num_assessed", 0) for column in columns.values()), default=0)
+    measures = card_measures(columns, head_measures("card"), num_assessed)
     if not measures:
         return []
     held_out = f"{report['num_eval_rows']} rows held out of the training data, by image"
@@ -150,42 +117,60 @@ def row_counts(rows, labels: SafetyLabels) -> dict:
     }
 
 
-def stage_facts(output_dir: str | os.PathLike, recipe: Recipe, overrides: dict | None = None) -> list[dict]:
+def stage_facts(output_dir: str | os.PathLike, recipe: Recipe) -> list[dict]:
     """Hyper-parameters and measurements of each stage that `run_schedule` trained in `output_dir`."""
     facts = []
-    for number, stage in enumerate(recipe.stages, start=1):
-        name = stage["stage"]
-        trainable = ["safety"] if name == STAGES[0] else ["safety", "language_model"]
-        arguments = {"trainable": trainable, **stage, **(overrides or {})}
+    for folder, stage in zip(recipe.folders(output_dir), recipe.stages, strict=True):
+        trainable = ["safety"] if folder.stage == STAGES[0] else ["safety", "language_model"]
+        arguments = {"trainable": trainable, **stage}
         for argument in ("safety_level_loss_coef", "safety_category_loss_coef"):
             if argument in recipe.safety:
                 arguments.setdefault(argument, recipe.safety[argument])
-        arguments = {key: value for key, value in json.loads(json.dumps(arguments, default=str)).items()}
-        measured = read_measured(Path(output_dir) / f"{number}-{name}")
-        facts.append({"stage": name, "arguments": arguments, "measured": measured})
+        arguments = json.loads(json.dumps(arguments, default=str))
+        facts.append({"stage": folder.stage, "arguments": arguments, "measured": read_measured(folder.path)})
     return facts
 
 
-def share_measures(
-    columns: dict[str, dict],
-    shares: dict[str, tuple[str, bool]] = SHARES,
+def card_measures(
+    columns: dict[str, dict[str, float | None]],
+    measures: Iterable[Measure],
     n: int | None = None,
     task: str | None = None,
 ) -> list[dict]:
-    """Measures of a card from `{system: {name: value in [0, 1]}}`, for the names in `shares`."""
+    """
+    The rows of a card's table: each of `measures` that a column has a value of.
+
+    Args:
+        columns (`dict[str, dict[str, float | None]]`): The values by name of the measure, for each system.
+        n (`int`, *optional*): How many rows of data the values rest on.
+        task (`str`, *optional*): The data set, for the card's metadata.
+    """
     return [
-        {
-            "name": name,
-            "title": name.replace("_", " "),
-            **({"task": task} if task else {}),
-            "section": section,
-            "n": n,
-            "higher_is_better": higher,
-            "values": {system: values.get(name) for system, values in columns.items()},
-        }
-        for name, (section, higher) in shares.items()
-        if any(values.get(name) is not None for values in columns.values())
+        card_measure(measure, {system: values.get(measure.name) for system, values in columns.items()}, n, task)
+        for measure in measures
+        if any(values.get(measure.name) is not None for values in columns.values())
     ]
+
+
+def card_measure(
+    measure: Measure,
+    values: dict[str, float | None],
+    n: int | None = None,
+    task: str | None = None,
+    title: str | None = None,
+) -> dict:
+    """One row of a card's table; `values` by system. Shares are stored in [0, 1], whatever the measure's scale."""
+    scale = measure.scale if measure.percent else 1.0
+    return {
+        "name": measure.name,
+        "title": title or measure.title,
+        **({"task": task} if task else {}),
+        "section": measure.section,
+        "n": n,
+        "percent": measure.percent,
+        "higher_is_better": measure.higher_is_better,
+        "values": {system: None if value is None else value / scale for system, value in values.items()},
+    }
 
 
 def origin(environment: dict, data: str, command: str, policy: dict | None = None) -> dict:
@@ -215,22 +200,16 @@ def add_evaluation(model_dir: str | os.PathLike, results_dir: str | os.PathLike)
     if not own:
         asked = sorted({system["system"]["checkpoint"] for system in report["systems"].values()})
         raise ValueError(f"{path} is about {', '.join(asked)}, not about {str(model_dir)!r} under its own policy.")
-    measures = []
-    for column in columns(report):
-        values = {name: cell(report, name, column) for name in report["systems"]}
-        scale = column.full if column.as_percent else 1.0
-        measures.append(
-            {
-                "name": column.metric,
-                "title": column.title,
-                "task": ", ".join(column.tasks),
-                "section": column.section,
-                "n": num_items(report, column),
-                "percent": column.as_percent,
-                "higher_is_better": column.higher_is_better,
-                "values": {name: None if value is None else value / scale for name, value in values.items()},
-            }
+    measures = [
+        card_measure(
+            column.measure,
+            {name: cell(report, name, column) for name in report["systems"]},
+            num_items(report, column),
+            ", ".join(column.tasks),
+            column.title,
         )
+        for column in columns(report)
+    ]
     heads = {name: system["head"]["overall"] for name, system in report["systems"].items() if "head" in system}
     measures += _interval_measures(heads, task=", ".join(report["tasks"]))
     # Changed since: the answers were given under a policy that this folder does not hold any more.
@@ -264,11 +243,15 @@ def _is_plain(system: dict, model_dir: Path) -> bool:
 
 def _interval_measures(reports: dict[str, dict], task: str | None = None) -> list[dict]:
     """Measures of a card from the `overall` of head reports: values with their 95 % intervals."""
-    measures = share_measures({name: {m: v["value"] for m, v in r.items()} for name, r in reports.items()}, task=task)
+    values = {name: {key: entry["value"] for key, entry in report.items()} for name, report in reports.items()}
+    measures = card_measures(values, head_measures("card"), task=task)
     for measure in measures:
-        found = {name: report[measure["name"]] for name, report in reports.items() if measure["name"] in report}
-        measure["n"] = max(value["num_rows"] for value in found.values())
-        measure["intervals"] = {name: [v["low"], v["high"]] for name, v in found.items() if v["low"] is not None}
+        key = measure["name"]
+        entries = {name: report[key] for name, report in reports.items() if key in report}
+        measure["n"] = max(entry["num_rows"] for entry in entries.values())
+        measure["intervals"] = {
+            name: [entry["low"], entry["high"]] for name, entry in entries.items() if entry["low"] is not None
+        }
     return measures
 
 

@@ -10,7 +10,7 @@ import yaml
 from blocks import FOR_PEOPLE, ROOT, RUN, WRITTEN, Block, documents, read_blocks, same_output
 from workplace import OF_A_FAST_DEMO, PREPARE, SUBSTITUTES
 
-from safevlm.trainer.cli import _parser
+from safevlm.trainer.cli import build_parser
 
 DOCUMENTS = documents()
 
@@ -63,7 +63,7 @@ def test_every_safevlm_command_has_the_options_it_is_shown_with(document):
     inline = re.findall(r"`(safevlm [^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
     for command in inline:
         words = shlex.split(command)[1:]
-        action = _subcommand(_parser(), words)
+        action = _subcommand(build_parser(), words)
         known = {option for one in action._actions for option in one.option_strings}
         unknown = {word for word in words if word.startswith("--")} - known
         assert not unknown, f"{document}: `{command}`: {action.prog} has no {', '.join(unknown)}"

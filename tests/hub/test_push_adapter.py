@@ -13,6 +13,7 @@ from transformers import AutoModel, AutoModelForImageTextToText
 from safevlm import SafeVlmForConditionalGeneration
 from safevlm.model_card import push_to_hub
 from safevlm.trainer.cli import main
+from safevlm.trainer.training_options import TrainOptions
 from safevlm.trainer.training_run import train_from_files
 
 pytest.importorskip("peft", reason="peft is not installed; pip install 'safevlm[train]'")
@@ -27,12 +28,14 @@ def train(folder, stages):
     tiny_processor().save_pretrained(folder / "base")
     (folder / "recipe.yaml").write_text(yaml.safe_dump({"safety": dict(SIZES), "stages": stages}))
     train_from_files(
-        folder / "base",
-        [write_rows(folder)],
-        folder / "out",
-        recipe=folder / "recipe.yaml",
-        holdout=0,
-        dtype="float32",
+        TrainOptions(
+            base=folder / "base",
+            data=[write_rows(folder)],
+            output=folder / "out",
+            recipe=folder / "recipe.yaml",
+            holdout=0,
+            dtype="float32",
+        )
     )
     return folder
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from safevlm import __version__
-from safevlm.model_card.remote_code import read_code
+from safevlm.model_card.code_review import read_code
 from safevlm.trainer.cli import main
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "hub"))
@@ -253,7 +253,7 @@ def test_a_hub_id_is_reviewed_without_its_weights(saved, code, monkeypatch):
         requested = {path.rpartition("/")[2] for _, path in hub.requests if "/resolve/" in path}
         assert {"config.json", "modeling_safevlm.py"} <= requested
         assert requested <= {name for name in files if name.endswith((".py", ".json"))}
-        for arguments, what in ((("me/gone",), "no model on the Hub"), (("me/m", "--revision", "v9"), "'v9'")):
+        for arguments, what in ((("me/gone",), "nor a model on the Hub"), (("me/m", "--revision", "v9"), "'v9'")):
             exit_code, lines, err = code(*arguments)
             assert exit_code == 1 and lines == [] and what in err and err.count("\n") == 1
 
@@ -265,10 +265,10 @@ def test_wrong_arguments_are_one_clear_line(saved, code, tmp_path):
     (broken / "config.json").write_text("{")
     for arguments, what in (
         ((tmp_path / "empty",), "holds no config.json"),
-        ((tmp_path / "no such\tfolder",), "is no folder"),
+        ((tmp_path / "no such\tfolder",), "is neither a folder nor a model"),
         ((saved, "--revision", "main"), "is a folder; leave it out"),
-        ((saved,), "versions.py' is no UTF-8 text"),
-        ((broken,), "config.json' is no valid JSON"),
+        ((saved,), "versions.py' is not UTF-8 text"),
+        ((broken,), "config.json' is not valid JSON"),
     ):
         exit_code, lines, err = code(*arguments)
         assert exit_code == 1 and lines == [] and what in err and err.count("\n") == 1, err
@@ -291,4 +291,4 @@ def test_a_weak_policy_is_told(saved, code, policy, says):
 
 def test_a_policy_that_names_a_file_is_told(saved, code):
     edit(saved / "config.json", safety_policy="/etc/policy.yaml")
-    assert any("own policy is weak: it is none" in line for line in code(saved)[1])
+    assert any("own policy is weak: it is not valid" in line for line in code(saved)[1])

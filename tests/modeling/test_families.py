@@ -201,12 +201,10 @@ def test_both_stages_train(family, processor, training_rows, tmp_path):
         processor,
         training_rows,
         tmp_path / "out",
-        Recipe.load(recipe),
+        Recipe.load(recipe).with_arguments(
+            use_cpu=True, per_device_train_batch_size=2, disable_tqdm=True, report_to="none"
+        ),
         after_stage=after_stage,
-        use_cpu=True,
-        per_device_train_batch_size=2,
-        disable_tqdm=True,
-        report_to="none",
     )
     first, second = after.values()
     assert all(torch.equal(first[name], before[name]) for name in before)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shlex
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -20,14 +21,14 @@ from safevlm.trainer.card_facts import (
     base_facts,
     data_facts,
     stage_facts,
-    train_command,
 )
-from safevlm.trainer.cli import _parser
-from safevlm.trainer.commands.train import _override
-from safevlm.trainer.data import SafetyRow
+from safevlm.trainer.cli import build_parser
+from safevlm.trainer.data import ReadOptions, SafetyRow
+from safevlm.trainer.options import option_words, options_from
 from safevlm.trainer.recipe import Recipe
 from safevlm.trainer.schedule import run_schedule
 from safevlm.trainer.stage.card_callback import CardCallback, read_measured
+from safevlm.trainer.training_options import TrainOptions
 from safevlm.trainer.training_run import train_from_files
 
 STAGE = {
@@ -55,19 +56,27 @@ def rows(count: int) -> list[SafetyRow]:
 # -- the command
 
 
-READING = {"format": "llava", "taxonomy": "my own.yaml", "split": "train", "subset": "a", "revision": "b"}
-OPTIONS = {"holdout": 0.25, "assume_safe": True, "dtype": "float32", "seed": 7, "labels": "labels.yaml", **READING}
-DEFAULTS = {"holdout": 0.1, "assume_safe": False, "dtype": "auto", "seed": 0, **dict.fromkeys(["labels", *READING])}
+READING = ReadOptions("llava", "my own.yaml", "train", "a", "b", assume_safe=True)
+OVERRIDES = {"learning_rate": 1e-4, "bf16": True, "max_steps": 3, "warmup_steps": None, "report_to": ["none"]}
+GIVEN = dict(base="base", data=["a b.jsonl", "c"], output="out", images="my pictures", recipe="demo")
+OPTIONS = TrainOptions(
+    **GIVEN, holdout=0.25, dtype="float32", seed=7, labels="labels.yaml", read=READING, overrides=OVERRIDES
+)
 
 
-@pytest.mark.parametrize("options", [{**OPTIONS, "skip_bad_rows": True}, DEFAULTS, {**DEFAULTS, "holdout": 0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        OPTIONS,
+        replace(OPTIONS, read=replace(READING, on_error="skip")),
+        TrainOptions(**GIVEN),
+        TrainOptions(**GIVEN, holdout=0),
+    ],
+)
 def test_the_command_on_a_card_asks_for_what_was_done(options):
-    overrides = {"learning_rate": 1e-4, "bf16": True, "max_steps": 3, "warmup_steps": None, "report_to": ["none"]}
-    command = train_command("base", ["a b.jsonl", "c"], "my pictures", "demo", "out", options, overrides)
-    args = _parser().parse_args(shlex.split(command)[1:])
-    assert (args.base, args.data, str(args.images), args.recipe) == ("base", ["a b.jsonl", "c"], "my pictures", "demo")
-    assert {name: getattr(args, name) for name in options} == options
-    assert dict(map(_override, args.set)) == overrides
+    command = portable_command(["safevlm", "train", *option_words(options, always=("holdout",))])
+    args = build_parser().parse_args(shlex.split(command)[1:])
+    assert options_from(args, TrainOptions) == options
     assert "--holdout" in command  # figures stand beside it, on rows that were held out
 
 
@@ -77,8 +86,8 @@ def test_the_command_on_a_card_asks_for_what_was_done(options):
 def test_training_notes_steps_time_device_parameters_and_loss(processor, tmp_path):
     model = safe_model(tiny_llava(), processor)
     recipe = Recipe(stages=[STAGE], safety=dict(SIZES))
-    run_schedule(model, processor, rows(8), tmp_path, recipe, use_cpu=True)
-    (stage,) = stage_facts(tmp_path, recipe, {"seed": 3})
+    run_schedule(model, processor, rows(8), tmp_path, recipe.with_arguments(use_cpu=True))
+    (stage,) = stage_facts(tmp_path, recipe.with_arguments(seed=3))
     measured = stage["measured"]
     assert (measured["steps"], measured["epochs"], measured["rows_per_step"]) == (2, 1.0, 4)
     safety = sum(p.numel() for p in model.safety.parameters())
@@ -138,11 +147,13 @@ def test_train_writes_a_card_with_its_facts_and_keeps_a_person_s_words(tmp_path)
 
     def train():
         return train_from_files(
-            base=tmp_path / "base",
-            data=[rows],
-            output_dir=tmp_path / "out",
-            recipe=tmp_path / "recipe.yaml",
-            holdout=0.34,
+            TrainOptions(
+                base=tmp_path / "base",
+                data=[rows],
+                output=tmp_path / "out",
+                recipe=tmp_path / "recipe.yaml",
+                holdout=0.34,
+            )
         )
 
     train()
@@ -270,7 +281,7 @@ def test_an_evaluation_gets_onto_the_card_once(folder, tmp_path):
     (result,) = read_facts(folder)["results"]
     assert result["system"] == "model" and result["command"] == "safevlm evaluate model --tasks figstep"
     assert "| figstep: attack success ↓ | 500 | 90.0 | 12.5 |" in card
-    assert "| level accuracy ↑ | 40 | – | 75.0 (50.0–100.0) |" in card and "| auroc" not in card
+    assert "| level accuracy ↑ | 40 | – | 75.0 (50.0–100.0) |" in card and "| AUROC" not in card
     assert card.count("plots/comparison.png") == 1 and (folder / "plots" / "comparison.png").read_bytes() == b"png"
     metadata = yaml.safe_load(card.split("---\n")[1])
     assert metadata["model-index"][0]["results"][0]["metrics"][0]["value"] == 0.125
@@ -318,7 +329,7 @@ def test_a_calibration_gets_onto_the_card_and_is_marked_until_it_is_in_force(fol
     (output / "calibration.json").write_text(json.dumps(report))
     (output / "trade_off.png").write_bytes(b"png")
     card = add_calibration(folder, output).read_text(encoding="utf-8")
-    assert "| ece | 20.0 (10.0–30.0) | 5.0 |" in card and "at most 5 % of clean rows" in card and "- few rows" in card
+    assert "| ECE | 20.0 (10.0–30.0) | 5.0 |" in card and "at most 5 % of clean rows" in card and "- few rows" in card
     assert "plots/trade_off.png" in card
     assert "`safevlm calibrate --model model --data dev.jsonl --target-fpr 0.05 --seed 0`" in card
     assert "measured under another policy (`calibrated`)" in card

@@ -2,7 +2,10 @@
 
 import sys
 
-from .common import add_command, add_model_arguments, check_policy, load_model, print_json
+from safevlm.trainer.model_options import ModelOptions
+from safevlm.trainer.options import add_options, options_from
+
+from .common import add_command, check_policy, load_model, print_json
 
 
 def add(commands):
@@ -30,7 +33,7 @@ def add(commands):
     )
     answer.add_argument("--json", action="store_true", help="print the answer and its verdict as JSON")
     for command in (assess, answer):
-        add_model_arguments(command)
+        add_options(command, ModelOptions)
 
 
 def run_assess(args):
@@ -60,4 +63,4 @@ def _load(args):
 
     check_policy(args.policy)
     image = load_image(args.image)
-    return *load_model(args.model, args.device), image
+    return *load_model(options_from(args, ModelOptions)), image

@@ -2,16 +2,30 @@
 
 import argparse
 import contextlib
-import dataclasses
 import functools
 import json
 import logging
 import sys
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from .common import add_command, add_labels_argument, add_reader_arguments, print_json, reader_options
+from safevlm.trainer.data.read_options import ReadOptions, images_option
+from safevlm.trainer.options import add_options, option, options_from
+
+from .common import add_command, print_json
 
 SHOWN = 10  # entries of a list that `stats` prints; stats.json has all
+
+LABELS_HELP = "names of categories and levels, if not the paper's: a YAML or JSON file, a recipe, or a SafeVLM"
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """How `data check` and `data stats` read. Bad rows never stop them, so they have no `--skip-bad-rows`."""
+
+    images: Path | None = images_option()
+    read: ReadOptions = field(default_factory=ReadOptions)
+    labels: str | None = option(LABELS_HELP, None)
 
 
 def add(commands):
@@ -34,8 +48,7 @@ def add(commands):
         example="safevlm data check rows.jsonl more.json --images pictures",
     )
     check.add_argument("files", nargs="+", metavar="DATA", help="data files, folders, zips or Hub ids")
-    add_reader_arguments(check)
-    add_labels_argument(check)
+    add_options(check, DataOptions, without=("on_error",))
     check.add_argument("--no-answers", action="store_true", help="rows need no answer, as in evaluation data")
     check.add_argument("--json", action="store_true", help="print the problems as JSON")
 
@@ -47,8 +60,7 @@ def add(commands):
         example="safevlm data stats train.jsonl --against test.jsonl --images pictures --output stats",
     )
     stats.add_argument("files", nargs="+", metavar="DATA", help="data files, folders, zips or Hub ids")
-    add_reader_arguments(stats)
-    add_labels_argument(stats)
+    add_options(stats, DataOptions, without=("on_error",))
     stats.add_argument("--against", nargs="+", metavar="DATA", default=[], help="test data, which must share no image")
     stats.add_argument("--against-images", type=Path, help="images of the test data (default: as --images)")
     stats.add_argument("--against-split", help="split of the test data (default: as --split)")
@@ -65,7 +77,7 @@ def add(commands):
     )
     mix.add_argument("recipe", help="a YAML file or a shipped recipe: paper-stage1, paper-stage2")
     mix.add_argument("--root", type=Path, help="folder that its paths are relative to (default: the recipe's own)")
-    add_labels_argument(mix)
+    mix.add_argument("--labels", help=LABELS_HELP)
     mix.add_argument("--output", required=True, type=Path, help="folder to write: JSONL files and manifest.json")
 
 
@@ -73,8 +85,11 @@ def _reader(args, **changes):
     """`read(path)`: all rows that can be parsed, with or without answer; their images are not looked at yet."""
     from safevlm.trainer.data import load_labels, read_rows
 
-    options = {"image_folder": args.images, "labels": load_labels(args.labels), **reader_options(args), **changes}
-    return functools.partial(read_rows, **options, check_images="none", require_answer=False, on_error="skip")
+    given = options_from(args, DataOptions)
+    options = replace(
+        given.read, labels=load_labels(given.labels), check_images="none", require_answer=False, on_error="skip"
+    )
+    return functools.partial(read_rows, **{"image_folder": given.images, "options": options, **changes})
 
 
 def run_check(args):
@@ -146,7 +161,7 @@ def run_mix(args):
     root = args.root or (Path(args.recipe).parent if is_file else Path())
     recipe = MixRecipe.load(args.recipe)
     if args.labels is not None:
-        recipe = dataclasses.replace(recipe, labels=labels_dict(load_labels(args.labels)))
+        recipe = replace(recipe, labels=labels_dict(load_labels(args.labels)))
     manifest = mix(recipe, root, args.output)
     sys.stdout.write("\n".join(_mix_lines(manifest)) + "\n")
     images = args.output if recipe.images == "copy" else root

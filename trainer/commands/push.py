@@ -52,17 +52,16 @@ def run_card(args):
 
 def run_push(args):
     from safevlm.model_card import push_to_hub
+    from safevlm.model_card.push import CommitOptions
 
     push = push_to_hub(
         args.folder,
         args.repo_id,
         public=args.public,
         dry_run=args.dry_run,
-        revision=args.revision,
-        create_pr=args.create_pr,
         adapter_only=args.adapter_only,
         max_shard_size=args.max_shard_size,
-        message=args.message,
+        commit=CommitOptions(args.revision, args.create_pr, args.message),
     )
     for name, size in push.files.items():
         sys.stdout.write(f"{_size(size):>9}  {name}\n")

@@ -11,6 +11,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from safevlm.safety_labels import PAPER_LABELS, SafetyLabels
+from safevlm.trainer.options import option
+
+
+def images_option():
+    """The field `images` of a command's options: the `image_folder` of `read_rows`."""
+    return option("folder or zip of the images (default: each data file's own folder)", None)
 
 
 @dataclass(frozen=True)
@@ -44,17 +50,21 @@ class ReadOptions:
         `ValueError`: `check_images` or `on_error` is not one of its choices.
     """
 
-    format: str | None = None
-    taxonomy: str | os.PathLike | None = None
-    split: str | None = None
-    subset: str | None = None
-    revision: str | None = None
+    format: str | None = option("format of the files (default: recognised from the content)", None)
+    taxonomy: str | os.PathLike | None = option(
+        "how the data's labels map to ours: a YAML file or a shipped name (default: the format's)", None
+    )
+    split: str | None = option("split to read, of a data set that has several", None)
+    subset: str | None = option("configuration of a data set on the Hub", None)
+    revision: str | None = option("branch, tag or commit of a data set on the Hub", None)
     labels: SafetyLabels = PAPER_LABELS
-    assume_safe: bool = False
+    assume_safe: bool = option("rows without labels count as safe", False)
     require_answer: bool = True
     check_images: Literal["full", "header", "none"] = "full"
     max_pixels: int | None = None
-    on_error: Literal["raise", "skip"] = "raise"
+    on_error: Literal["raise", "skip"] = option(
+        "skip and count rows with problems", "raise", flag="--skip-bad-rows", action="store_const", const="skip"
+    )
     source: str | None = None
 
     def __post_init__(self) -> None:

@@ -6,21 +6,22 @@ from pathlib import Path
 from safevlm.files import file_sha256
 from safevlm.model_card import write_card
 from safevlm.safety_labels import PAPER_LABELS
-from safevlm.trainer.card_facts import model_facts, origin, row_counts, share_measures, stage_facts
+from safevlm.trainer.card_facts import card_measures, model_facts, origin, row_counts, stage_facts
 from safevlm.trainer.data import SafetyRow
+from safevlm.trainer.evaluation.measure_table import Measure, head_measures
 from safevlm.trainer.recipe import Recipe
 
-# The measures on the card: their section, and whether higher is better.
-CARD_MEASURES = {
-    **{f"refusal_rate_level{level}": ("safety", True) for level in (1, 2, 3)},
-    "comply_rate_risky": ("safety", False),
-    "pair_accuracy_risky": ("safety", True),
-    "over_refusal_rate_clean": ("over-refusal", False),
-    "over_refusal_rate_lookalike": ("over-refusal", False),
-    "pair_accuracy_benign": ("general ability", True),
-    "clean_accuracy": ("general ability", True),
-    **{name: ("safety head", True) for name in ("category_macro_f1", "level_accuracy", "auroc")},
-}
+CARD_MEASURES = (
+    *(Measure(f"refusal_rate_level{level}", "safety") for level in (1, 2, 3)),
+    Measure("comply_rate_risky", "safety", higher_is_better=False),
+    Measure("pair_accuracy_risky", "safety"),
+    Measure("over_refusal_rate_clean", "over-refusal", higher_is_better=False),
+    Measure("over_refusal_rate_lookalike", "over-refusal", higher_is_better=False),
+    Measure("pair_accuracy_benign", "general ability"),
+    Measure("clean_accuracy", "general ability"),
+    *head_measures("card"),
+)
+"""What [`summarise`] measures, as the card shows it."""
 
 
 def write_demo_card(output_dir: Path, results: dict, recipe: Recipe, rows: list[SafetyRow], policy: dict, fast: bool):
@@ -46,13 +47,13 @@ def write_demo_card(output_dir: Path, results: dict, recipe: Recipe, rows: list[
         "safevlm.trainer.demo. This model shows the method at work. It knows nothing of the real world.",
         "rows": len(rows),
         **row_counts(rows, PAPER_LABELS),
-        "stages": stage_facts(output_dir / "training", recipe, {"seed": results["seed"]}),
+        "stages": stage_facts(output_dir / "training", recipe.with_arguments(seed=results["seed"])),
     }
     data = f"{results['num_test_rows']} questions about held-out scenes of the picture world"
     result = {
         "title": "Held-out scenes of the picture world",
         "system": "stage2",
-        "measures": share_measures(results["metrics"], CARD_MEASURES),
+        "measures": card_measures(results["metrics"], CARD_MEASURES),
         **origin(results["environment"], data, command, policy),
     }
     (model_dir / "plots").mkdir(exist_ok=True)

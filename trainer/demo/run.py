@@ -21,7 +21,7 @@ from safevlm.trainer.asking import verdict_line
 from safevlm.trainer.data import SafetyRow, balance
 from safevlm.trainer.evaluation import environment
 from safevlm.trainer.loading import load_checkpoint
-from safevlm.trainer.recipe import Recipe
+from safevlm.trainer.recipe import Recipe, StageFolder
 from safevlm.trainer.schedule import check_same_run, run_schedule
 
 from .answers import instructions, to_row
@@ -167,22 +167,13 @@ def _train(base_dir: Path, rows: list[SafetyRow], folder: Path, recipe: Recipe, 
     set_seed(seed)
     model = SafeVlmForConditionalGeneration.from_base(base_dir, processor, **recipe.safety)
 
-    def after_stage(stage_folder: Path, model):
-        name = f"stage{stage_folder.name.partition('-')[0]}"
+    def after_stage(stage_folder: StageFolder, model):
+        name = f"stage{stage_folder.number}"
         evaluation.clock(name)
         evaluation.add(name, model, processor)
 
-    return run_schedule(
-        model,
-        processor,
-        train_rows,
-        folder,
-        recipe,
-        after_stage=after_stage,
-        seed=seed,
-        data_seed=seed,
-        use_cpu=not torch.cuda.is_available(),
-    )
+    recipe = recipe.with_arguments(seed=seed, data_seed=seed, use_cpu=not torch.cuda.is_available())
+    return run_schedule(model, processor, train_rows, folder, recipe, after_stage=after_stage)
 
 
 def _summary(results: dict, answered: list[dict], output_dir: Path) -> str:

@@ -108,5 +108,4 @@ def head_measures(shown_in: str) -> tuple[Measure, ...]:
 def lmms_measures(task: str) -> tuple[Measure, ...]:
     """The measures of one of lmms-eval's tasks that count as general ability; empty where none is known."""
     prefixes = (m.source.removeprefix("lmms:") for m in MEASURES.values() if m.source.startswith("lmms:"))
-    prefix = next((prefix for prefix in prefixes if task.startswith(prefix)), None)
-    return measures_of(f"lmms:{prefix}")
+    return next((measures_of(f"lmms:{prefix}") for prefix in prefixes if task.startswith(prefix)), ())

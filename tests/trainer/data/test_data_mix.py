@@ -251,7 +251,7 @@ def test_the_same_recipe_replaces_its_result_and_another_is_refused(build, root,
 def test_a_folder_that_is_no_mix_is_left_alone(build, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine.txt").write_text("mine")
-    with pytest.raises(ValueError, match="is no mix; choose another folder"):
+    with pytest.raises(ValueError, match="is not a mix; choose another folder"):
         build()
     assert tree(tmp_path / "out") == {Path("mine.txt"): b"mine"}
 
@@ -283,7 +283,7 @@ def test_too_few_clean_rows_are_an_error_not_a_smaller_ratio(build):
         ({"sources": []}, "at least one data file"),
         ({"sources": [{"name": "a"}]}, "`sources` 1 lacks `path`"),
         ({"sources": [{"path": "a"}]}, "`name` of source 1"),
-        ({"sources": [{"name": "a", "path": "a"}] * 2}, "'a' is taken twice"),
+        ({"sources": [{"name": "a", "path": "a"}] * 2}, "'a' is used twice"),
         ({"sources": [{"name": "a", "path": "a", "limit": 3}]}, "unknown entry `limit`; known are path"),
         ({"sources": [{"name": "a", "path": "a", "max_rows": "3"}]}, "`max_rows` of `sources` 1 must be an integer"),
         ({"sources": [RISKY], "holdout": 1}, r"`holdout` must be in \[0, 1\)"),

@@ -12,9 +12,11 @@ pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: pip install
 
 from datasets import Dataset, Features, Image, Value
 
-from safevlm.trainer.evaluation.benchmarks import run as engine
-from safevlm.trainer.evaluation.benchmarks.answering import Answer, Answerer
+from safevlm.trainer.asking import Answer
+from safevlm.trainer.evaluation.benchmarks import checkpoints
+from safevlm.trainer.evaluation.benchmarks.answering import Answerer
 from safevlm.trainer.evaluation.benchmarks.run import evaluate
+from safevlm.trainer.evaluation.benchmarks.settings import EvaluationSettings
 from safevlm.trainer.evaluation.benchmarks.systems import System, make_systems
 from safevlm.trainer.evaluation.benchmarks.task_data import TASKS_FOLDER
 
@@ -40,7 +42,7 @@ def world(tmp_path_factory, model_folders):
 def run(world, output, tasks=("own",), systems=None, **options):
     systems = systems or [System("model", str(world / "model"))]
     options = {"batch_size": 2, "max_new_tokens": 6, "device": "cpu", **options}
-    return evaluate(systems, list(tasks), world / "data", output, **options)
+    return evaluate(systems, list(tasks), EvaluationSettings(world / "data", output, **options))
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +79,7 @@ def scripted(monkeypatch):
             def answer(self, conversations, **settings):
                 return [Answer(text(m[-1]["content"][-1]["text"])) for m, _ in conversations]
 
-        monkeypatch.setattr(engine._Checkpoints, "answerer", lambda self, system: Scripted())
+        monkeypatch.setattr(checkpoints.Checkpoints, "answerer", lambda self, system: Scripted())
 
     return install
 
@@ -154,7 +156,7 @@ def test_a_killed_run_asks_only_what_is_missing_and_ends_with_the_same_digits(wo
 
 def test_a_finished_run_loads_no_model_again(world, tmp_path, monkeypatch):
     first = run(world, tmp_path)
-    monkeypatch.setattr(engine, "load_checkpoint", lambda *args: pytest.fail("loaded a model"))
+    monkeypatch.setattr(checkpoints, "load_checkpoint", lambda *args: pytest.fail("loaded a model"))
     again = run(world, tmp_path)
     assert again["systems"]["model"]["metrics"] == first["systems"]["model"]["metrics"]
 
@@ -186,11 +188,7 @@ def test_figstep_runs_on_the_published_files(world, tmp_path):
     report = evaluate(
         [System("model", str(world / "model"))],
         ["figstep_tiny"],
-        tmp_path / "data",
-        tmp_path / "out",
-        limit=3,
-        max_new_tokens=2,
-        device="cpu",
+        EvaluationSettings(tmp_path / "data", tmp_path / "out", limit=3, max_new_tokens=2, device="cpu"),
     )
     assert report["systems"]["model"]["num_items"]["figstep_tiny"]["attack_success_rate"] == 3
     assert "The image shows a list" in lines(tmp_path / "out/model/items/figstep_tiny.jsonl")[0]["prompt"]
@@ -220,7 +218,11 @@ def test_pope_scores_equal_hand_computed_ones_on_the_published_labels(world, tmp
     # Right on 0 to 7; then a yes for a no and a no for a yes; then one that is neither, and one with a full stop.
     given = ["Yes", "no", "yes", "No", "yes", "no", "yes", "no", "no", "yes", "maybe", "no."]
     scripted(lambda prompt: given[int(prompt.split(":")[0])])
-    report = evaluate([System("s", str(world / "base"))], ["pope"], tmp_path / "data", tmp_path / "out", device="cpu")
+    report = evaluate(
+        [System("s", str(world / "base"))],
+        ["pope"],
+        EvaluationSettings(tmp_path / "data", tmp_path / "out", device="cpu"),
+    )
     # true positives 4, false positives 1, false negatives 1 ("maybe" is none); right 8 of 12.
     assert report["systems"]["s"]["metrics"]["pope"] == pytest.approx(
         {
@@ -250,7 +252,11 @@ def test_mme_scores_equal_hand_computed_ones(world, tmp_path, scripted):
                 rows.append({**row, "category": category, "image": image})
     write_hub_copy(tmp_path / "data/lmms-lab-encoder/MME", rows)
     scripted(lambda prompt: given[prompt.split("\n")[0]])
-    report = evaluate([System("s", str(world / "base"))], ["mme"], tmp_path / "data", tmp_path / "out", device="cpu")
+    report = evaluate(
+        [System("s", str(world / "base"))],
+        ["mme"],
+        EvaluationSettings(tmp_path / "data", tmp_path / "out", device="cpu"),
+    )
     assert report["systems"]["s"]["metrics"]["mme"] == {
         "mme_perception_score": (200 + 50) / 2 + 200,
         "mme_cognition_score": 0.0,
@@ -281,7 +287,7 @@ def test_every_packaged_task_says_until_itself_and_reads_under_the_data_folder()
 
 
 def test_missing_data_is_said_before_a_model_is_loaded(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(engine, "load_checkpoint", lambda *args: pytest.fail("loaded a model"))
+    monkeypatch.setattr(checkpoints, "load_checkpoint", lambda *args: pytest.fail("loaded a model"))
     with pytest.raises(ValueError, match="'mossbench'.*mossbench/data/images_information.*README.md"):
         run(world, tmp_path, tasks=["own", "mossbench"])
     with pytest.raises(ValueError, match="no copy of lmms-lab-encoder/POPE at .*hf download lmms-lab-encoder/POPE"):
