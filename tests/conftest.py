@@ -1,4 +1,4 @@
-"""Tiny models and processors, built once per session. A test that changes one takes a `copy.deepcopy`."""
+"""Tiny models and processors, built once per session. A test that changes one works on a `copy.deepcopy`."""
 
 import os
 import sys
@@ -33,13 +33,13 @@ def processor(base_processor):
 
 @pytest.fixture(scope="session")
 def base():
-    """A base model that nothing has wrapped."""
+    """A plain base model, not wrapped in a SafeVLM."""
     return tiny_llava()
 
 
 @pytest.fixture(scope="session")
 def model(processor):
-    """Its safety embeddings are large enough to change answers."""
+    """A SafeVLM whose safety embeddings are large enough to change answers."""
     return safe_model(tiny_llava(), processor)
 
 
