@@ -16,7 +16,7 @@ from transformers import GenerationMixin, LogitsProcessorList
 from .cached_prompt import picture_digests, remember_prompt, reuse_cache, token_keys, uncached_features
 from .embedding_override import override_embeddings
 from .policy_enforcement import EnforcePolicy, PromptStreamer
-from .policy_texts import check_policy_texts, row_texts
+from .policy_texts import row_texts
 from .prompt import PromptParts, check_attention, check_generation, check_inputs, edit_prompt, per_token, prompt_parts
 from .safety_policy import SafetyPolicy
 from .safety_verdict import OFF, SafetyVerdict
@@ -177,7 +177,7 @@ class SafeVlmGenerationMixin(GenerationMixin):
             token_id = self.config.safety_token_id
             call.update(edit_prompt(input_ids, attention_mask, tensors, drop_id=token_id, right=right))
             return None
-        control_ids = self._control_token_ids()
+        control_ids = self.control_token_ids()
         hints, refusals = row_texts(guarded.verdict, policy, self.config, control_ids, call.get("tokenizer"))
         call.update(edit_prompt(input_ids, attention_mask, tensors, hints, guarded.parts.hint_columns))
         self._keep_answer_length(call, call["input_ids"].shape[1] - input_ids.shape[1])
@@ -283,16 +283,3 @@ class SafeVlmGenerationMixin(GenerationMixin):
                 setattr(call["generation_config"], name, length + added)
             else:
                 call[name] = length + added
-
-    def check_policy_texts(self, processor=None):
-        """
-        Raises `ValueError` if the token ids that the model has for its policy's texts cannot be right. Only with a
-        `processor` (or tokenizer) can it be told whether they say what the texts say, and whether its placeholder is
-        the model's.
-        """
-        check_policy_texts(self.config, self._control_token_ids(), processor)
-
-    def _control_token_ids(self) -> set[int | None]:
-        """Ids that no text of a policy may have."""
-        ids = {self.config.safety_token_id, self.backbone.image_token_id, *self._end_token_ids({})}
-        return ids | {self._setting(name, {}) for name in ("pad_token_id", "bos_token_id")}

@@ -1,12 +1,12 @@
-"""A prompt: what it may hold, which of its tokens the safety head reads, where hints go.
+"""Prompts: what they may hold, which of their tokens the safety head reads, and where hints go.
 
 The verdict is on the newest user turn in the context of the whole chat. The head reads a conversation up to three
 times, and the strictest verdict counts:
 
-- all user turns, to see a request that is spread over the chat (unless the policy's `whole_conversation` is false);
-- the newest user turn alone, which earlier harmless turns must not dilute;
-- the newest user turn with the beginning of the answer, if the caller wrote one ("Sure, here is how"), since such a
-  text can hold the request. It cannot make a request look harmless, as the other readings leave it out.
+- all user turns, to catch a request that is spread over the chat (unless the policy's `whole_conversation` is false);
+- the newest user turn alone, so that earlier harmless turns do not dilute it;
+- the newest user turn with the beginning of the answer, if the caller wrote one ("Sure, here is how"). Such a text can
+  hold the request, but it cannot make one look harmless, because the other readings leave it out.
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ def check_inputs(input_ids, pixel_ndims: tuple[int, ...], pixel_values=None, **k
     Raises unless the prompt comes as token ids and pixels, which the safety head can read.
 
     Args:
-        pixel_ndims (`tuple[int]`): The numbers of dimensions that the family's `pixel_values` may have.
+        pixel_ndims (`tuple[int]`): How many dimensions the family's `pixel_values` may have.
     """
     for name, value in kwargs.items():
         if value is None:
@@ -60,7 +60,7 @@ def check_inputs(input_ids, pixel_ndims: tuple[int, ...], pixel_values=None, **k
 
 
 def check_attention(input_ids, attention_mask, image_token_id: int):
-    """Raises if the language model would see something that the head does not."""
+    """Raises if `attention_mask` hides a whole row or an image: head and language model would not see the same."""
     seen = attention_mask.bool()
     hides_image = ((input_ids == image_token_id) & ~seen).any(dim=1)
     for row, (sees_any, hides) in enumerate(zip(seen.any(dim=1).tolist(), hides_image.tolist(), strict=True)):
@@ -120,7 +120,7 @@ class PromptParts:
     at_answer: list[bool]
 
     def readings(self, whole_conversation: bool = True) -> list[torch.Tensor]:
-        """The masks under which the head reads the prompts, without repetitions. See the top of this file."""
+        """The masks under which the head reads the prompts, each once; the top of this file explains them."""
         readings = []
         for reading in (*[self.questions] * whole_conversation, self.newest, self.newest | self.prefill):
             if not any(torch.equal(reading, other) for other in readings):
@@ -129,8 +129,8 @@ class PromptParts:
 
     def open_answers(self, answers: list[list[int] | None], opening: list[int]) -> list[list[int] | None]:
         """
-        `answers` with `opening` (which closes the generation prompt's thoughts) in front. After the beginning of an
-        answer there is nothing to close.
+        Puts `opening`, which closes the generation prompt's thoughts, in front of `answers`. Where the caller began
+        the answer there is nothing to close.
         """
         rows = zip(answers, self.at_answer, strict=True)
         return [opening + answer if answer and at_answer else answer for answer, at_answer in rows]
@@ -145,9 +145,9 @@ def prompt_parts(
     """
     Args:
         question_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): The processor's
-            `safety_question_mask`. Without it only the beginning of an answer can be told from questions (it follows
-            the last `generation_prompt`): token ids do not show where the answers of earlier turns end.
-        generation_prompt (`list[int]`): See [`generation_prompt_token_ids`].
+            `safety_question_mask`. Without it everything before the last `generation_prompt` counts as a question,
+            because token ids do not show where the answers of earlier turns end.
+        generation_prompt (`list[int]`): The configuration's `generation_prompt_token_ids`.
     """
     if question_mask is not None and question_mask.shape != input_ids.shape:
         raise ValueError(
@@ -160,11 +160,11 @@ def prompt_parts(
         columns = mask.nonzero().squeeze(1)
         ids = input_ids[row, columns].tolist()
         if question_mask is None:
-            asked = _asked_before_answer(ids, generation_prompt)
+            is_question = _questions_without_mask(ids, generation_prompt)
         else:
-            marked = question_mask[row, columns.to(question_mask.device)].bool().tolist()
-            asked = _asked_outside_answers(ids, marked, generation_prompt)
-        questions[row, columns] = torch.tensor(asked, dtype=torch.bool, device=seen.device)
+            is_question = question_mask[row, columns.to(question_mask.device)].bool().tolist()
+            is_question = _questions_with_mask(ids, is_question, generation_prompt)
+        questions[row, columns] = torch.tensor(is_question, dtype=torch.bool, device=seen.device)
         at_answer.append(0 < len(generation_prompt) == _tail_length(ids, generation_prompt))
     answers = seen & ~questions
     columns = torch.arange(input_ids.shape[1], device=seen.device)
@@ -180,46 +180,47 @@ def prompt_parts(
     )
 
 
-def _asked_before_answer(ids: list[int], generation_prompt: list[int]) -> list[bool]:
-    """Which tokens are questions where no mask says it: all up to the last generation prompt."""
+def _questions_without_mask(ids: list[int], generation_prompt: list[int]) -> list[bool]:
+    """Every token up to the end of the last generation prompt; all of them if there is none."""
     start = last_occurrence(ids, generation_prompt)
     if last_occurrence(ids[:start], generation_prompt) < start:
         logger.warning_once(
             "A prompt of several turns came without `safety_question_mask`, so the safety head reads the answers in "
             "it as questions. Pass everything that `processor.apply_chat_template(messages, ...)` returns."
         )
-    return [at < start + len(generation_prompt) for at in range(len(ids))]
+    return [position < start + len(generation_prompt) for position in range(len(ids))]
 
 
-def _asked_outside_answers(ids: list[int], marked: list[bool], generation_prompt: list[int]) -> list[bool]:
+def _questions_with_mask(ids: list[int], mask: list[bool], generation_prompt: list[int]) -> list[bool]:
     """
-    Which tokens are questions according to a mask. It can hide answers only: text that does not follow the opening of
-    an assistant's turn is a question whatever the mask says.
+    The mask's questions, and every text that it hides although no assistant's turn opens right before: a caller's mask
+    can hide answers only.
     """
     if not generation_prompt:
-        return marked
-    asked, opened = [], None
-    for at, is_question in enumerate(marked):
+        return mask
+    questions, is_answer = [], None
+    for position, is_question in enumerate(mask):
         if is_question:
-            opened = None
-        elif opened is None:  # In earlier turns templates leave out the end of the generation prompt, such as <think>.
-            opened = _tail_length(ids[:at], generation_prompt) > len(generation_prompt) // 2
-        asked.append(is_question or not opened)
-    if asked != marked:
+            is_answer = None
+        elif is_answer is None:  # a hidden text begins
+            # In earlier turns templates leave out the end of the generation prompt, such as an open tag of thoughts.
+            is_answer = _tail_length(ids[:position], generation_prompt) > len(generation_prompt) // 2
+        questions.append(not is_answer)
+    if questions != mask:
         logger.warning_once(
-            "`safety_question_mask` hides text that the assistant did not write; the safety head reads it all the "
-            "same. Pass the mask that the processor returns."
+            "`safety_question_mask` hides text that the assistant did not write; the safety head reads it anyway. "
+            "Pass the mask that the processor returns."
         )
-    return asked
+    return questions
 
 
 def hint_column(ids: list[int], mask: list[bool], generation_prompt: list[int]) -> int:
     """
     The column before which a row's hint goes: the end of the newest turn's text, where the generation prompt begins.
 
-    Of the generation prompt only the first tokens may be there: `add_generation_prompt=False` leaves the turn's end,
-    and text after an open tag of thoughts can change the tag's tokens. Without any of them the hint goes to the end of
-    the questions.
+    The prompt may hold only the first tokens of the generation prompt: with `add_generation_prompt=False` it stops at
+    the end of the turn, and text after an open tag of thoughts can change the tag's last token. If none of them are
+    there, the hint goes after the last question token.
 
     Args:
         ids, mask (`list` of length `sequence_length`): The row's tokens, and which of them are questions.
@@ -244,7 +245,7 @@ def _tail_length(ids: list[int], pattern: list[int]) -> int:
     return next((length for length in lengths if ids[-length:] == pattern[:length]), 0)
 
 
-# -- what moves in it ------------------------------------------------------------------------------------------------
+# -- inserting and dropping tokens -----------------------------------------------------------------------------------
 
 
 def edit_prompt(
@@ -257,8 +258,8 @@ def edit_prompt(
     right: bool = False,
 ) -> dict[str, torch.Tensor]:
     """
-    A batch of prompts with tokens inserted or dropped row by row. Prompts with insertions are returned left-padded and
-    without masked tokens.
+    Inserts tokens into a batch of prompts, or drops some. With `insertions` the result is left-padded and has no
+    masked tokens within a prompt.
 
     Args:
         input_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, sequence_length)`)
@@ -282,7 +283,7 @@ def edit_prompt(
     def rebuild(name, tensor):
         padding, rows = 0, []
         if name == "input_ids" and not attention_mask.all():
-            # Padding is masked, so any id will do; the batch's own keeps it recognisable.
+            # Padding is masked, so any id will do; the batch's own is easiest to recognise.
             padding = int(input_ids[attention_mask == 0][0])
         for row, (insertion, at) in enumerate(zip(insertions, columns, strict=True)):
             inserted = insertion or []

@@ -1,9 +1,8 @@
-"""What a deployer names and decides: the labels of the safety head, and the policy that acts on its verdicts.
+"""What follows from a verdict: the safety policy, as data.
 
-The safety head says how risky a request is: category, level and probability, in the words of [`SafetyLabels`]. A
-[`SafetyPolicy`] says what follows: `allow`, `caution`, `warn` or `refuse`. Both are plain data. A deployer can read,
-compare and sign off a policy, and change it without retraining. It is saved with the model, each call can override
-it, and nothing in a prompt can change it.
+The safety head says how risky a request is: category, level and probability. A [`SafetyPolicy`] says what follows:
+`allow`, `caution`, `warn` or `refuse`. It is plain data that a deployer can read, compare and sign off, and change
+without retraining. It is saved with the model, each call can override it, and nothing in a prompt can change it.
 
 The paper (arXiv 2405.13581, Algorithm 1) acts through text hints only, with its thresholds in code. That is the preset
 `"paper"` here; the preset `"default"` also writes refusals itself, whatever the language model would say.
@@ -17,6 +16,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
+
+from .safety_labels import SafetyLabels
 
 ACTIONS = ("allow", "caution", "warn", "refuse")
 """What can follow from a verdict, mildest first. The index is the id used in tensors."""
@@ -37,61 +38,6 @@ _REFUSALS = {
     "fr": "Je ne peux pas répondre à cette demande.",
     "zh": "抱歉，我无法协助处理这个请求。",
 }
-
-
-@dataclass(frozen=True)
-class SafetyLabels:
-    """
-    The categories and levels that the safety head tells apart, in the order of their ids. Defaults to the paper's.
-
-    Args:
-        category_names (`tuple[str, ...]`): Risk categories, one of which means "no risk".
-        level_names (`tuple[str, ...]`): Risk levels; the first means "no risk".
-        safe_category (`str`): The category that means "no risk".
-
-    Raises:
-        `ValueError`: A name is not a text or occurs twice, a list has fewer than two names, or `safe_category` is
-            not one of the categories.
-    """
-
-    category_names: tuple[str, ...] = (
-        "politics",
-        "illegal risk",
-        "insults and bullying",
-        "fairness",
-        "privacy",
-        "misleading",
-        "safe",
-    )
-    level_names: tuple[str, ...] = ("none", "low", "medium", "high")
-    safe_category: str = "safe"
-
-    def __post_init__(self):
-        for name in ("category_names", "level_names"):
-            labels = getattr(self, name)
-            if not isinstance(labels, (list, tuple)) or not all(isinstance(n, str) and n.strip() for n in labels):
-                raise ValueError(
-                    f"`{name}` must be a list of texts, got {labels!r}; in YAML quote yes, no and numbers."
-                )
-            if len(labels) < 2:
-                raise ValueError(f"`{name}` must have at least two entries, got {labels!r}.")
-            keys = [" ".join(label.split()).casefold() for label in labels]
-            if repeated := [label for label, key in zip(labels, keys, strict=True) if keys.count(key) > 1]:
-                raise ValueError(f"`{name}` has the same name more than once: {repeated}; give each label its own.")
-            object.__setattr__(self, name, tuple(labels))
-        if self.safe_category not in self.category_names:
-            raise ValueError(f"`safe_category` {self.safe_category!r} is not among {list(self.category_names)}.")
-
-    @property
-    def safe_category_id(self) -> int:
-        return self.category_names.index(self.safe_category)
-
-    @property
-    def risky_categories(self) -> list[str]:
-        return [name for name in self.category_names if name != self.safe_category]
-
-
-PAPER_LABELS = SafetyLabels()
 
 
 @dataclass(frozen=True)

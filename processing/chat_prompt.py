@@ -1,27 +1,31 @@
-"""A rendered chat that remembers what an assistant wrote in it, and what the safety head may read.
+"""From a chat to a prompt in which user text is never a control token and answers can be told from questions.
 
-The safety head reads questions, never answers. Which is which follows from the chat's messages only: text cannot be
-trusted to tell, as a user can spell any role marker. Nor can a template: some drop thoughts, move texts or write an
-earlier turn otherwise than the last one. So each text is rendered once more between two marks that nobody can guess,
-and a text is where its marks are. Where the template does not leave them in place, nothing counts as an answer, and
-control tokens are counted against a render of the same chat without words.
+Control tokens: a template sees dicts, lists and strings only. Whatever spells a special token in them (`<image>`,
+`<safety>`, `</s>`, ...) gets a space after its first character.
+
+Answers: the safety head reads questions, never answers. Which is which follows from the chat's messages alone. The
+rendered text cannot be trusted, because a user can spell any role marker. Nor can the template: some drop thoughts,
+move texts or write earlier turns differently from the last one. So the chat is rendered once more with two marks that
+nobody can guess around each text, and a text is where its marks are. Where the template does not leave them in place,
+nothing counts as an answer, and control tokens are counted against a render of the same chat without its words.
 """
 
-import os
+import dataclasses
 import re
 import secrets
-from bisect import bisect_right
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable
-from functools import partial
-from itertools import product
+from collections.abc import Callable, Mapping
+from itertools import accumulate, pairwise, product
+from os.path import commonprefix
+from typing import NamedTuple
 
+import numpy as np
 from transformers.utils import logging
 
-from .chat_texts import SOURCES, ControlTokens
-
 logger = logging.get_logger(__name__)
-MADE_OF_TEXTS = "The {} makes the control token {!r} of texts in `messages`. Change them."
+# Fields of a content part that say where a picture is. They reach the image loader unchanged.
+SOURCES = ("image", "image_url", "url", "path", "base64")
 # Where templates take an answer apart, to strip or move its thoughts.
 TAGS = re.compile(r"(</?(?:think|thinking|thought|reasoning)>)")
 
@@ -31,8 +35,8 @@ class ChatPrompt(str):
     A prompt rendered by the chat template. Any string operation turns it into a plain `str`, without `answers`.
 
     Args:
-        answers (`list[tuple[int, int]]`, *optional*): Start and end of what assistant messages became, in characters;
-            `None` where the template hides it.
+        answers (`list[tuple[int, int]]`, *optional*): Start and end, in characters, of what each assistant message
+            became; `None` where the template hides it.
     """
 
     answers: list[tuple[int, int]] | None
@@ -43,98 +47,269 @@ class ChatPrompt(str):
         return prompt
 
 
+class ControlTokens:
+    """
+    Args:
+        tokens (`set[str]`): What the tokenizer reads as one token wherever it stands in a text.
+        normalise (`Callable`, *optional*): What the tokenizer does to a text before it looks for them.
+    """
+
+    def __init__(self, tokens: set[str], normalise: Callable[[str], str] | None = None):
+        self.normalise = normalise
+        self.tokens = {token for token in tokens if len(token) > 1 and not token.isspace()}
+        self.lengths = sorted({len(token) for token in self.tokens}, reverse=True)
+        self.first = re.compile("[" + "".join({re.escape(token[0]) for token in self.tokens}) + "]")
+
+    def find(self, text: str) -> list[tuple[int, int]]:
+        """Start and end of each token in `text`; where several start at one place, the longest."""
+        found = []
+        for match in self.first.finditer(text) if self.tokens else ():
+            start = match.start()
+            ends = (start + length for length in self.lengths if text[start : start + length] in self.tokens)
+            found += [(start, end) for end in ends][:1]
+        return found
+
+    def count(self, text: str) -> Counter[str]:
+        return Counter(text[start:end] for start, end in self.find(text))
+
+    def neutralise(self, texts: list[str]) -> list[str]:
+        """`texts` with a space inside each token that they spell, alone or joined to the next text."""
+        starts = [start for start, _ in self.find("".join(texts))]
+        neutral, begin = [], 0
+        for text in texts:
+            end = begin + len(text)
+            spelt = starts[bisect_left(starts, begin) : bisect_left(starts, end)]
+            cuts = [0, *(start - begin + 1 for start in spelt), len(text)]
+            neutral.append(" ".join(text[a:b] for a, b in pairwise(cuts)))
+            begin = end
+        return neutral
+
+
+def plain_messages(chat, tokens: ControlTokens) -> list[dict]:
+    """
+    A chat as templates read it, neutralised: plain dicts, `content` as a list of parts, pictures unchanged.
+
+    Raises:
+        `ValueError`: Something in it is neither text nor an image.
+    """
+    if not isinstance(chat, (list, tuple)) or not chat:
+        raise ValueError(f"A chat must be a list of messages, got {_short(chat)}.")
+    messages = []
+    for i, message in enumerate(chat):
+        where = f"messages[{i}]"
+        _check_dict(message, "role", where)
+        content = message.get("content")
+        messages.append(plain({name: message[name] for name in message if name != "content"}, where, tokens))
+        if content is not None:  # a message of tool calls has none
+            messages[-1]["content"] = _plain_parts(content, f"{where}['content']", tokens)
+    return messages
+
+
+def plain(value, where: str, tokens: ControlTokens):
+    """Anything else that a template gets (tools, documents, ...), neutralised. What it cannot read stays as it is."""
+    if isinstance(value, str):
+        return tokens.neutralise([checked_text(value, where)])[0]
+    if isinstance(value, Mapping):
+        return {plain(key, where, tokens): plain(item, f"{where}[{key!r}]", tokens) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item, f"{where}[{i}]", tokens) for i, item in enumerate(value)]
+    if isinstance(value, np.generic):
+        return plain(value.item(), where, tokens)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type) or hasattr(value, "model_dump"):
+        raise ValueError(f"`{where}` is a {type(value).__name__}, whose texts cannot be checked. Pass a dict.")
+    return value
+
+
+def checked_text(value: str, where: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"`{where}` holds a lone surrogate, {value[error.start]!r}, at {error.start}: that is half a character. "
+            f"Decode the text again, or remove it."
+        ) from None
+    return str.__str__(value)  # without what a subclass adds
+
+
+def _plain_parts(content, where: str, tokens: ControlTokens) -> list[dict]:
+    if isinstance(content, str):
+        content = [content]
+    if not isinstance(content, (list, tuple)):
+        raise ValueError(f"`{where}` must be text or a list of parts, got {_short(content)}.")
+    parts = []
+    for i, part in enumerate(content):
+        place = f"{where}[{i}]"
+        if isinstance(part, str):
+            part = {"type": "text", "text": part}
+        _check_dict(part, "type", place)
+        if (part["type"] == "text" or "text" in part) and not isinstance(part.get("text"), str):
+            raise ValueError(f"`{place}['text']` must be a string, got {_short(part.get('text'))}.")
+        sources = {name: part[name] for name in SOURCES if name in part}
+        for name, source in sources.items():
+            for text in source.values() if isinstance(source, Mapping) else [source]:
+                for token in tokens.count(text) if isinstance(text, str) else ():
+                    place = f"{place}[{name!r}]"
+                    raise ValueError(f"`{place}` says where a picture is with the control token {token!r}: rename it.")
+        others = {name: part[name] for name in part if name not in SOURCES}
+        parts.append({**plain(others, place, tokens), **sources})
+    # Templates may join texts without anything between them: "<ima", "ge>" becomes "< ima", "ge>".
+    texts = [part for part in parts if "text" in part]
+    for part, text in zip(texts, tokens.neutralise([part["text"] for part in texts]), strict=True):
+        part["text"] = text
+    return parts
+
+
+def _check_dict(value, key: str, where: str):
+    if not isinstance(value, Mapping) or not isinstance(value.get(key), str):
+        raise ValueError(f"`{where}` must be a dict with a {key!r}, got {_short(value)}.")
+
+
+def _short(value) -> str:
+    text = repr(value) if isinstance(value, (str, int, float, type(None))) or value == [] else type(value).__name__
+    return text if len(text) <= 40 else text[:40] + "..."
+
+
+class MarkedText(NamedTuple):
+    """A text of a chat in its prompt, from `start` to `end`, and the template's words before and behind it."""
+
+    start: int
+    end: int
+    author: int | None  # the index of the assistant's message
+    before: str
+    after: str
+
+
 def render_chat(messages: list[dict], render: Callable[..., str], tokens: ControlTokens, **flags) -> ChatPrompt:
     """
     Args:
         messages (`list[dict]`): From [`plain_messages`].
-        render (`Callable`): Renders messages: `render(messages, add_generation_prompt=True)`.
-        tokens (`ControlTokens`): Which the template may write, and no text of `messages`.
-        flags: For `render`.
+        render (`Callable`): The chat template: `render(messages, add_generation_prompt=True)`.
+        tokens (`ControlTokens`): What the template may write and no text of `messages` may become.
+        flags: Passed on to `render`.
 
     Raises:
         `ValueError`: Texts became a control token, because the template joined or changed them.
     """
-    text = render(messages, **flags)
-    texts = find_texts(text, messages, render, **flags)
-    if texts is None:
-        _count_tokens(text, messages, render, tokens, **flags)
+    prompt = render(messages, **flags)
+    texts = find_texts(prompt, messages, render, **flags)
+    if texts is not None:
+        of_texts = _cover([(text.start, text.end) for text in texts], len(prompt))
+        made = [prompt[start:end] for start, end in tokens.find(prompt) if any(of_texts[start:end])]
     else:
-        _check_tokens(text, texts, tokens)
+        wordless = [_each_text(message, lambda text: _between_tags(text, lambda piece: "x")) for message in messages]
+        made = tokens.count(prompt) - tokens.count(render(wordless, **flags))
+    _refuse(made, "chat template")
     if tokens.normalise is not None:
-        _compare_tokens(tokens.normalise(text), text, tokens, "tokenizer's normaliser")
+        _refuse(tokens.count(tokens.normalise(prompt)) - tokens.count(prompt), "tokenizer's normaliser")
     if not any(message["role"] == "assistant" for message in messages):
-        return ChatPrompt(text, [])
-    answers = None if texts is None else _answers(text, texts, *_around_an_answer(messages, render))
-    if answers is None:
+        return ChatPrompt(prompt, [])
+    if texts is None:
         logger.warning_once(
             "The chat template does not show which parts of the prompt the assistant wrote: the safety head reads all."
         )
-    return ChatPrompt(text, answers)
+        return ChatPrompt(prompt, None)
+    return ChatPrompt(prompt, _answers(texts, *_around_an_answer(render)))
 
 
-def find_texts(text: str, messages: list[dict], render, **flags) -> list[tuple[int, int, int | None]] | None:
-    """
-    Start, end and author (the assistant's message, or `None`) of each text of `messages` in their render `text`;
-    `None` where the template does not leave marks as they are.
-    """
+def _refuse(made, maker: str):
+    for token in made:
+        raise ValueError(f"The {maker} makes the control token {token!r} of texts in `messages`. Change them.")
+
+
+def find_texts(prompt: str, messages: list[dict], render, **flags) -> list[MarkedText] | None:
+    """The texts of `messages` in `prompt`, or `None` if the template does not leave marks in place."""
     for inside, split in product((False, True), repeat=2):
-        marks = Marks(messages, inside, split)
+        marks = Marks(inside, split)
+        marked = [marks.put(message, i) for i, message in enumerate(messages)]
         try:
-            marked = render(marks.messages, **flags)
-        except Exception:  # whatever a template raises about marks; of the messages it would have raised before
+            rendered = render(marked, **flags)
+        except Exception:  # about the marks: without them, the template has rendered these messages
             continue
-        if marks.pattern.sub("", marked) == text and (texts := marks.find(marked)) is not None:
+        if (texts := marks.find(rendered, prompt)) is not None:
             return texts
     return None
 
 
 class Marks:
     """
-    Messages with a mark before and after each text.
+    A mark before and after each text of a chat.
 
     Args:
-        inside (`bool`): Marks stand inside of the white space at a text's ends, for templates that strip texts.
-        split (`bool`): In an assistant's messages each piece between `TAGS` counts as a text.
+        inside (`bool`): Put the marks inside the white space at a text's ends, for templates that strip texts.
+        split (`bool`): In an assistant's messages, treat each piece between `TAGS` as a text of its own.
     """
 
-    def __init__(self, messages: list[dict], inside: bool, split: bool):
+    def __init__(self, inside: bool, split: bool):
         self.inside, self.split = inside, split
-        self.secret = f"{secrets.randbelow(10**12):012}"
-        self.pattern = re.compile(f"\ue000{self.secret}([0-9]+)([\ue001\ue002])")
-        self.authors: list[int | None] = []  # of each text, the assistant's message that it is in
-        self.messages = []
-        for i, message in enumerate(messages):
-            author = i if message["role"] == "assistant" else None
-            self.messages.append(_each_text(message, partial(self._mark, author=author)))
+        self.secret = f"\ue000{secrets.randbelow(10**12):012}"
+        self.authors: list[int | None] = []  # one per text
 
-    def find(self, marked: str) -> list[tuple[int, int, int | None]] | None:
-        """Start, end and author of each text in a render, without the marks; `None` if marks are torn apart."""
-        found, removed, opened, seen = [], 0, None, set()
-        for mark in self.pattern.finditer(marked):
-            number, place = int(mark[1]), mark.start() - removed
-            removed += len(mark[0])
-            if mark[2] == "\ue001" and opened is None:
-                opened = number, place
-            elif mark[2] == "\ue002" and opened is not None and opened[0] == number:
-                found.append((opened[1], place, self.authors[number]))
-                opened = None
-                if number in seen and self.authors[number] is not None:
-                    return None  # the template says an answer again, who knows as whose words
-                seen.add(number)
-            else:
-                return None
-        return found if opened is None else None
+    def put(self, message: dict, index: int) -> dict:
+        """`message`, number `index` in its chat, with marks in it."""
+        author = index if message["role"] == "assistant" else None
 
-    def _mark(self, text: str, author) -> str:
-        if author is None or not self.split or not TAGS.search(text):
-            return self._mark_text(text, author)
-        return _between_tags(text, partial(self._mark_text, author=author))
+        def mark(text: str) -> str:
+            mark = f"{self.secret}{len(self.authors)}"
+            self.authors.append(author)
+            core = text.strip() if self.inside else text
+            before, _, after = text.partition(core) if core else (text, "", "")
+            return f"{before}{mark}\ue001{core}{mark}\ue002{after}"
 
-    def _mark_text(self, text: str, author) -> str:
-        number, core = len(self.authors), text.strip() if self.inside else text
-        self.authors.append(author)
-        before, _, after = text.partition(core) if core else (text, "", "")
-        return f"{before}\ue000{self.secret}{number}\ue001{core}\ue000{self.secret}{number}\ue002{after}"
+        def mark_pieces(text: str) -> str:
+            return _between_tags(text, mark) if TAGS.search(text) else mark(text)
+
+        return _each_text(message, mark if author is None or not self.split else mark_pieces)
+
+    def find(self, marked: str, prompt: str) -> list[MarkedText] | None:
+        """The texts in `prompt`, or `None` if `marked` is not `prompt` with whole pairs of marks."""
+        pieces = re.split(f"{self.secret}([0-9]+)([\ue001\ue002])", marked)
+        words, numbers, kinds = pieces[::3], pieces[1::3], pieces[2::3]
+        paired = numbers[::2] == numbers[1::2] and kinds == ["\ue001", "\ue002"] * (len(kinds) // 2)
+        if not paired or "".join(words) != prompt:
+            return None
+        authors = [self.authors[int(number)] for number in numbers[::2]]
+        answers = [number for number, author in zip(numbers[::2], authors, strict=True) if author is not None]
+        if len(set(answers)) < len(answers):  # the template repeats an answer, possibly in somebody else's name
+            return None
+        ends = list(accumulate(map(len, words)))
+        return list(map(MarkedText, ends[::2], ends[1::2], authors, words[::2], words[2::2]))
+
+
+def _answers(texts: list[MarkedText], header: str, lead: str, tail: str) -> list[tuple[int, int]]:
+    """Each assistant message as one span, from after the `header`, or from the `lead`, up to and with the `tail`."""
+    answers, last_author = [], None
+    for start, end, author, before, after in texts:
+        if author is not None:
+            if author == last_author:
+                start, _ = answers.pop()
+            elif header and header in before:
+                start -= len(before.rpartition(header)[2])
+            elif before.endswith(lead):
+                start -= len(lead)
+            end += after.index(tail) + len(tail) if tail in after else len(commonprefix([after, tail]))
+            answers.append((start, end))
+        last_author = author
+    return answers
+
+
+def _around_an_answer(render) -> tuple[str, str, str]:
+    """
+    What the template writes around an answer: the header that ends its generation prompt, the lead between that and
+    the answer (white space, an empty thought), and the tail (the end of the turn).
+    """
+    question, answer = (f"\ue000{secrets.randbelow(10**12):012}" for _ in range(2))
+    turns = [
+        {"role": "user", "content": [{"type": "text", "text": question}]},
+        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+    ]
+    try:
+        asked, answered = render(turns[:1], add_generation_prompt=True), render(turns)
+    except Exception:  # a template may insist on another form of chat
+        return "", "", ""
+    before, _, tail = answered.rpartition(answer)
+    shared = commonprefix([asked, before])
+    _, found, header = shared.rpartition(question)
+    return (header.lstrip(), before.removeprefix(shared), tail) if found else ("", "", "")
 
 
 def answer_mask(
@@ -145,63 +320,29 @@ def answer_mask(
 
     Args:
         token_offsets (`list[tuple[int, int]]`): Start and end of each token in the text that was encoded.
-        replacements (`list[dict]`): What the base's processor put for each image token before it encoded the text:
-            the token's `"span"` in the rendered prompt, and the `"new_span"` of what stands there now.
-        answers (`list[tuple[int, int]]`): Start and end of each answer in the rendered prompt, in order.
+        replacements (`list[dict]`): What the base's processor put in place of each image token before encoding: the
+            token's `"span"` in the rendered prompt, and the `"new_span"` of its replacement.
+        answers (`list[tuple[int, int]]`): Start and end of each answer in the rendered prompt.
     """
-    places = [place["span"][1] for place in replacements]
-    gained = [0, *(place["new_span"][1] - place["span"][1] for place in replacements)]
-
-    def moved(character: int) -> int:
-        return character + gained[bisect_right(places, character)]
-
-    spans = [(moved(start), moved(end)) for start, end in answers if start < end]
-    ends = [end for _, end in spans]
-    mask = []
-    for first, last in token_offsets:
-        following = bisect_right(ends, first)  # the first answer that ends behind the token's start
-        mask.append(int(following < len(spans) and last > spans[following][0]))
-    return mask
+    ends = [end for _, end in [*answers, *(image["span"] for image in replacements)]]
+    of_answers = _cover(answers, max(ends, default=0))
+    for image in reversed(replacements):  # from the end, so that the other spans stay valid
+        start, end = image["span"]
+        new_start, new_end = image["new_span"]
+        of_answers[start:end] = of_answers[start : start + 1] * (new_end - new_start)
+    return [int(any(of_answers[start:end])) for start, end in token_offsets]
 
 
-def _answers(text: str, texts: list, lead: str, tail: str) -> list[tuple[int, int]]:
-    """Each assistant's texts as one span, with the `lead` before them and the `tail` behind, where they are there."""
-    answers, author = [], None
-    for i, (start, end, by) in enumerate(texts):
-        if by is not None:
-            before = texts[i - 1][1] if i else 0
-            following = texts[i + 1][0] if i + 1 < len(texts) else len(text)
-            end += _shared(text[end:following], tail)
-            if by == author:
-                answers[-1] = (answers[-1][0], end)
-            else:
-                has_lead = text.endswith(lead, before, start)
-                answers.append((start - len(lead) * has_lead, end))
-        author = by
-    return answers
-
-
-def _around_an_answer(messages: list[dict], render) -> tuple[str, str]:
-    """
-    What the template writes before an answer, after its generation prompt (white space, an empty thought), and behind
-    it (the turn's end). Seen at the chat's first answer.
-    """
-    turn = next(i for i, message in enumerate(messages) if message["role"] == "assistant")
-    try:
-        text = render(messages[: turn + 1])
-        lead = _shared(text, render(messages[:turn], add_generation_prompt=True)) if turn else len(text)
-    except Exception:  # a template may insist on what comes later in the chat
-        return "", ""
-    texts = find_texts(text, messages[: turn + 1], render)
-    if not texts or texts[-1][2] is None:
-        return "", ""
-    start = min(start for start, _, author in texts if author is not None)
-    asked = max((end for _, end, author in texts if author is None), default=0)
-    return text[lead:start] if asked <= lead else "", text[texts[-1][1] :]
+def _cover(spans: list[tuple[int, int]], length: int) -> bytearray:
+    """1 for each of `length` characters that lies in one of `spans`, else 0."""
+    covered = bytearray(length)
+    for start, end in spans:
+        covered[start:end] = b"\1" * (end - start)
+    return covered
 
 
 def _each_text(value, change: Callable[[str], str], field=None):
-    """`value`, of a message, with `change` made to each text in it."""
+    """`value`, a message or something in it, with `change` applied to each text."""
     if isinstance(value, str):
         return value if field in ("role", "type", *SOURCES) else change(value)
     if isinstance(value, dict):
@@ -214,29 +355,3 @@ def _each_text(value, change: Callable[[str], str], field=None):
 def _between_tags(text: str, change: Callable[[str], str]) -> str:
     pieces = enumerate(TAGS.split(text))
     return "".join(piece if i % 2 or not piece.strip() else change(piece) for i, piece in pieces)
-
-
-def _check_tokens(text: str, texts, tokens: ControlTokens):
-    """Raises if `text` has a control token that the template did not write."""
-    places = sorted((start, end) for start, end, _ in texts if start < end)
-    starts = [start for start, _ in places]
-    for start, end in tokens.find(text):
-        at = bisect_right(starts, end - 1) - 1  # the last text that starts before the token's end
-        if at >= 0 and places[at][1] > start:
-            raise ValueError(MADE_OF_TEXTS.format("chat template", text[start:end]))
-
-
-def _count_tokens(text: str, messages: list[dict], render, tokens: ControlTokens, **flags):
-    """Raises if `text` has a control token more often than the same chat with an x for each text."""
-    harmless = [_each_text(message, partial(_between_tags, change=lambda piece: "x")) for message in messages]
-    _compare_tokens(text, render(harmless, **flags), tokens, "chat template")
-
-
-def _compare_tokens(text: str, harmless: str, tokens: ControlTokens, maker: str):
-    counts = [Counter(prompt[start:end] for start, end in tokens.find(prompt)) for prompt in (text, harmless)]
-    for token in counts[0] - counts[1]:
-        raise ValueError(MADE_OF_TEXTS.format(maker, token))
-
-
-def _shared(text: str, other: str) -> int:
-    return len(os.path.commonprefix([text, other]))

@@ -20,7 +20,7 @@ PREFIX_TEMPLATE = (
     "{% if m['role'] == 'assistant' %}{{ eos_token }}{% else %}\n{% endif %}{% endfor %}"
 )
 # Arguments of a base processor that SafeVlmProcessor stores itself; the others are its settings.
-PARTS = ("image_processor", "tokenizer", "video_processor", "chat_template")
+PARTS = ("image_processor", "tokenizer", "chat_template")
 
 
 def from_base(cls, base, config=None, tokens_per_image: int | None = None, **kwargs):

@@ -16,23 +16,13 @@ import threading
 from contextlib import contextmanager
 
 import numpy as np
-from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
 ALLOWED_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 # 50 megapixels: twice the sensor of a usual phone, 150 MB as RGB.
 MAX_PIXELS = 50_000_000
 # An uncompressed 16-bit RGB picture of MAX_PIXELS takes 300 MB.
 MAX_FILE_BYTES = 512 * 2**20
-
-TRANSPOSE = {  # by EXIF orientation
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 class PictureError(ValueError):
@@ -84,24 +74,43 @@ def load_picture(source, max_pixels: int = MAX_PIXELS) -> Image.Image:
     Raises:
         `PictureError`: The picture cannot be read.
     """
-    with _opened(source, max_pixels) as image:
+    with open_picture(source, max_pixels) as image:
         image.load()
         rgb = _to_rgb(image, _name(source))
-        if (turn := TRANSPOSE.get(_orientation(image))) is not None:
-            rgb = rgb.transpose(turn)
         rgb.info = {}
+        if (orientation := _orientation(image)) is not None:
+            rgb.getexif()[ExifTags.Base.Orientation] = orientation
+            rgb = ImageOps.exif_transpose(rgb)
         return rgb
 
 
-def picture_size(source, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+@contextmanager
+def open_picture(source, max_pixels: int = MAX_PIXELS):
     """
-    Width and height of a picture in pixels, before EXIF orientation.
-
-    Reads only the header: finds missing files, refused formats and sizes, but no damaged pixels. Arguments and errors
-    are those of [`load_picture`].
+    A picture as PIL opens it, with its size checked and no pixels decoded: finds missing files, refused formats and
+    sizes. Arguments are those of [`load_picture`]. Whatever goes wrong here or in the body of the `with` statement is
+    raised as a `PictureError`. Closes what it opened, and only that.
     """
-    with _opened(source, max_pixels) as image:
-        return image.size
+    name = _name(source)
+    try:
+        with _strict_decoding():
+            if isinstance(source, Image.Image):
+                _check_size(source, max_pixels, name)
+                yield source
+            else:
+                with Image.open(_checked_file(source, name), formats=ALLOWED_FORMATS) as image:
+                    _check_size(image, max_pixels, name)
+                    yield image
+    except PictureError:
+        raise
+    except UnidentifiedImageError:
+        reason = f"is not a readable {', '.join(ALLOWED_FORMATS)} file"
+        raise PictureFormatError(name, reason, "convert or replace it") from None
+    except Image.DecompressionBombError as error:
+        raise PictureTooLarge(name, f"is too large ({error})", "shrink it") from None
+    except Exception as error:  # on damaged or hostile bytes PIL's decoders raise nearly anything
+        reason = f"is truncated or corrupt ({type(error).__name__}: {error})"
+        raise PictureError(name, reason, "replace it") from error
 
 
 def find_picture(name: str, timeout: float | None = None) -> str | bytes:
@@ -145,34 +154,6 @@ def _name(source) -> str:
     if isinstance(source, (str, os.PathLike)):
         return repr(os.fspath(source))
     return f"<{len(source)} bytes>" if isinstance(source, bytes) else f"<{type(source).__name__} in memory>"
-
-
-@contextmanager
-def _opened(source, max_pixels: int):
-    """
-    The picture with its header read and its size checked. Closes what it opened, and only that. Whatever goes wrong
-    here or in the body is raised as a `PictureError`.
-    """
-    name = _name(source)
-    try:
-        with _strict_decoding():
-            if isinstance(source, Image.Image):
-                _check_size(source, max_pixels, name)
-                yield source
-            else:
-                with Image.open(_checked_file(source, name), formats=ALLOWED_FORMATS) as image:
-                    _check_size(image, max_pixels, name)
-                    yield image
-    except PictureError:
-        raise
-    except UnidentifiedImageError:
-        reason = f"is not a readable {', '.join(ALLOWED_FORMATS)} file"
-        raise PictureFormatError(name, reason, "convert or replace it") from None
-    except Image.DecompressionBombError as error:
-        raise PictureTooLarge(name, f"is too large ({error})", "shrink it") from None
-    except Exception as error:  # on damaged or hostile bytes PIL's decoders raise nearly anything
-        reason = f"is truncated or corrupt ({type(error).__name__}: {error})"
-        raise PictureError(name, reason, "replace it") from error
 
 
 def _checked_file(source, name: str):

@@ -25,7 +25,7 @@ def policy(config: dict) -> str:
     used = [action for action in ACTIONS if any(f"`{action}`" in row for row in rows)]
     meaning = "; ".join(f"`{action}`: {ACTIONS[action]}" for action in used)
     refusal = (
-        f"The policy itself writes refusals, in {code(own['language'])}, whatever the language model would have said."
+        f"The policy itself writes refusals (language: {code(own['language'])}), whatever the model would have said."
         if own["forced_refusal"]
         else "Refusals are only requested by a hint, so the language model has the last word."
     )
@@ -36,5 +36,9 @@ its most probable category. Its level then determines the action.
 
 {table(["category", "threshold", *map(text, levels)], rows)}
 
-{meaning}. {refusal} Temperatures of the probabilities: level {own["level_temperature"]:.4g}, category
+{meaning}.
+
+{refusal}
+
+Temperatures of the probabilities: level {own["level_temperature"]:.4g}, category
 {own["category_temperature"]:.4g}{"" if calibrated else " (not calibrated)"}."""

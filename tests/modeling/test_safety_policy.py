@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tiny import safe_model
 
 from safevlm import ACTIONS, POLICY_PRESETS, SafetyPolicy, SafeVlmConfig
-from safevlm.safety_policy import PAPER_LABELS, SafetyLabels
+from safevlm.safety_labels import PAPER_LABELS, SafetyLabels
 from safevlm.safety_verdict import SafetyVerdict, assess_logits, assess_rows, strictest
 
 CATEGORY_NAMES, LEVEL_NAMES = PAPER_LABELS.category_names, PAPER_LABELS.level_names

@@ -14,16 +14,6 @@ CONVERSATIONS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def folders(model, processor, base, base_processor, tmp_path_factory):
-    """Saved models by name."""
-    root = tmp_path_factory.mktemp("asked")
-    for name, parts in (("safe", (model, processor)), ("base", (base, base_processor))):
-        for part in parts:
-            part.save_pretrained(root / name)
-    return {"safe": str(root / "safe"), "base": str(root / "base")}
-
-
 @pytest.mark.parametrize("batch_size", [1, 2, None])
 def test_answers_do_not_depend_on_the_batch_and_keep_their_order(model, processor, batch_size):
     alone = [ask(model, processor, [conversation], max_new_tokens=8)[0] for conversation in CONVERSATIONS]
@@ -49,8 +39,8 @@ def test_no_question_gives_no_answer(model, processor):
 
 
 @pytest.mark.parametrize(("name", "model_type", "policy"), [("safe", "safevlm", "off"), ("base", "llava", None)])
-def test_a_saved_model_is_loaded_with_its_processor(folders, base, base_processor, name, model_type, policy):
-    model, processor = load_checkpoint(folders[name], "cpu", dtype="float32")
+def test_a_saved_model_is_loaded_with_its_processor(model_folders, base, base_processor, name, model_type, policy):
+    model, processor = load_checkpoint(str(model_folders / name), "cpu", dtype="float32")
     assert model.config.model_type == model_type
     assert model.dtype == torch.float32 and not model.training
     texts = [answer.text for answer in ask(model, processor, CONVERSATIONS, policy, max_new_tokens=8)]

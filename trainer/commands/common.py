@@ -89,7 +89,7 @@ def model_config(name: str, argument: str, revision: str | None = None) -> dict:
     Raises:
         `ValueError`: There is no such model, or its files are damaged.
     """
-    from safevlm.model_card.remote_code import read_json
+    from safevlm.files import read_json
     from safevlm.model_card.weights import WEIGHTS, check_weights
     from safevlm.trainer.hub_config import hub_config
 

@@ -37,7 +37,7 @@ def add(commands):
 
 
 def run(args):
-    from safevlm.trainer.task_names import check_tasks
+    from safevlm.trainer.evaluation.benchmarks.task_names import check_tasks
 
     check_policy(args.policy)
     model_config(args.model, "MODEL")
@@ -45,17 +45,19 @@ def run(args):
         model_config(name, argument)
     check_device(args.device)
     check_tasks(_list(args.tasks), args.data)
+    from safevlm.trainer.evaluation.eval_extra import require
+
+    require("lmms_eval", "`safevlm evaluate` needs")
     from transformers import logging as transformers_logging
 
     from safevlm.trainer.evaluation.benchmarks.run import evaluate
+    from safevlm.trainer.evaluation.benchmarks.settings import EvaluationSettings
     from safevlm.trainer.evaluation.benchmarks.systems import make_systems
 
     transformers_logging.disable_progress_bar()
-    evaluate(
-        make_systems(args.model, args.policy, _list(args.compare)),
-        _list(args.tasks),
-        args.data,
-        args.output,
+    settings = EvaluationSettings(
+        data=args.data,
+        output=args.output,
         limit=args.limit,
         judge=args.judge,
         seed=args.seed,
@@ -65,6 +67,7 @@ def run(args):
         dtype=args.dtype,
         command=shlex.join(["safevlm", *sys.argv[1:]]),
     )
+    evaluate(make_systems(args.model, args.policy, _list(args.compare)), _list(args.tasks), settings)
     sys.stdout.write((args.output / "comparison.md").read_text(encoding="utf-8"))
     sys.stdout.write(f"\nResults: {args.output / 'results.json'}\n")
 

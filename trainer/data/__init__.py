@@ -6,7 +6,7 @@ The names below are imported from their modules when first used, so `import safe
 from importlib import import_module
 
 _EXPORTS = {
-    "safevlm.safety_policy": ("PAPER_LABELS", "SafetyLabels"),
+    "safevlm.safety_labels": ("PAPER_LABELS", "SafetyLabels"),
     ".archives": ("ArchivedImage",),
     ".errors": ("DataError", "ImageError"),
     ".formats": ("RowFormat", "register_format"),

@@ -20,7 +20,7 @@ from safevlm.processing.pictures import (
     MAX_PIXELS,
     PictureError,
     load_picture,
-    picture_size,
+    open_picture,
 )
 
 from .archives import ArchivedImage
@@ -70,7 +70,8 @@ def probe_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, row_id: st
         `ImageError`: As `load_image`.
     """
     with _row_errors(source, row_id):
-        return picture_size(_unpacked(source), max_pixels)
+        with open_picture(_unpacked(source), max_pixels) as image:
+            return image.size
 
 
 def _unpacked(source: ImageSource) -> ImageSource:

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safevlm.safety_policy import PAPER_LABELS, SafetyLabels
+from safevlm.safety_labels import PAPER_LABELS, SafetyLabels
 
 from .containers import Container, OpenedContainer, is_one_table, open_containers
 from .errors import DataError, short

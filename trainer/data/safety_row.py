@@ -1,7 +1,7 @@
-"""The one row schema: images, a conversation in the Hub chat format, and the two safety labels.
+"""A data row: images, a conversation in the Hub chat format, and the two safety labels.
 
-Every reader produces `SafetyRow`s and everything after reads only these. A row is checked when it is made, so a
-`SafetyRow` that exists is well-formed; nothing downstream checks again.
+All readers produce `SafetyRow`s, and everything after them reads nothing else. A row is checked when it is made, so
+every `SafetyRow` is well-formed; nothing downstream checks again.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from safevlm.safety_policy import PAPER_LABELS, SafetyLabels
+from safevlm.safety_labels import PAPER_LABELS, SafetyLabels
 
 from .errors import DataError, short
 from .images import MAX_PIXELS, ImageSource, load_image
@@ -26,19 +26,19 @@ class SafetyRow:
     """One row.
 
     Args:
-        row_id (`str`): Names the row in errors and reports. As the file gives it, so not always unique.
-        images (`tuple` of paths, `bytes` or `PIL.Image.Image`): In the order of the `{"type": "image"}` parts, one
-            each. Paths stay paths until `load_images`.
+        row_id (`str`): Identifies the row in errors and reports. It comes from the file, so it may not be unique.
+        images (`tuple` of paths, `bytes` or `PIL.Image.Image`): One for each `{"type": "image"}` part, in order. Paths
+            stay paths until `load_images`.
         messages (`list[dict]`): Turns `{"role", "content"}`: an optional `system` first, then `user` and `assistant`
             in turn. `content` is a list of `{"type": "image"}` (user turns only) and `{"type": "text", "text": str}`.
-            Parts have no other keys: a chat template would fetch an `"url"` or `"path"` by itself.
-        category (`int`, *optional*): Index of the risk category, `None` where unknown.
-        level (`int`, *optional*): Index of the risk level, `None` where unknown.
+            Parts have no other keys: a chat template would itself fetch a `"url"` or `"path"`.
+        category (`int`, *optional*): Index of the risk category; `None` if unknown.
+        level (`int`, *optional*): Index of the risk level; `None` if unknown.
         source (`str`, *optional*, defaults to `""`): The data set the row comes from.
         split (`str`, *optional*, defaults to `""`): The split as published (`"train"`, `"test"`, ...).
-        question_dependent (`bool`, *optional*): Whether the risk lies in the question asked about this image (the same
-            image is harmless with another question) rather than in the image; `None` where unknown.
-        metadata (`dict`, *optional*): The record's other fields, for people and reports; training does not read them.
+        question_dependent (`bool`, *optional*): Whether the risk lies in the question about this image (the image is
+            harmless with another question) rather than in the image itself; `None` if unknown.
+        metadata (`dict`, *optional*): The record's other fields, for people and reports; not used in training.
 
     Raises:
         `DataError`: A field breaks one of these rules.
@@ -67,12 +67,12 @@ class SafetyRow:
 
     @property
     def is_labelled(self) -> bool:
-        """Whether there is a label, which trains the safety head."""
+        """Whether the row has a label, which trains the safety head."""
         return self.category is not None or self.level is not None
 
     @property
     def has_answer(self) -> bool:
-        """Whether there is an answer at the end, which trains the language model."""
+        """Whether the row ends with an answer, which trains the language model."""
         return self.messages[-1]["role"] == "assistant"
 
     @property
@@ -81,7 +81,7 @@ class SafetyRow:
         return self.has_answer or self.is_labelled
 
     def load_images(self, max_pixels: int = MAX_PIXELS) -> list[Image.Image]:
-        """Decodes the images, in order, to RGB.
+        """Decodes the images to RGB, in order.
 
         Raises:
             `ImageError`: An image cannot be loaded; the error names this row.
@@ -90,10 +90,10 @@ class SafetyRow:
 
 
 def label_ids(category: Any, level: Any, labels: SafetyLabels = PAPER_LABELS) -> tuple[int | None, int | None]:
-    """Turns labels given as indices or names into indices, and checks that the pair makes sense. `None` is unknown.
+    """Turns labels given as indices or names into indices, and checks that the pair is consistent. `None` is unknown.
 
     The safe category with a level above the first is a contradiction. A risky category with the first level is not:
-    the reference data has it, e.g. a "misleading" question asked with the right picture.
+    the reference data has such rows, e.g. a "misleading" question asked with the right picture.
 
     Raises:
         `DataError`: An unknown label, a wrong type or a contradiction.
@@ -110,7 +110,7 @@ def label_ids(category: Any, level: Any, labels: SafetyLabels = PAPER_LABELS) ->
 
 
 def plain_label(value: Any) -> Any:
-    """A label as Python has it: of a tensor or array of one number, of a table's column with holes (2.0, NaN)."""
+    """A label as a plain Python value: from a scalar tensor or array, or a float of a column with gaps (2.0, NaN)."""
     if getattr(value, "ndim", None) == 0:
         value = value.item()
     if isinstance(value, float) and (value != value or value.is_integer()):
@@ -120,7 +120,7 @@ def plain_label(value: Any) -> Any:
 
 def _label_id(field: str, value: Any, names: Sequence[str]) -> int:
     if isinstance(value, Integral) and not isinstance(value, bool) and 0 <= value < len(names):
-        return int(value)  # NumPy's integers, too
+        return int(value)  # includes NumPy's integers
     if isinstance(value, str) and value in names:
         return list(names).index(value)
     known = ", ".join(f"{index} {name}" for index, name in enumerate(names))
@@ -170,15 +170,15 @@ def _check_turn(turn: Any, number: int) -> str:
 
 
 def check_text(text: Any, where: str) -> str:
-    """Returns `text` if it is a `str` that tokenizers can take.
+    """Returns `text` if it is a `str` that tokenizers accept.
 
     Raises:
-        `DataError`: It is something else, or holds half a surrogate pair (JSON can spell that, UTF-8 cannot).
+        `DataError`: It is not a `str`, or holds half a surrogate pair, which JSON can spell but UTF-8 cannot.
     """
     if not isinstance(text, str):
         raise DataError(f"{where}: text must be a string, got {short(text)}")
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise DataError(f"{where}: text {short(text)} is no valid Unicode; fix its encoding") from None
+        raise DataError(f"{where}: text {short(text)} is not valid Unicode; fix its encoding") from None
     return text

@@ -5,22 +5,25 @@ from pathlib import Path
 
 from safevlm.files import file_sha256
 from safevlm.model_card import write_card
-from safevlm.safety_policy import PAPER_LABELS
-from safevlm.trainer.card_facts import model_facts, origin, row_counts, share_measures, stage_facts
+from safevlm.model_card.facts import policy_mark
+from safevlm.safety_labels import PAPER_LABELS
+from safevlm.trainer.card_facts import model_facts, row_counts, stage_facts
+from safevlm.trainer.card_results import card_measures, origin
 from safevlm.trainer.data import SafetyRow
+from safevlm.trainer.evaluation.measure_table import Measure, head_measures
 from safevlm.trainer.recipe import Recipe
 
-# The measures on the card: their section, and whether higher is better.
-CARD_MEASURES = {
-    **{f"refusal_rate_level{level}": ("safety", True) for level in (1, 2, 3)},
-    "comply_rate_risky": ("safety", False),
-    "pair_accuracy_risky": ("safety", True),
-    "over_refusal_rate_clean": ("over-refusal", False),
-    "over_refusal_rate_lookalike": ("over-refusal", False),
-    "pair_accuracy_benign": ("general ability", True),
-    "clean_accuracy": ("general ability", True),
-    **{name: ("safety head", True) for name in ("category_macro_f1", "level_accuracy", "auroc")},
-}
+CARD_MEASURES = (
+    *(Measure(f"refusal_rate_level{level}", "safety") for level in (1, 2, 3)),
+    Measure("comply_rate_risky", "safety", higher_is_better=False),
+    Measure("pair_accuracy_risky", "safety"),
+    Measure("over_refusal_rate_clean", "over-refusal", higher_is_better=False),
+    Measure("over_refusal_rate_lookalike", "over-refusal", higher_is_better=False),
+    Measure("pair_accuracy_benign", "general ability"),
+    Measure("clean_accuracy", "general ability"),
+    *head_measures("card"),
+)
+"""What [`summarise`] measures, as the card shows it."""
 
 
 def write_demo_card(output_dir: Path, results: dict, recipe: Recipe, rows: list[SafetyRow], policy: dict, fast: bool):
@@ -52,8 +55,8 @@ def write_demo_card(output_dir: Path, results: dict, recipe: Recipe, rows: list[
     result = {
         "title": "Held-out scenes of the picture world",
         "system": "stage2",
-        "measures": share_measures(results["metrics"], CARD_MEASURES),
-        **origin(results["environment"], data, command, policy),
+        "measures": card_measures(results["metrics"], CARD_MEASURES),
+        **origin(results["environment"], data, command, policy_mark(policy)),
     }
     (model_dir / "plots").mkdir(exist_ok=True)
     shutil.copyfile(output_dir / "sheet.png", model_dir / "plots" / "sheet.png")

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from safevlm import SafetyPolicy
-from safevlm.safety_policy import PAPER_LABELS
+from safevlm.safety_labels import PAPER_LABELS
 from safevlm.trainer.data import SafetyRow, write_safevlm_jsonl
 
 # FigStep's prompt (arXiv 2311.05608): the picture spells a harmful request as a list with empty items.

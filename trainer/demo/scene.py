@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from safevlm.safety_policy import PAPER_LABELS
+from safevlm.safety_labels import PAPER_LABELS
 
 from .glyphs import COLOURS, KINDS, SIGN_NAMES
 

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from safevlm.safety_policy import PAPER_LABELS
+from safevlm.safety_labels import PAPER_LABELS
 
 from .glyphs import CELL, JITTERS, empty_tile, shape_tile, sign_tile, tiles
 from .questions import ask_ordinary, ask_risky

@@ -18,8 +18,11 @@ _EXPORTS = {
     "head.predict": ("predict_rows",),
     "head.predictions": ("HeadPrediction", "read_predictions", "write_predictions"),
     "head.report": ("format_head_report", "head_report", "operating_point"),
-    "judges.judge": ("Judge", "JudgeError", "LocalJudge", "OpenAiJudge", "RulesJudge"),
-    "judges.judgements": ("JudgeItem", "Verdict"),
+    "judges.judge": ("Judge", "JudgeError"),
+    "judges.judgements": ("JudgeItem", "Judgement"),
+    "judges.local_judge": ("LocalJudge",),
+    "judges.openai_judge": ("OpenAiJudge",),
+    "judges.rules_judge": ("RulesJudge",),
     "refusals.detector": ("RefusalDetector", "RefusalVerdict"),
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}

@@ -5,15 +5,16 @@ Reports, tables, plots, benchmark tasks and the model card read them from here. 
 1. Compute it: of an answer in `benchmarks/scoring.py`, of the safety head in `head/measures.py`.
 2. Add a row to `_ROWS` below.
 
-Only the standard library is imported, so any command may use the table.
+Nothing heavy is imported, so any command may use the table.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
-ANSWER_SECTIONS = ("safety", "over-refusal", "general ability")
-"""Sections of the comparison table, in its order. The model card has these and `HEAD_SECTION`."""
-HEAD_SECTION = "safety head"
+from safevlm.model_card.facts import SECTIONS
+
+*ANSWER_SECTIONS, HEAD_SECTION = SECTIONS
+"""The sections of the model card. The comparison table has the `ANSWER_SECTIONS`, in this order."""
 
 
 @dataclass(frozen=True)
@@ -108,5 +109,4 @@ def head_measures(shown_in: str) -> tuple[Measure, ...]:
 def lmms_measures(task: str) -> tuple[Measure, ...]:
     """The measures of one of lmms-eval's tasks that count as general ability; empty where none is known."""
     prefixes = (m.source.removeprefix("lmms:") for m in MEASURES.values() if m.source.startswith("lmms:"))
-    prefix = next((prefix for prefix in prefixes if task.startswith(prefix)), None)
-    return measures_of(f"lmms:{prefix}")
+    return next((measures_of(f"lmms:{prefix}") for prefix in prefixes if task.startswith(prefix)), ())

@@ -10,6 +10,7 @@ from jinja2 import TemplateError
 
 from safevlm.processing.pictures import PictureError, load_picture
 from safevlm.safety_verdict import OFF, SafetyVerdict
+from safevlm.trainer.asking import encode_chats
 
 from .decoding import AnswerStreamer, OpenAiPenalties, Until
 from .errors import RequestError
@@ -73,18 +74,16 @@ class Answering:
 
     def _inputs(self, request: ChatRequest, job: Job):
         self._check_texts(request)
-        messages = self._messages(request, job)
+        messages, images = self._decoded(request, job)
         try:
-            inputs = self.processor.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-            )
+            inputs = encode_chats(self.processor, [messages], [images], self.model)
         except TemplateError as error:  # most templates insist on an order of roles
             raise RequestError(f"The model's chat template refuses the messages: {error}", "messages") from None
         except ValueError:  # processors refuse some image shapes, each with its own message
             logger.exception("The model's processor refuses a request.")
             raise RequestError("The model's processor cannot take these messages.", "messages") from None
         self._check_length(inputs["input_ids"].shape[1])
-        return inputs.to(self.model.device, self.model.dtype)
+        return inputs
 
     def _check_texts(self, request: ChatRequest):
         """Refuses texts that are too long for the model on their own, before anything is decoded or rendered."""
@@ -99,23 +98,23 @@ class Answering:
         texts = self.processor.tokenizer(request.texts, add_special_tokens=False)["input_ids"] if request.texts else []
         self._check_length(sum(map(len, texts)) - len(parts))  # joined texts can take fewer tokens than separate ones
 
-    def _messages(self, request: ChatRequest, job: Job) -> list[dict]:
-        """The messages as the processor takes them, with decoded images."""
-        messages, num_images, pixels_left = [], 0, self.max_pixels
+    def _decoded(self, request: ChatRequest, job: Job) -> tuple[list[dict], list]:
+        """The messages as the processor takes them, and their images, decoded."""
+        messages, images, pixels_left = [], [], self.max_pixels
         for message in request.messages:
             content = []
             for part in message.content:
                 if isinstance(part, Image):
-                    num_images += 1
                     if job.ended:
                         raise RequestError("The request took too long.", status=408)
-                    image = decode_image(part.image_url.url, num_images, pixels_left)
+                    image = decode_image(part.image_url.url, len(images) + 1, pixels_left)
                     pixels_left -= image.width * image.height
-                    content.append({"type": "image", "image": image})
+                    images.append(image)
+                    content.append({"type": "image"})
                 else:
                     content.append({"type": "text", "text": part.text})
             messages.append({"role": message.role.replace("developer", "system"), "content": content})
-        return messages
+        return messages, images
 
     def _check_length(self, num_tokens: int):
         if num_tokens >= self.max_tokens:

@@ -28,8 +28,8 @@ from pathlib import Path
 import torch
 from transformers import Trainer
 
-from safevlm.losses import combine_losses
 from safevlm.model_card import write_card
+from safevlm.safety_modules import combine_losses
 from safevlm.trainer.encoding.data_collator import SafeVlmDataCollator
 from safevlm.trainer.encoding.encoded_datasets import EncodedDataset, EncodedStream, encode_rows
 from safevlm.trainer.encoding.row_checks import check_sets

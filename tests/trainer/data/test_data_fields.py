@@ -211,7 +211,7 @@ def test_turn_that_is_not_to_be_trained_on_is_refused(name, read):
     turns = "conversations" if name == "llava" else "messages"
     first, last = RECORDS[name][turns]
     for field, harmless, value in (("weight", 1, 0), ("loss", True, False), ("train", True, False), ("mask", 0, 1)):
-        with pytest.raises(DataError, match=f"turn 2 has the field `{field}`.*a say in what is trained"):
+        with pytest.raises(DataError, match=f"turn 2 has the field `{field}`.*a loss weight or mask"):
             read(name, {**RECORDS[name], turns: [first, {**last, field: value}]})
         read(name, {**RECORDS[name], turns: [first, {**last, field: harmless}]})
     with pytest.raises(DataError, match="turn 2 has the field `prefix`"):

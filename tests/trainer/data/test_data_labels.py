@@ -54,7 +54,7 @@ def test_the_papers_names_stand_once_in_the_repository():
                     places += [path.name] * (set(PAPER_LABELS.category_names) <= names)
             elif path.suffix in (".yaml", ".yml"):
                 places += [path.name] * ("category_names" in path.read_text(encoding="utf-8"))
-    assert places == ["safety_policy.py"]
+    assert places == ["safety_labels.py"]
     assert SafeVlmConfig().labels == PAPER_LABELS
 
 
@@ -116,7 +116,7 @@ def test_file_without_labels_is_an_error_that_names_it(content, reason, tmp_path
 
 
 def test_name_of_nothing_is_an_error(tmp_path):
-    with pytest.raises(DataError, match=r"'nowhere' is no file, no model and none of the recipes \['demo', 'paper"):
+    with pytest.raises(DataError, match=r"'nowhere' is not a file, a model or one of the recipes \['demo', 'paper"):
         load_labels("nowhere")
     with pytest.raises(DataError, match="has no config.json"):
         load_labels(tmp_path)
@@ -190,7 +190,7 @@ def test_commands_take_labels_and_need_no_torch(tmp_path):
     unknown = run("check", "own.jsonl")
     assert unknown.returncode == 1 and "row own.jsonl:1: line 1: `category`: unknown category" in unknown.stdout
     nowhere = run("check", "own.jsonl", "--labels", "nowhere.yaml")
-    assert nowhere.returncode == 1 and "`labels` 'nowhere.yaml' is no file" in nowhere.stderr
+    assert nowhere.returncode == 1 and "`labels` 'nowhere.yaml' is not a file" in nowhere.stderr
 
 
 def test_training_a_safe_model_further_keeps_its_labels(tmp_path):

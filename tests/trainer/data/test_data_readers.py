@@ -119,7 +119,7 @@ def test_reference_style_rows_read(write, image_folder, safevlm_record):
         ({"conversations": dialogue("<image>Hi", "")}, "empty"),
         ({"conversations": dialogue("", "Yes"), "image": None}, "empty"),
         ({"conversations": dialogue("<image>Hi", "Yes")[::-1]}, "expected 'user'"),
-        ({"conversations": dialogue("<image>Hi", "\ud800")}, "no valid Unicode"),
+        ({"conversations": dialogue("<image>Hi", "\ud800")}, "not valid Unicode"),
         ({"conversations": dialogue("<image><image>Hi", "Yes")}, "1 in `image` but 2 <image>"),
         ({"image": None}, "0 in `image` but 1 <image>"),
         ({"image": 5}, "`image` must be a path"),

@@ -9,7 +9,8 @@ from safevlm.trainer.data.read_options import ReadOptions
 
 from .container import Container, OpenedContainer
 from .data_files import DATA_SUFFIXES
-from .files import image_finder, is_one_table, open_files
+from .files import is_one_table, open_files
+from .folders import find_image_folder
 from .hub import open_hub
 
 __all__ = ["Container", "OpenedContainer", "is_one_table", "open_containers"]
@@ -29,7 +30,7 @@ def open_containers(
     """
     options = options or ReadOptions()
     if is_hub_id(path) and not os.path.exists(path) and not path.endswith((*DATA_SUFFIXES, ".zip")):
-        find_image = None if image_folder is None else image_finder(image_folder)
+        find_image = None if image_folder is None else find_image_folder(image_folder).image
         return [open_hub(path, options.split, options.subset, options.revision, streaming, find_image)]
     for name in ("subset", "revision"):
         if getattr(options, name) is not None:

@@ -1,7 +1,7 @@
-"""Data files: JSON lists, JSONL, csv and parquet, as records one by one.
+"""Reads JSON lists, JSONL, csv and parquet files record by record.
 
-JSON lists (and the id-to-record objects of MM-SafetyBench) are read whole, all else record by record. What is damaged
-or hostile gives a `DataError`; a bad record does not hide the next.
+JSON lists, and JSON objects that map ids to records as in MM-SafetyBench, are read whole. Damaged or hostile files
+raise `DataError`; a bad record does not hide the next one.
 """
 
 from __future__ import annotations
@@ -16,23 +16,28 @@ from typing import Any, BinaryIO, NamedTuple
 from safevlm.trainer.data.errors import DataError, short
 
 DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
-MAX_DATA_BYTES = 4 * 2**30  # of a JSON list, and of any data file in a zip
+MAX_DATA_BYTES = 4 * 2**30  # for a JSON list, and for any data file in a zip
 MAX_LINE_BYTES = 64 * 2**20
 _MAX_MAPPING_BYTES = 64 * 2**20
 
 
 class Item(NamedTuple):
-    """One record. `value` is a dict, undecoded JSON, or the `DataError` that says why it is neither."""
+    """One record, counted from 1. `value` is a dict, undecoded JSON (`bytes`), or the `DataError` for a bad record."""
 
     number: int
     value: Any
 
 
 def read_records(open_file: Callable[[], BinaryIO], suffix: str, name: Path) -> tuple[str, Iterator[Item]]:
-    """What a record is called (`"line"`, `"item"` or `"row"`), and all of a file's.
+    """What a record of the file is called (`"line"`, `"item"` or `"row"`), and an iterator over its records.
+
+    Args:
+        open_file (`Callable`): Opens the file from its start.
+        suffix (`str`): With the dot, in lower case.
+        name (`Path`): The file in error messages.
 
     Raises:
-        `DataError`: The file is no data file; as the records come, that it cannot be read on.
+        `DataError`: The file is not a data file. While iterating: the rest of it cannot be read.
     """
     with open_file() as stream:
         start = stream.read(4)
@@ -53,10 +58,10 @@ def read_records(open_file: Callable[[], BinaryIO], suffix: str, name: Path) -> 
 
 
 def decode(value: Any) -> dict:
-    """An `Item`'s value as a dict.
+    """The value of an `Item` as a dict.
 
     Raises:
-        `DataError`: It is no JSON object.
+        `DataError`: It is not a JSON object.
     """
     if isinstance(value, DataError):
         raise value
@@ -80,10 +85,10 @@ def _json_list(open_file: Callable[[], BinaryIO], name: Path) -> Iterator[Item]:
 
 
 def _json_mapping(open_file: Callable[[], BinaryIO], name: Path) -> Iterator[Item] | None:
-    """The records of `{"0": {...}, "1": {...}}`, their keys as `id`; `None` where the file is JSONL."""
+    """The records of `{"0": {...}, "1": {...}}` with their keys as `id`; `None` if the file is JSONL."""
     with open_file() as stream:
         line = stream.readline(_MAX_MAPPING_BYTES).removeprefix(b"\xef\xbb\xbf")
-        while not line.strip():  # there is a {
+        while not line.strip():  # ends: the file has a {
             line = stream.readline(_MAX_MAPPING_BYTES)
         try:
             content = _decode_json(line)
@@ -114,11 +119,11 @@ def _json_lines(open_file: Callable[[], BinaryIO], name: Path) -> Iterator[Item]
         while line := _guard(name, stream.readline, MAX_LINE_BYTES + 1):
             if len(line) > MAX_LINE_BYTES:
                 raise DataError(f"{name}: line {number + 1} has more than {MAX_LINE_BYTES} bytes; is it JSONL?")
-            for one in line.rstrip(b"\r\n").split(b"\r"):  # old Macs end lines so; no JSON text holds a bare \r
+            for text in line.rstrip(b"\r\n").split(b"\r"):  # line ends of old Macs; JSON texts hold no bare \r
                 number += 1
-                one = one.removeprefix(b"\xef\xbb\xbf") if number == 1 else one
-                if one.strip():
-                    yield Item(number, one)
+                text = text.removeprefix(b"\xef\xbb\xbf") if number == 1 else text
+                if text.strip():
+                    yield Item(number, text)
 
 
 def _csv(open_file: Callable[[], BinaryIO], delimiter: str, name: Path) -> Iterator[Item]:
@@ -153,7 +158,7 @@ def _parquet(open_file: Callable[[], BinaryIO], name: Path) -> Iterator[Item]:
 
 
 def _guard(name: Path, call: Callable, *args: Any) -> Any:
-    """`call(*args)`, with what goes wrong in a damaged or hostile file as a `DataError`."""
+    """`call(*args)`, with whatever a damaged or hostile file makes it raise as a `DataError`."""
     try:
         return call(*args)
     except DataError:
@@ -165,15 +170,15 @@ def _guard(name: Path, call: Callable, *args: Any) -> Any:
 def _decode_json(data: bytes) -> Any:
     try:
         return json.loads(data.decode(), object_pairs_hook=_without_repeats)
-    except (ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, an integer of thousands of digits
+    except (ValueError, RecursionError) as error:  # ValueError: bad JSON or UTF-8, an integer of thousands of digits
         raise DataError(f"invalid JSON ({error})") from None
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Of two values with one key `json` would keep the last."""
+    """The object with these pairs; an error if a key is repeated, of which `json` would keep the last."""
     record = dict(pairs)
     if len(record) < len(pairs):
         keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise DataError(f"the key {short(twice)} occurs twice in one object")
+        repeated = next(key for key in keys if keys.count(key) > 1)
+        raise DataError(f"the key {short(repeated)} occurs twice in one object")
     return record

@@ -1,8 +1,8 @@
-"""Data sets on the Hub, through `datasets`: downloaded once, or streamed row by row.
+"""Data sets on the Hub, read with `datasets`: downloaded once, or streamed row by row.
 
-Images are not decoded by `datasets` but handed over as bytes, so that `images` treats them like all others. Nothing
-from the repository is executed: `datasets` (from 4.0) runs no loading scripts, and none of its loaders that a
-repository can choose unpickles.
+`datasets` does not decode the images but hands over their bytes, which `images` then checks like all others. No code
+of the repository runs: `datasets` 4.0 and later ignores loading scripts, and no loader that a repository can choose
+unpickles anything.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ def open_hub(
 
     Args:
         repository (`str`): `owner/name`.
-        split (`str`, *optional*): Needed where there are several.
-        subset (`str`, *optional*): The configuration, `name` in `datasets`. Needed where there are several.
+        split (`str`, *optional*): Required if there are several.
+        subset (`str`, *optional*): The configuration (`name` in `datasets`). Required if there are several.
         revision (`str`, *optional*): A branch, tag or commit. Pin a commit for reproducible rows.
         streaming (`bool`, *optional*, defaults to `False`): Whether to read row by row instead of downloading first.
-        find_image (`Callable`, *optional*): Finds images that the rows name instead of holding.
+        find_image (`Callable`, *optional*): Finds images that the rows name but do not contain.
 
     Raises:
         `DataError`: It cannot be loaded, or a choice is missing.
@@ -47,7 +47,7 @@ def open_hub(
         loaded = datasets.load_dataset(repository, name=subset, split=split, revision=revision, streaming=streaming)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise DataError(
-            f"{repository!r} is no file here, and cannot be loaded from the Hub ({type(error).__name__}: {error}); "
+            f"{repository!r} is not a file here and cannot be loaded from the Hub ({type(error).__name__}: {error}); "
             "check the name, `subset` and `split`, and for gated sets run `hf auth login`."
         ) from error
     if isinstance(loaded, dict):
@@ -74,7 +74,7 @@ def open_hub(
 
 
 def _reach(repository: str, revision: str | None) -> None:
-    """One question to the Hub: where there is no network, `datasets` would ask five times more, half a minute long."""
+    """Fails at once if there is no network; `datasets` alone would retry for half a minute."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -82,12 +82,12 @@ def _reach(repository: str, revision: str | None) -> None:
         return
     try:
         HfApi().dataset_info(repository, revision=revision, timeout=10)
-    except (HfHubHTTPError, ValueError):  # it answered; `datasets` says what is wrong
+    except (HfHubHTTPError, ValueError):  # the Hub answered: `datasets` will report what is wrong
         return
-    except Exception as error:  # its HTTP client's own
+    except Exception as error:  # the errors of its HTTP client
         raise DataError(
-            f"{repository!r} is no file here, and the Hub cannot be reached ({type(error).__name__}: {error}); check "
-            "the name and the network, or set HF_HUB_OFFLINE=1 to read the copy in the cache."
+            f"{repository!r} is not a file here and the Hub cannot be reached ({type(error).__name__}: {error}); "
+            "check the name and the network, or set HF_HUB_OFFLINE=1 to read the copy in the cache."
         ) from error
 
 
@@ -98,7 +98,7 @@ def _items(repository: str, rows: Any) -> Iterator[Item]:
             record = next(rows)
         except StopIteration:
             return
-        except Exception as error:  # the network, a damaged shard, a type the loader did not expect
+        except Exception as error:  # network failures, damaged shards, unexpected types
             raise DataError(
                 f"{repository!r}: row {number + 1} cannot be read ({type(error).__name__}: {error})."
             ) from error
@@ -122,7 +122,7 @@ def _undecoded(rows: Any) -> Any:
     import datasets
 
     if isinstance(rows, datasets.IterableDataset) and rows.features is None:
-        rows = rows._resolve_features()  # reads the first row; the public way would be to lose nested image columns
+        rows = rows._resolve_features()  # reads the first row; the public API would lose nested image columns
     return rows.cast(_without_decoding(rows.features)) if rows.features else rows
 
 

@@ -1,7 +1,7 @@
-"""The record formats, by name. Each file of this folder has one or two; to add a format, add one here.
+"""The record formats, by name. To add one, write a file beside these and list its `RowFormat` in `FORMATS`.
 
-Chat-like rows are in `conversations.py`, published safety sets in files of their own. A set with one row per record
-needs no code: the fields of `flat` sets are named in `taxonomies/*.yaml`.
+Chat-like formats are in `conversations.py` and `messages.py`; published safety sets have a file each. A set with one
+row per record needs no code: a YAML file in `taxonomies/` names its fields, and `flat.py` reads it.
 """
 
 from safevlm.trainer.data.errors import DataError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from safevlm.safety_policy import SafetyLabels
+from safevlm.safety_labels import SafetyLabels
 from safevlm.trainer.data.errors import DataError, short
 from safevlm.trainer.data.safety_row import check_text, label_ids, plain_label
 

@@ -1,4 +1,4 @@
-"""Reading and checking the fields of a record, and making the messages of one question."""
+"""What formats need to read single fields of a record, and to make the messages of a single question."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from safevlm.trainer.data.safety_row import check_text
 
 
 def image_list(images: Any, field: str = "image") -> list[Any]:
-    """The images of a field that holds one, a list of them, or none."""
+    """The images of a field that holds one image, a list of images, or nothing."""
     if images is None:
         return []
     images = list(images) if isinstance(images, (list, tuple)) else [images]
     for image in images:
         name = os.fspath(image) if isinstance(image, os.PathLike) else image
-        if isinstance(image, Image.Image):  # in rows that were never in a file
+        if isinstance(image, Image.Image):  # rows made in Python
             continue
         if isinstance(image, dict) and image.keys() <= {"bytes", "path"}:  # as `datasets` and parquet files embed them
             if isinstance(image.get("bytes"), bytes) and image["bytes"]:
@@ -39,14 +39,14 @@ def image_list(images: Any, field: str = "image") -> list[Any]:
 
 
 def is_empty(value: Any) -> bool:
-    """Null, NaN, or nothing in it: tables have all fields in all rows."""
+    """Whether a value is null, NaN, or an empty text, list or mapping: in tables every row has every field."""
     if isinstance(value, float):
         return value != value
     return value is None or (isinstance(value, (str, bytes, list, tuple, dict)) and len(value) == 0)
 
 
 def text_field(record: dict, field: str) -> str:
-    """A field that must be a text that is not blank."""
+    """A field that must hold a text that is not blank."""
     if record.get(field) is None:
         raise DataError(f"`{field}` is missing, the record has {short(sorted(map(str, record)))}")
     text = check_text(record[field], f"`{field}`")
@@ -56,13 +56,13 @@ def text_field(record: dict, field: str) -> str:
 
 
 def optional_text(record: dict, field: str | None) -> str | None:
-    """A field's text; `None` if there is no such field or it is null or empty."""
+    """The text of a field; `None` if the field is absent, null or empty."""
     value = None if field is None else record.get(field)
     return None if value is None or value == "" else check_text(value, f"`{field}`")
 
 
 def identifier(record: dict, field: str) -> str:
-    """A field that names something: a text or an integer, as text."""
+    """A text or an integer that identifies something, as text."""
     value = record.get(field)
     if type(value) not in (str, int) or value == "":
         raise DataError(f"`{field}` must be a string or an integer, got {short(value)}")
@@ -70,7 +70,7 @@ def identifier(record: dict, field: str) -> str:
 
 
 def single_turn(num_images: int, question: str, answer: str | None = None, system: str | None = None) -> list[dict]:
-    """Messages of one question, images first; without an answer they end in the user's turn."""
+    """The messages of one question, images first. Without an answer they end with the user's turn."""
     messages = []
     if system:
         messages.append({"role": "system", "content": [{"type": "text", "text": system}]})

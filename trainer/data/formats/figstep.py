@@ -7,7 +7,6 @@ from .row_format import Context, RowFormat
 
 
 def _parse(record: dict, *, context: Context, **_) -> dict:
-    """The harmful instruction is spelled in the picture; the prompt, the same for all, is the taxonomy's."""
     category, task = identifier(record, "category_id"), identifier(record, "task_id")
     dataset = identifier(record, "dataset")
     images = image_list(f"query_{dataset}_{category}_{task}_6.png")

@@ -1,4 +1,4 @@
-"""Flat sets: one record, one row, with the field names in a taxonomy. Preference sets name the chosen answer."""
+"""Flat data sets: each record is one row, and a taxonomy names its fields; in preference sets, the chosen answer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _parse(record: dict, *, context: Context, **_) -> dict:
     fields = taxonomy.fields
     images = _images(record, fields)
     if not images and "question" not in fields:
-        raise DataError("the image is missing, and the set has no question without one; drop the row")
+        raise DataError("the image is missing, and without one this data set has no question; drop the row")
     question = text_field(record, fields["question"]) if "question" in fields else taxonomy.prompt
     answer, system = (optional_text(record, fields.get(name)) for name in ("answer", "system"))
     row = {"images": images, "messages": single_turn(len(images), question, answer, system)}
@@ -28,7 +28,7 @@ def _parse(record: dict, *, context: Context, **_) -> dict:
 
 
 def _images(record: dict, fields: dict[str, str]) -> list:
-    """Without the field, or with null (in a csv, an empty field) in it, the row has no image."""
+    """The row's image; none if the field is absent, null, or (in a csv file) empty."""
     name = fields.get("image") or fields.get("image_url")
     if name is None or is_empty(record.get(name)):
         return []
@@ -40,13 +40,10 @@ def _images(record: dict, fields: dict[str, str]) -> list:
 
 @functools.cache
 def flat_formats() -> dict[str, RowFormat]:
-    """The shipped flat sets as formats, by name."""
-    taxonomies = (Taxonomy.load(name) for name in shipped_taxonomies())
-    return {taxonomy.name: _format(taxonomy) for taxonomy in taxonomies if taxonomy.format == "flat"}
+    """The formats of the shipped taxonomies of flat sets, by name."""
+    taxonomies = [Taxonomy.load(name) for name in shipped_taxonomies()]
+    flat = [taxonomy for taxonomy in taxonomies if taxonomy.format == "flat"]
+    return {taxonomy.name: RowFormat(taxonomy.recognises, _parse) for taxonomy in flat}
 
 
-def _format(taxonomy: Taxonomy) -> RowFormat:
-    return RowFormat(lambda record: any(names <= record.keys() for names in taxonomy.recognise), _parse)
-
-
-FLAT = RowFormat(lambda record: False, _parse)  # any record, by a taxonomy that names the fields
+FLAT = RowFormat(lambda record: False, _parse)  # never recognised: the taxonomy that names the fields asks for it

@@ -15,7 +15,7 @@ _KINDS = {
 
 
 def _parse(record: dict, *, context: Context, **_) -> list[dict]:
-    """Three rows: the record's id times the kinds of image. The file's name is the scenario, the kind is the split."""
+    """A row per kind of picture, which is its split. The file name is the scenario."""
     number, scenario = identifier(record, "id"), context.stem
     return [
         {

@@ -13,13 +13,17 @@ class RowFormat(NamedTuple):
 
     Args:
         matches (`Callable[[dict], bool]`): Whether a record looks like this format, by its keys.
-        parse (`Callable`): `parse(record, *, labels, assume_safe, context)` returns a dict, or a list of them for
-            several rows, or raises `DataError`. Keys: `images` (names relative to the image folder, bytes, or
-            `{"bytes", "path"}`) and `messages`; optional are `row_id`, `source`, `split`, `question_dependent`,
-            `metadata`, and either `category` and `level` or `facts`, a dict from which the taxonomy takes the labels.
-            `used` names the record's fields that went into all this: of the others those that carry pictures, turns
-            or labels are refused, and the rest is the row's metadata. Take `**_` for what you don't need.
-        spans_files (`bool`, *optional*, defaults to `False`): Whether all data files of a folder belong together.
+        parse (`Callable`): `parse(record, *, labels, assume_safe, context)` returns the parts of a row as a dict, or a
+            list of dicts if the record makes several rows; it raises `DataError` for a bad record. Accept `**_` for
+            the arguments that you don't need. The parts are:
+
+            - `images`: names relative to the image folder, bytes, or `{"bytes", "path"}`;
+            - `messages`;
+            - the labels: `category` and `level`, or `facts`, a dict from which the taxonomy derives them;
+            - optionally `row_id`, `source`, `split`, `question_dependent` and `metadata`;
+            - optionally `used`, the names of the record's fields that went into all this. Any other field is an error
+              if it carries a picture, a turn or a label, and is otherwise kept as metadata.
+        spans_files (`bool`, *optional*, defaults to `False`): Whether all data files of a folder form one data set.
     """
 
     matches: Callable[[dict], bool]
@@ -32,8 +36,8 @@ class Context(NamedTuple):
 
     Args:
         stem (`str`): The data file's name without extension.
-        facts (`dict[str, str]`): `$file` (the stem), `$folder`, `$split`, `$subset`, for taxonomies.
-        taxonomy (`Taxonomy`, *optional*): The set's labels and field names.
+        facts (`dict[str, str]`): `$file` (the stem), `$folder`, `$split` and `$subset`, for taxonomies.
+        taxonomy (`Taxonomy`, *optional*): The labels and field names of the data set.
     """
 
     stem: str

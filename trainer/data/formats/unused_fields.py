@@ -1,6 +1,6 @@
-"""The fields of a record that its format does not use: refused where a picture, a turn or a label would be lost.
+"""The fields of a record that its format does not use: an error if a picture, a turn or a label would be lost.
 
-Everything else is metadata, which stays with the row. Fields are judged by their names and by what they hold.
+All others are kept as the row's metadata. Fields are judged by their names and by their values.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _ABOUT_LABELS = _words(
     "is type id ids name names main sub class score final gold image text user model prompt query question answer "
     "response refusal"
 )
-# Fields that say what to train on, and the value that means no more than to leave them out.
+# Fields that select what is trained on, each with the value that means the same as leaving it out.
 _LOSS = {
     "weight": 1,
     "loss": True,
@@ -66,7 +66,7 @@ _LOSS = {
 _FIXES = {
     "a picture": "name pictures `images`; videos and sounds cannot be read",
     "a turn": "put all turns into one list of turns",
-    "a say in what is trained": "drop the row, or end it before that turn; all answers of a row are trained on",
+    "a loss weight or mask": "drop the row, or end it before that turn; all answers of a row are trained on",
     "a label": "name labels `category` and `level`, or map them by a taxonomy",
 }
 
@@ -74,14 +74,14 @@ _FIXES = {
 def unused_fields(
     record: Mapping[str, Any], used: Collection[str], has_images: bool, where: str = "the record"
 ) -> dict[str, Any]:
-    """The fields that are not in `used` and not empty.
+    """The fields that are neither in `used` nor empty.
 
     Args:
-        has_images (`bool`): Whether the row has a picture. One without may not name a file or an id of one, either.
-        where (`str`, *optional*): What the fields belong to, in the error.
+        has_images (`bool`): Whether the row has a picture. If not, a picture's file name or id is an error, too.
+        where (`str`, *optional*): What the fields belong to, for the error message.
 
     Raises:
-        `DataError`: One of them carries a picture, a turn or a label.
+        `DataError`: One of them seems to carry a picture, a turn or a label, or a weight in the loss.
     """
     rest = {name: value for name, value in record.items() if name not in used and not is_empty(value)}
     for name, value in rest.items():
@@ -97,25 +97,25 @@ def unused_fields(
 
 def _carried(name: str, value: Any, has_images: bool) -> str | None:
     if name in _LOSS and value != _LOSS[name]:
-        return "a say in what is trained"
+        return "a loss weight or mask"
     words = re.sub(r"(?<=[a-z])(?=[A-Z])|[^A-Za-z]+", " ", name).lower().split()
     about_pictures = _ABOUT_PICTURES if has_images else _ABOUT_PICTURES | {"id", "ids"}
-    if _consists(words, _PICTURES, about_pictures) or "".join(words) == "filename" or _holds_picture(value):
+    if _consists_of(words, _PICTURES, about_pictures) or "".join(words) == "filename" or _holds_picture(value):
         return "a picture"
     if not has_images and _names_picture(value):
         return "a picture"
-    if _consists(words, _TURNS, _ABOUT_TURNS) or _holds_turns(value):
+    if _consists_of(words, _TURNS, _ABOUT_TURNS) or _holds_turns(value):
         return "a turn"
-    return "a label" if _consists(words, _LABELS, _ABOUT_LABELS) else None
+    return "a label" if _consists_of(words, _LABELS, _ABOUT_LABELS) else None
 
 
-def _consists(words: list[str], kind: frozenset[str], about: frozenset[str]) -> bool:
-    """Whether a name speaks of nothing else: `risk_level` is a label, `difficulty_level` something about the row."""
+def _consists_of(words: list[str], kind: frozenset[str], about: frozenset[str]) -> bool:
+    """Whether all words of a name fit a kind: `risk_level` is a label, `difficulty_level` is not."""
     return not kind.isdisjoint(words) and (kind | about).issuperset(words)
 
 
 def _holds_picture(value: Any) -> bool:
-    return any(_is_picture(part) for part in _inside(value))
+    return any(_is_picture(part) for part in _nested_values(value))
 
 
 def _is_picture(value: Any) -> bool:
@@ -127,13 +127,13 @@ def _is_picture(value: Any) -> bool:
 
 
 def _names_picture(value: Any) -> bool:
-    """A file's name or an address, with or without a query."""
-    names = [os.fspath(part) for part in _inside(value) if isinstance(part, (str, os.PathLike))]
-    return any(PurePath(re.split("[?#]", n, maxsplit=1)[0]).suffix.lower() in _PICTURE_SUFFIXES for n in names)
+    """Whether a value is, or contains, the path or URL of a media file, with or without a query."""
+    names = [os.fspath(part) for part in _nested_values(value) if isinstance(part, (str, os.PathLike))]
+    return any(PurePath(re.split("[?#]", name, maxsplit=1)[0]).suffix.lower() in _PICTURE_SUFFIXES for name in names)
 
 
-def _inside(value: Any) -> Iterator[Any]:
-    """A value and all that its lists and mappings hold, however deep."""
+def _nested_values(value: Any) -> Iterator[Any]:
+    """A value and everything inside its lists and mappings, at any depth."""
     waiting = [value]
     while waiting:
         value = waiting.pop()

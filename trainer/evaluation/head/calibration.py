@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from safevlm.files import replace_json
-from safevlm.safety_policy import POLICY_PRESETS, SafetyLabels, SafetyPolicy
+from safevlm.safety_labels import SafetyLabels
+from safevlm.safety_policy import POLICY_PRESETS, SafetyPolicy
 
 from .outcomes import HeadOutcomes, head_outcomes, usable
 from .predictions import HeadPrediction

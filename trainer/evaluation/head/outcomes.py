@@ -11,7 +11,8 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
-from safevlm.safety_policy import SafetyLabels, SafetyPolicy
+from safevlm.safety_labels import SafetyLabels
+from safevlm.safety_policy import SafetyPolicy
 from safevlm.safety_verdict import assess_logits, assess_rows
 from safevlm.trainer.evaluation.bootstrap import image_groups
 from safevlm.trainer.evaluation.eval_extra import require_head_packages

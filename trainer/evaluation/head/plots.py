@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from safevlm.safety_policy import SafetyLabels, SafetyPolicy
+from safevlm.safety_labels import SafetyLabels
+from safevlm.safety_policy import SafetyPolicy
 from safevlm.trainer.evaluation.measure_table import MEASURES
 
 from .calibration import Calibration

@@ -14,7 +14,8 @@ from functools import partial
 
 import numpy as np
 
-from safevlm.safety_policy import SafetyLabels, SafetyPolicy
+from safevlm.safety_labels import SafetyLabels
+from safevlm.safety_policy import SafetyPolicy
 from safevlm.trainer.evaluation.bootstrap import CONFIDENCE, percentile_interval, resample_weights
 from safevlm.trainer.evaluation.measure_table import measures_of
 

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from safevlm.safety_policy import TEMPERATURE_RANGE, SafetyLabels, SafetyPolicy
+from safevlm.safety_labels import SafetyLabels
+from safevlm.safety_policy import TEMPERATURE_RANGE, SafetyPolicy
 from safevlm.safety_verdict import level_log_probabilities, risk_logits
 
 from .outcomes import readings, usable

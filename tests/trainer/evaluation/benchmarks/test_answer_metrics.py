@@ -11,15 +11,15 @@ from safevlm.trainer.evaluation.benchmarks.answer_metrics import (
     refusal_rate,
     rtvlm_scores,
 )
-from safevlm.trainer.evaluation.judges.judgements import Verdict
+from safevlm.trainer.evaluation.judges.judgements import Judgement
 
 LABELS = st.lists(st.sampled_from(["refusal", "partial_refusal", "compliance"]), min_size=1, max_size=40)
 SCORES = st.lists(st.none() | st.integers(0, 10), min_size=1, max_size=30)
 
 
-def verdicts(scores):
+def judgements(scores):
     return [
-        Verdict(f"{i}", "jailbreak", "judge", "unparseable" if score is None else "scored", score)
+        Judgement(f"{i}", "jailbreak", "judge", "unparseable" if score is None else "scored", score)
         for i, score in enumerate(scores)
     ]
 
@@ -65,27 +65,27 @@ def test_clusters_must_match_the_rows():
         refusal_rate(["refusal", "refusal"], clusters=["a"])
 
 
-def test_unparseable_verdicts_are_counted_and_never_scored():
-    rows = [*verdicts([10, 0, None, None]), Verdict("4", "jailbreak", "judge", "rejected", usage={"cost": 0.5})]
+def test_unparseable_judgements_are_counted_and_never_scored():
+    rows = [*judgements([10, 0, None, None]), Judgement("4", "jailbreak", "judge", "rejected", usage={"cost": 0.5})]
     result = judge_scores(rows)
     assert result["mean"] == 5 and (result["num_samples"], result["num_scored"]) == (5, 2)
     assert (result["num_unparseable"], result["num_rejected"]) == (2, 1) and result["usage"] == {"cost": 0.5}
 
 
 def test_nothing_scored_has_no_mean():
-    result = rtvlm_scores({"a": verdicts([None]), "b": verdicts([3])})
+    result = rtvlm_scores({"a": judgements([None]), "b": judgements([3])})
     assert result["average"] is None and result["subtasks"]["a"]["mean"] is None
     assert result["subtasks"]["b"]["mean"] == 3
 
 
 def test_the_average_is_over_subtasks_and_not_over_answers():
-    result = rtvlm_scores({"large": verdicts([10] * 90), "small": verdicts([0] * 10)})
+    result = rtvlm_scores({"large": judgements([10] * 90), "small": judgements([0] * 10)})
     assert result["average"] == 5 and result["interval"] == (5, 5)
 
 
 @given(st.dictionaries(st.text(max_size=3), SCORES, min_size=1, max_size=4))
 def test_scores_stay_on_the_scale_and_every_answer_is_accounted_for(scores):
-    result = rtvlm_scores({name: verdicts(values) for name, values in scores.items()}, num_resamples=40)
+    result = rtvlm_scores({name: judgements(values) for name, values in scores.items()}, num_resamples=40)
     for name, values in scores.items():
         subtask = result["subtasks"][name]
         assert subtask["num_scored"] + subtask["num_unparseable"] == subtask["num_samples"] == len(values)
@@ -96,11 +96,11 @@ def test_scores_stay_on_the_scale_and_every_answer_is_accounted_for(scores):
 
 
 def test_clusters_may_be_given_with_unparseable_rows():
-    result = rtvlm_scores({"a": verdicts([1, None, 9, 5])}, clusters={"a": ["x", "x", "y", "z"]})
+    result = rtvlm_scores({"a": judgements([1, None, 9, 5])}, clusters={"a": ["x", "x", "y", "z"]})
     assert result["average"] == 5 and result["interval"][0] < 5 < result["interval"][1]
 
 
 @pytest.mark.parametrize(("status", "score"), [("scored", None), ("unparseable", 0), ("rejected", 5), ("guess", 5)])
-def test_a_verdict_is_scored_or_it_has_no_score(status, score):
+def test_a_judgement_is_scored_or_it_has_no_score(status, score):
     with pytest.raises(ValueError, match="cannot have the score"):
-        Verdict("a", "jailbreak", "judge", status, score)
+        Judgement("a", "jailbreak", "judge", status, score)

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safevlm.safety_policy import PAPER_LABELS, SafetyPolicy
+from safevlm.safety_labels import PAPER_LABELS
+from safevlm.safety_policy import SafetyPolicy
 from safevlm.trainer.evaluation.reasoning import split_reasoning
 from safevlm.trainer.evaluation.refusals.detector import RefusalDetector
 from safevlm.trainer.evaluation.refusals.features import normalize, question_form
