@@ -1,4 +1,4 @@
-"""The settings of a run of `safevlm evaluate`. Only the standard library is imported."""
+"""The settings of a run of `safevlm evaluate`. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -7,32 +7,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from safevlm.trainer.options import option
+
 
 @dataclass(frozen=True)
 class EvaluationSettings:
     """
+    How to evaluate. The fields' help texts are those of `safevlm evaluate --help`.
+
     Args:
-        data (`str` or `os.PathLike`): Folder of local copies (see the README of `evaluation`).
-        output (`str` or `os.PathLike`): Folder for the results.
-        limit (`int`, *optional*): Use only the first `limit` items of each task.
-        judge (`str`): `"rules"`, `"openai:MODEL"` or `"hf:ID"` (see [`make_judge`]).
-        seed (`int`): Seed of sampled answers and of intervals.
-        batch_size (`int`): Items asked at once.
-        max_new_tokens (`int`, *optional*): Caps the tasks' own answer lengths.
-        device (`str`, *optional*): By default the first GPU, or the CPU if there is none.
-        dtype (`str`): Of the weights; `"auto"` keeps the checkpoint's.
         command (`str`): What the user typed, recorded in the results.
     """
 
-    data: str | os.PathLike
-    output: str | os.PathLike
-    limit: int | None = None
-    judge: str = "rules"
-    seed: int = 0
-    batch_size: int = 8
-    max_new_tokens: int | None = None
-    device: str | None = None
-    dtype: str = "auto"
+    data: str | os.PathLike = option("folder with local copies of the data sets")
+    output: str | os.PathLike = option("folder to write results to")
+    limit: int | None = option("use only the first LIMIT items of each task", None)
+    judge: str = option("rules, openai:MODEL or hf:ID", "rules")
+    seed: int = option("seed of sampled answers and of intervals", 0)
+    batch_size: int = option("items asked at once", 8)
+    max_new_tokens: int | None = option("cap on the tasks' own answer lengths", None)
+    device: str | None = option("cpu, cuda, ... (default: cuda if there is one)", None)
+    dtype: str = option("dtype of the weights: auto (as stored), bfloat16, ...", "auto")
     command: str = ""
 
     def __post_init__(self):
