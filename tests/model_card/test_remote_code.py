@@ -1,4 +1,4 @@
-"""`safevlm code`: the Python files that a model would run, whether they are safevlm's, and nothing of them is run."""
+"""`safevlm code`: which Python files a model would run, and whether they are safevlm's, without running any."""
 
 import json
 import re
@@ -28,7 +28,7 @@ def saved(model_folders, tmp_path):
 
 @pytest.fixture
 def code(capsys):
-    """`code("FOLDER", ...)`: exit code, lines of standard output, standard error."""
+    """`code("FOLDER", ...)`: exit code, lines of standard output, and standard error."""
 
     def call(*arguments):
         exit_code = main(["code", *map(str, arguments)])
@@ -178,7 +178,7 @@ def test_code_of_another_place_is_reported(saved, code, reference):
     auto_map = json.loads((saved / "config.json").read_text())["auto_map"]
     edit(saved / "config.json", auto_map={**auto_map, "AutoProcessor": reference})
     (saved / "other").mkdir()
-    shutil.copy(saved / "modeling_safevlm.py", saved / "other" / "repo--modeling_safevlm.py")  # not what would run
+    shutil.copy(saved / "modeling_safevlm.py", saved / "other" / "repo--modeling_safevlm.py")  # would not be loaded
     exit_code, lines, _ = code(saved)
     assert exit_code == 1 and f"elsewhere  {reference}" in lines
     assert "not in this folder" in lines[-1] and " files " not in lines[-1]
