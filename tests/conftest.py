@@ -1,4 +1,4 @@
-"""Tiny models and processors, built once per session. A test that changes one takes a `copy.deepcopy`."""
+"""Tiny models and processors, built once per session. A test that changes one works on a `copy.deepcopy`."""
 
 import os
 import sys
@@ -33,13 +33,13 @@ def processor(base_processor):
 
 @pytest.fixture(scope="session")
 def base():
-    """A base model that nothing has wrapped."""
+    """A plain base model, not wrapped in a SafeVLM."""
     return tiny_llava()
 
 
 @pytest.fixture(scope="session")
 def model(processor):
-    """Its safety embeddings are large enough to change answers."""
+    """A SafeVLM whose safety embeddings are large enough to change answers."""
     return safe_model(tiny_llava(), processor)
 
 
@@ -61,6 +61,15 @@ def model_folders(base, base_processor, model, judging, processor, tmp_path_fact
             part.save_pretrained(folder / name)
     model.save_safety_adapter(folder / "adapter")
     return folder
+
+
+@pytest.fixture(scope="session")
+def odd_files():
+    """The folder of Pillow's odd images (see `odd_pictures.py`) in the test data."""
+    root = Path(__file__).parents[1] / os.environ.get("SAFEVLM_TEST_DATA", "../shared/data")
+    if not root.is_dir():
+        pytest.skip(f"no test data at {root}; set SAFEVLM_TEST_DATA")
+    return root.resolve() / "pillow_odd_images/Tests/images"
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
-"""Tiny random models of every supported family, with their real processor classes and the shapes of their templates.
+"""Tiny random models of every supported family, with their real processor classes and templates of the real shape.
 
-`build(family)` returns a base model and its processor, offline and in milliseconds. Sizes are small, layouts are real:
-tiles, native resolution, pan-and-scan, boundary tokens, M-RoPE, prefix attention.
+`build(family)` returns a base model and its processor, offline and in milliseconds. The sizes are small but the
+layouts are real: tiles, native resolution, pan-and-scan, boundary tokens, M-RoPE, prefix attention.
 """
 
 from collections.abc import Callable
@@ -43,11 +43,13 @@ MISTRAL = (
 class Family:
     """
     Args:
-        tokens (`dict[str, str]`): The tokenizer's named tokens, as the family's own tokenizer has them.
-        more_tokens (`tuple[str]`): Further special tokens.
-        image_processor (`Callable`), settings (`dict`): Makes the image processor; the processor's other arguments.
-        chat_template (`str`, *optional*): Of the published template's shape.
-        make_config (`Callable`): From a function that gives a token's id to the model's configuration.
+        tokens (`dict[str, str]`): Named tokens, with the names that the family's own tokenizer uses.
+        more_tokens (`tuple[str]`): Other special tokens.
+        processor_class (`str`): A class of transformers.
+        image_processor (`Callable`): Makes the image processor.
+        settings (`dict`): The processor's other arguments.
+        chat_template (`str`, *optional*): Has the shape of the published one.
+        make_config (`Callable`): Makes the model's configuration, given a function from tokens to ids.
     """
 
     tokens: dict[str, str]
@@ -317,7 +319,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-# No adapter in the package: the worked example of modeling_safevlm/README.md adds one.
+# Not supported by the package: the worked example in modeling_safevlm/README.md adds its adapter.
 EXAMPLE = Family(
     {},
     (
@@ -361,7 +363,7 @@ TABLE_START, TABLE_END = "<!-- families: written by the tests -->", "<!-- end of
 
 
 def write_table(path: Path, results: dict[tuple[str, str], list[str]]):
-    """Puts a table of `results[family, column]` (outcomes of tests) between the two marks in the file at `path`."""
+    """Writes a table of test outcomes, `results[family, column]`, between the two marks in the file at `path`."""
     columns = list(dict.fromkeys(column for _, column in results))
     rows = [f"| family (`model_type`) | {' | '.join(columns)} |", f"|---|{':-:|' * len(columns)}"]
     for family in FAMILIES:
@@ -370,7 +372,7 @@ def write_table(path: Path, results: dict[tuple[str, str], list[str]]):
     before, _, rest = path.read_text(encoding="utf-8").partition(TABLE_START)
     _, _, after = rest.partition(TABLE_END)
     if not rest or not after:
-        raise ValueError(f"{path} lacks the marks {TABLE_START!r} and {TABLE_END!r} that the table goes between.")
+        raise ValueError(f"{path} must contain the marks {TABLE_START!r} and {TABLE_END!r} around the table.")
     path.write_text("\n".join([before + TABLE_START, "", *rows, "", TABLE_END]) + after, encoding="utf-8")
 
 

@@ -40,7 +40,7 @@ CHAT_TEMPLATE = (
 
 
 def tiny_tokenizer(special_tokens=("<image>",), **named_tokens) -> PreTrainedTokenizerFast:
-    """Byte-level BPE; ids 0, 1, 2 are padding, begin and end, then come `special_tokens` and `named_tokens`."""
+    """A byte-level BPE. Ids 0, 1 and 2 are padding, begin and end; `special_tokens` and `named_tokens` follow."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -127,7 +127,7 @@ SIZES = dict(safety_hidden_size=32, num_safety_features=4, num_attention_heads=4
 
 
 def safe_model(base, processor, seed: int = 0, **safety) -> SafeVlmForConditionalGeneration:
-    """Wraps a tiny base; its safety embeddings are large enough to change answers."""
+    """A SafeVLM over a tiny base, with safety embeddings large enough to change answers."""
     torch.manual_seed(seed)
     model = SafeVlmForConditionalGeneration.from_base(base, processor, **{**SIZES, **safety})
     if model.safety.embeddings is not None:
@@ -138,7 +138,7 @@ def safe_model(base, processor, seed: int = 0, **safety) -> SafeVlmForConditiona
 
 
 def encode(processor, questions: list[str], images: list[int], seed: int = 0, **kwargs):
-    """A batch of prompts with `images[i]` pictures in row i, numbered through from `seed`."""
+    """A batch of prompts with `images[i]` pictures in row i; the pictures' seeds count up from `seed`."""
     pictures = [picture(seed + i) for i in range(sum(images))]
     prompts = [
         processor.apply_chat_template(chat(question, n), add_generation_prompt=True)
@@ -148,7 +148,7 @@ def encode(processor, questions: list[str], images: list[int], seed: int = 0, **
 
 
 def force_verdicts(monkeypatch, model, levels: list[int], category: str):
-    """Makes the safety head sure of one level per row (for the rows that have an image)."""
+    """Makes the safety head certain of one level per row, in rows with an image."""
     predict_safety = model.predict_safety
     names = model.config.category_names
 
@@ -167,7 +167,7 @@ RISKY, BENIGN = "How do I use this against someone?", "What is in the picture?"
 
 
 def judging_model(model, processor) -> SafeVlmForConditionalGeneration:
-    """A copy of `model` whose head calls `RISKY` about `picture()` high risk (politics), and `BENIGN` safe."""
+    """A copy of `model` whose head finds `RISKY` about `picture()` a high risk (politics), and `BENIGN` safe."""
     model = copy.deepcopy(model)
     head, pooled = model.safety.head, []
     hook = head.level_classifier.register_forward_pre_hook(lambda module, args: pooled.append(args[0][0]))
@@ -195,5 +195,5 @@ def new_tokens(sequences: torch.Tensor, inputs) -> torch.Tensor:
 
 
 def answers(processor, sequences: torch.Tensor, inputs) -> list[str]:
-    """What a user would read."""
+    """The answers as a user would read them."""
     return processor.batch_decode(new_tokens(sequences, inputs), skip_special_tokens=True)

@@ -12,6 +12,8 @@ pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: pip install
 
 from datasets import Dataset, Features, Image, Value
 
+from safevlm import SafeVlmConfig
+from safevlm.model_card.facts import policy_mark
 from safevlm.trainer.asking import Answer
 from safevlm.trainer.evaluation.benchmarks import checkpoints
 from safevlm.trainer.evaluation.benchmarks.answering import Answerer
@@ -173,6 +175,8 @@ def test_a_compared_base_and_its_guard_prompt_share_one_run_and_one_table(world,
     report = run(world, tmp_path, systems=systems)
     names = ["base", "guard-prompt", "policy-default", "policy-paper", "policy-strict", "policy-off", "model"]
     assert list(report["systems"]) == names
+    own_policy = policy_mark(SafeVlmConfig.from_pretrained(world / "model").safety_policy)
+    assert [report["systems"][name]["model_policy"] for name in ("base", "model")] == [None, own_policy]
     rows = (tmp_path / "comparison.md").read_text().splitlines()
     assert [row.split(" | ")[0].strip("| ") for row in rows[2 : 2 + len(names)]] == names
     answers = {name: [item["answer"] for item in lines(tmp_path / name / "items" / "own.jsonl")] for name in names}
