@@ -5,7 +5,7 @@ from head_records import LABELS, random_records
 
 from safevlm.model_card.facts import SECTIONS
 from safevlm.safety_policy import SafetyPolicy
-from safevlm.trainer.evaluation.benchmarks.scoring import score_answer
+from safevlm.trainer.evaluation.benchmarks.answer_measures import score_answer
 from safevlm.trainer.evaluation.head.measures import category_measures, label_measures, risk_measures
 from safevlm.trainer.evaluation.head.outcomes import head_outcomes
 from safevlm.trainer.evaluation.measure_table import MEASURES, head_measures, lmms_measures, measures_of

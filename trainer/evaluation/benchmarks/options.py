@@ -35,10 +35,10 @@ class EvaluateOptions:
         parse=comma_separated,
     )
     judge: str = option("rules, openai:MODEL or hf:ID", "rules")
-    limit: int | None = option("only the first so many items of each task", None)
+    limit: int | None = option("use only the first LIMIT items of each task", None)
     batch_size: int = option("items asked at once", 8)
     max_new_tokens: int | None = option("cap on the tasks' own answer lengths", None)
-    seed: int = option("of samples and intervals", 0)
+    seed: int = option("seed of sampled answers and of intervals", 0)
     device: str | None = option("cpu, cuda, ... (default: cuda if there is one)", None)
     dtype: str = option("of the weights: auto, bfloat16, ...", "auto")
     command: str = field(default="")

@@ -27,7 +27,7 @@ SHARED = Path(__file__).parents[4] / os.environ.get("SAFEVLM_TEST_DATA", "../sha
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, model_folders):
-    """A folder with a base, a SafeVLM over it, and rows of a user's own: two harmful, two benign, one in between."""
+    """A folder with a base, a SafeVLM over it, and a user's own rows: two harmful, two benign, one in between."""
     folder = tmp_path_factory.mktemp("engine")
     shutil.copytree(model_folders / "base", folder / "base")
     shutil.copytree(model_folders / "safe", folder / "model")
@@ -49,7 +49,7 @@ def run(world, output, tasks=("own",), systems=None, **options):
 
 @pytest.fixture(scope="module")
 def own_labels(tmp_path_factory, processor):
-    """As `world`, with categories and levels of one's own: the safe category has another name and place."""
+    """Like `world`, but with other categories and levels: the safe category has another name and position."""
     folder = tmp_path_factory.mktemp("own-labels")
     labels = {"category_names": ["harmless", "weapon"], "level_names": ["no", "yes"], "safe_category": "harmless"}
     policy = {"level_actions": {"yes": "refuse"}}
