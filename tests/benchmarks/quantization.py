@@ -1,7 +1,7 @@
 """The effect of precision on the safety head: its measures in float32, bfloat16, 8 bit and 4 bit, on new demo scenes.
 
     safevlm demo --output demo && python tests/benchmarks/quantization.py demo/model
-    python tests/benchmarks/quantization.py demo/model --noise 60  # harder: without noise the demo's head is always right
+    python tests/benchmarks/quantization.py demo/model --noise 60  # harder: otherwise the head is always right
 
 Only the base is quantised; the safety modules keep their dtype. The demo neither trained nor tested on these scenes.
 Only verdicts are computed (`assess`); no text is generated.
@@ -69,10 +69,10 @@ def main():
         verdict, reference = verdicts[name], verdicts[REFERENCE]
         measures = head_metrics(
             [e.level for e in examples],
-            verdict["level"],
+            verdict["level"].numpy(),
             [e.category for e in examples],
-            verdict["category"],
-            verdict["score"],
+            verdict["category"].numpy(),
+            verdict["score"].numpy(),
         )
         same = (verdict["level"] == reference["level"]) & (verdict["category"] == reference["category"])
         lines.append(
