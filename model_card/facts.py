@@ -12,7 +12,8 @@
     plots         [{"file", "title"}], files beside the card
 
 Everything but `model_name` is optional; where it is missing, the card says "not recorded", "not evaluated" or
-"unknown". `system` says which of a result's systems is the model in this folder. `policy` is a [`policy_mark`].
+"unknown". `system` says which of a result's systems is the model in this folder. `policy` is a [`policy_mark`], or
+has only a name if results of an older release do not record it.
 """
 
 import json

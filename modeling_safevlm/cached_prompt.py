@@ -63,8 +63,8 @@ def token_keys(
     safety_token_id: int | None,
 ) -> torch.Tensor:
     """
-    Everything that a token's cache entry depends on, besides the tokens before it: its id, mask and picture, and at
-    placeholders the action and category that the safety embedding is conditioned on.
+    Everything that a token's cache entry depends on besides the tokens before it: its id, mask and picture, and at
+    placeholders the action and category that condition the safety embedding.
 
     Returns:
         `torch.LongTensor` of shape `(batch_size, sequence_length, 5)`

@@ -4,20 +4,18 @@ Making a model needs the package safevlm; using one does not. What is here is no
 carries, which stays small enough to review.
 """
 
-import inspect
 from pathlib import Path
 
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
-from .backbones import get_backbone
+from .backbones import compute_device, get_backbone
 from .configuration_safevlm import SafeVlmConfig
-from .devices import compute_device
 from .quantization import keep_output_layer, share_quantization
 from .safety_adapter import adapter_config, adapter_folder, load_adapter_weights
 from .safety_policy import SafetyPolicy
 
-# What a SafeVlmConfig says beside its base: the options of `from_base`.
-SAFETY_FIELDS = [name for name in inspect.signature(SafeVlmConfig).parameters if name not in ("base_config", "kwargs")]
+# The fields of SafeVlmConfig beside its base: the options of `from_base`.
+SAFETY_FIELDS = [name for name in SafeVlmConfig.__annotations__ if name != "base_config"]
 
 
 def from_base(

@@ -16,11 +16,11 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
 
-from .backbones import ImageFeatures, get_backbone, patches_of_images, units_of_images
+from .backbones import ImageFeatures, compute_device, get_backbone, patches_of_images, units_of_images
 from .configuration_safevlm import SafeVlmConfig
-from .devices import compute_device
 from .embedding_override import override_embeddings
 from .generation_safevlm import SafeVlmGenerationMixin
+from .loading_checks import check_loaded
 from .policy_texts import PolicyMixin
 from .prompt import check_inputs
 from .quantization import forget_quantization, keep_safety_modules, share_quantization, unpack
@@ -28,7 +28,6 @@ from .safety_modules import (
     IGNORE_INDEX,
     SafetyModules,
     SafetyTokens,
-    check_safety_weights,
     combine_losses,
     safety_losses,
 )
@@ -96,13 +95,8 @@ class SafeVlmPreTrainedModel(PreTrainedModel):
 
 class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, PolicyMixin, SafeVlmGenerationMixin):
     """
-    A safe vision-language model. `from_pretrained` loads a trained one. Making one from a base needs the package
-    safevlm:
-
-    ```python
-    processor = SafeVlmProcessor.from_base("llava-hf/llava-1.5-7b-hf")
-    model = SafeVlmForConditionalGeneration.from_base("llava-hf/llava-1.5-7b-hf", processor)
-    ```
+    A safe vision-language model. `from_pretrained` loads a trained one; `from_base` of the package safevlm makes one
+    of a base model.
     """
 
     def __init__(self, config: SafeVlmConfig, base: PreTrainedModel | None = None):
@@ -130,32 +124,15 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, PolicyMixin, SafeV
         `output_loading_info=True` the caller gets the list) and that no `quantization_config` quantises the safety
         modules.
         """
-        source = repr(str(pretrained_model_name_or_path))
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = keep_safety_modules(kwargs["quantization_config"])
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        source = str(pretrained_model_name_or_path)
         share_quantization(model)
         model.check_policy_texts()
-        if "generate" in vars(model):
-            raise ValueError(
-                f"{source} has a custom_generate/ folder, whose `generate` would replace the safe one: remove it."
-            )
-        missing, mismatched = sorted(info["missing_keys"]), sorted(info.get("mismatched_keys") or [])
-        if (missing or mismatched) and not output_loading_info:
-            num_safety = sum(name.startswith("safety.") for name in missing)
-            problem = (
-                f"lacks {len(missing)} weights, {num_safety} of them safety weights ({', '.join(missing[:3])}, ...)"
-            )
-            if not missing:
-                problem = f"has weights of other sizes than its config says: {mismatched[:3]}"
-            raise ValueError(
-                f"The checkpoint {source} {problem}. The model would appear safe, but its safety modules are "
-                f"untrained. To add fresh safety modules to a base model, use "
-                f"`SafeVlmForConditionalGeneration.from_base` of the package safevlm."
-            )
-        check_safety_weights(model.safety, str(pretrained_model_name_or_path))
+        check_loaded(model, source, None if output_loading_info else info)
         if weaknesses := model.policy_weaknesses():
-            logger.warning_once(f"The policy saved with {source} is weak: {'; '.join(weaknesses)}.")
+            logger.warning_once(f"The policy saved with {source!r} is weak: {'; '.join(weaknesses)}.")
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory, *args, **kwargs):

@@ -68,34 +68,24 @@ class PolicyMixin:
 
 
 def store_policy_texts(config, policy: SafetyPolicy, processor, control_ids: set[int]):
-    """Adds the token ids of all texts of `policy` to `config`, once they are checked. See [`check_policy_texts`]."""
-    texts = policy_token_ids(processor, policy.texts(config.labels))
-    for text, ids in texts.items():
-        _check_ids(text, _parse(ids), config, control_ids, getattr(processor, "tokenizer", processor))
-    config.policy_token_ids = {**config.policy_token_ids, **texts}
-    config.generation_prompt_token_ids = generation_prompt_token_ids(processor)
-    config.answer_opening_token_ids = answer_opening_token_ids(processor)
-
-
-def policy_token_ids(processor, texts: dict[str, list[str]]) -> dict[str, str]:
     """
+    Puts the token ids of all texts of `policy` into `config`, once they are checked (see [`check_policy_texts`]).
+
     Args:
         processor: A processor or tokenizer. Without a chat template each text is encoded alone.
-        texts (`dict[str, list[str]]`): From [`SafetyPolicy.texts`].
-
-    Returns:
-        `dict[str, str]`: text -> its token ids, separated by spaces (which keeps `config.json` readable).
     """
-    if _has_template(processor):
-        opening = _answer_opening(processor)
-        ids = {hint: _hint_ids(processor, hint) for hint in texts["hints"]}
-        ids |= {refusal: _refusal_ids(processor, refusal, opening) for refusal in texts["refusals"]}
-    else:
-        ids = {text: _encode_alone(processor, text) for text in (*texts["hints"], *texts["refusals"])}
-    return {text: " ".join(map(str, tokens)) for text, tokens in ids.items()}
+    texts, opening = policy.texts(config.labels), _answer_opening(processor)
+    token_ids = {hint: _hint_ids(processor, hint) for hint in texts["hints"]}
+    token_ids |= {refusal: _refusal_ids(processor, refusal, opening) for refusal in texts["refusals"]}
+    for text, ids in token_ids.items():
+        _check_ids(text, ids, config, control_ids, getattr(processor, "tokenizer", processor))
+    saved = {text: " ".join(map(str, ids)) for text, ids in token_ids.items()}  # keeps `config.json` readable
+    config.policy_token_ids = {**config.policy_token_ids, **saved}
+    config.generation_prompt_token_ids = _generation_prompt_ids(processor)
+    config.answer_opening_token_ids = _encode(processor, opening)
 
 
-def generation_prompt_token_ids(processor) -> list[int]:
+def _generation_prompt_ids(processor) -> list[int]:
     """
     What the chat template writes between the last user's words and the answer: the end of the turn and the opening of
     the answer (`" ASSISTANT:"`, `" [/INST]"`). Empty without a template.
@@ -106,33 +96,13 @@ def generation_prompt_token_ids(processor) -> list[int]:
     return os.path.commonprefix(reversed_prompts)[::-1]
 
 
-def answer_opening_token_ids(processor) -> list[int]:
-    """
-    What a forced answer must begin with to be visible: the end of the thoughts that the generation prompt opens
-    (`"\\n</think>\\n\\n"`), or an empty thought. Empty for models that answer at once.
-    """
-    return _encode(processor, _answer_opening(processor)) if _has_template(processor) else []
-
-
-def _hint_ids(processor, hint: str) -> list[int]:
-    plain, hinted = (_render(processor, _user(words)) for words in ("a", f"a {hint}"))
-    start = len(os.path.commonprefix([plain, hinted]))
-    num_after = len(plain) - start  # what follows the user's words: end of turn, generation prompt
-    return hinted[start : len(hinted) - num_after]
-
-
-def _refusal_ids(processor, refusal: str, opening: str) -> list[int]:
-    prompt, full = _render(processor, _user("a")), _render(processor, _user("a"), _assistant(refusal))
-    if opening or full[: len(prompt)] != prompt:  # some templates render past answers in another way
-        return _encode_alone(processor, refusal, opening)
-    # The template may write more after the answer (white space, end of turn), which is not part of the text.
-    answer, tokenizer = full[len(prompt) :], getattr(processor, "tokenizer", processor)
-    ends = (n for n in range(len(answer)) if tokenizer.decode(answer[:n], skip_special_tokens=True).strip() == refusal)
-    return answer[: next(ends, len(answer))]
-
-
 def _answer_opening(processor) -> str:
-    """What the template writes between its generation prompt and an answer; empty if that is only white space."""
+    """
+    What a forced answer must start with to be visible: the end of the thoughts that the generation prompt opens
+    (`"\\n</think>\\n\\n"`), or an empty thought. Empty for models that do not think first.
+    """
+    if not _has_template(processor):
+        return ""
     prompt = _render_text(processor, _user("a"))
     for thoughts in ({}, {"reasoning_content": "c"}):  # some templates close thoughts only if there are any
         full = _render_text(processor, _user("a"), {**_assistant("b?"), **thoughts})
@@ -140,8 +110,29 @@ def _answer_opening(processor) -> str:
         if full.startswith(begun) and "b?" in full[len(begun) :]:
             opening = full[len(begun) :].partition("b?")[0]
             return opening if opening.strip() else ""
-    tag = re.search(r"<(\w+)>\s*$", prompt)  # opened by the template, and closed by nobody but the model
+    tag = re.search(r"<(\w+)>\s*$", prompt)  # opened by the template; only the model would close it
     return f"\n</{tag[1]}>\n\n" if tag else ""
+
+
+def _hint_ids(processor, hint: str) -> list[int]:
+    if not _has_template(processor):
+        return _encode_alone(processor, hint)
+    plain, hinted = (_render(processor, _user(words)) for words in ("a", f"a {hint}"))
+    start = len(os.path.commonprefix([plain, hinted]))
+    num_after = len(plain) - start  # what follows the user's words: end of turn, generation prompt
+    return hinted[start : len(hinted) - num_after]
+
+
+def _refusal_ids(processor, refusal: str, opening: str) -> list[int]:
+    if opening or not _has_template(processor):
+        return _encode_alone(processor, refusal, opening)
+    prompt, full = _render(processor, _user("a")), _render(processor, _user("a"), _assistant(refusal))
+    if full[: len(prompt)] != prompt:  # the template renders past answers in another way
+        return _encode_alone(processor, refusal)
+    # The template may write more after the answer (white space, end of turn), which is not part of the text.
+    answer, tokenizer = full[len(prompt) :], getattr(processor, "tokenizer", processor)
+    ends = (n for n in range(len(answer)) if tokenizer.decode(answer[:n], skip_special_tokens=True).strip() == refusal)
+    return answer[: next(ends, len(answer))]
 
 
 def _has_template(processor) -> bool:
@@ -179,13 +170,13 @@ def _encode(processor, text: str) -> list[int]:
 
 def check_policy_texts(config, control_ids: set[int], processor=None):
     """
-    Raises `ValueError` if the saved token ids cannot stand for the policy's texts. A refusal must not be empty, end
-    early, or say something else.
+    Raises `ValueError` if the saved token ids cannot be the policy's texts: a refusal must not be empty, end early or
+    say something else.
 
     Args:
         control_ids (`set[int]`): Ids that no text may have: placeholders, padding, starts and ends of sequences.
-        processor (processor or tokenizer, *optional*): Needed to tell whether the ids say what the texts say, and
-            whether placeholder and template are those that the model knows.
+        processor (processor or tokenizer, *optional*): Needed to check that the ids decode to the texts, and that
+            placeholder and template are the model's.
     """
     placeholder = getattr(processor, "safety_token_id", config.safety_token_id)
     if placeholder != config.safety_token_id:
@@ -194,7 +185,7 @@ def check_policy_texts(config, control_ids: set[int], processor=None):
             f"the processor that was saved with the model."
         )
     opening = config.answer_opening_token_ids
-    if opening and hasattr(processor, "chat_template") and opening != answer_opening_token_ids(processor):
+    if opening and hasattr(processor, "chat_template") and opening != _encode(processor, _answer_opening(processor)):
         raise ValueError(
             "`answer_opening_token_ids` are not what the processor's template writes before an answer: store the "
             "policy again with `model.set_safety_policy(policy, processor)`."
@@ -212,7 +203,7 @@ def _check_opening(config, control_ids: set[int]):
 def _check_ids(text: str | None, ids: list[int], config, control_ids: set[int], tokenizer=None):
     """
     Args:
-        text (`str`, *optional*): `None` for the opening of an answer, which nobody reads.
+        text (`str`, *optional*): `None` for the opening of an answer, which has no text to compare with.
         tokenizer (*optional*): Needed to compare the ids with `text`.
     """
     readable = tokenizer is not None and text is not None
@@ -242,7 +233,7 @@ def _check_ids(text: str | None, ids: list[int], config, control_ids: set[int], 
 
 
 def _letters(text: str) -> str:
-    """What tokenizers keep of a text: its characters, but neither its white space nor how they are composed."""
+    """The text without what tokenizers may change: white space and the composition of characters."""
     return "".join(unicodedata.normalize("NFKC", text).split())
 
 
@@ -251,15 +242,15 @@ def _letters(text: str) -> str:
 
 def row_texts(verdict, policy: SafetyPolicy, config, control_ids: set[int], tokenizer=None):
     """
-    Token ids of each row's hint and of its forced refusal, two lists with `None` where there is none.
+    The token ids of each row's hint and of its forced refusal: two lists, with `None` where there is none.
 
-    Rows that the head could not judge are refused under every policy: nobody knows what a hint would have to say.
+    Rows that the head could not assess are refused under every policy, since no hint could name their risk.
 
     Args:
         tokenizer (*optional*): Encodes texts that `config` has no token ids for, and checks those that it has.
 
     Raises:
-        `ValueError`: A text has no token ids, or ids that cannot stand for it.
+        `ValueError`: A text has no token ids, or wrong ones.
     """
     hints, refusals = [], []
     rows = zip(verdict.action.tolist(), verdict.category.tolist(), verdict.failed.tolist(), strict=True)

@@ -147,7 +147,7 @@ def prompt_parts(
         question_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): The processor's
             `safety_question_mask`. Without it everything before the last `generation_prompt` counts as a question,
             because token ids do not show where the answers of earlier turns end.
-        generation_prompt (`list[int]`): See [`generation_prompt_token_ids`].
+        generation_prompt (`list[int]`): The configuration's `generation_prompt_token_ids`.
     """
     if question_mask is not None and question_mask.shape != input_ids.shape:
         raise ValueError(

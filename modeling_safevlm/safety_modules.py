@@ -12,7 +12,6 @@ which never sees the question), and safety features reach the language model, to
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.integrations.accelerate import load_offloaded_parameter
 
 from .configuration_safevlm import SafeVlmConfig
 from .safety_policy import ACTIONS
@@ -284,30 +283,6 @@ class CrossAttentionLayer(nn.Module):
         )
         x = x + self.output(attended.transpose(1, 2).flatten(2))
         return (x + self.mlp(x)).masked_fill(~finite[:, None, None], float("nan"))
-
-
-def check_safety_weights(safety: nn.Module, source: str):
-    """
-    Raises `ValueError` if loaded safety weights are not finite or all zero: such a head would call nothing risky.
-    Biases may be zero. Weights without values yet (a model on the meta device) are not checked.
-    """
-    for name, weight in safety.named_parameters():
-        if weight.is_meta:
-            try:
-                weight = load_offloaded_parameter(safety, name)
-            except ValueError:
-                continue
-        if not weight.isfinite().all():
-            problem = "not finite"
-        elif weight.numel() and not name.endswith("bias") and not weight.any():
-            problem = "all zero"
-        else:
-            continue
-        raise ValueError(
-            f"The safety weights of {source!r} are damaged: {name} is {problem}. The model would appear safe, but its "
-            f"safety modules do not work. Load an undamaged copy; if the weights overflow {weight.dtype}, load them "
-            f"in another `dtype`."
-        )
 
 
 def safety_losses(

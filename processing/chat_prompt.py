@@ -275,32 +275,41 @@ class Marks:
         return list(map(MarkedText, ends[::2], ends[1::2], authors, words[::2], words[2::2]))
 
 
-def _answers(texts: list[MarkedText], lead: str, tail: str) -> list[tuple[int, int]]:
-    """Each assistant message's texts as one span, with the `lead` before and the `tail` behind it where present."""
+def _answers(texts: list[MarkedText], header: str, lead: str, tail: str) -> list[tuple[int, int]]:
+    """Each assistant message as one span, from after the `header`, or from the `lead`, up to and with the `tail`."""
     answers, last_author = [], None
-    for text in texts:
-        if text.author is not None:
-            start = text.start - len(lead) * text.before.endswith(lead)
-            if text.author == last_author:
+    for start, end, author, before, after in texts:
+        if author is not None:
+            if author == last_author:
                 start, _ = answers.pop()
-            answers.append((start, text.end + len(commonprefix([text.after, tail]))))
-        last_author = text.author
+            elif header and header in before:
+                start -= len(before.rpartition(header)[2])
+            elif before.endswith(lead):
+                start -= len(lead)
+            end += after.index(tail) + len(tail) if tail in after else len(commonprefix([after, tail]))
+            answers.append((start, end))
+        last_author = author
     return answers
 
 
-def _around_an_answer(render) -> tuple[str, str]:
+def _around_an_answer(render) -> tuple[str, str, str]:
     """
-    What the template writes between its generation prompt and an answer (white space, an empty thought), and after
-    the answer (the end of the turn).
+    What the template writes around an answer: the header that ends its generation prompt, the lead between that and
+    the answer (white space, an empty thought), and the tail (the end of the turn).
     """
-    answer = f"\ue000{secrets.randbelow(10**12):012}"
-    question, answered = ({"role": "user", "content": [{"type": "text", "text": text}]} for text in ("x", answer))
+    question, answer = (f"\ue000{secrets.randbelow(10**12):012}" for _ in range(2))
+    turns = [
+        {"role": "user", "content": [{"type": "text", "text": question}]},
+        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+    ]
     try:
-        asked = render([question], add_generation_prompt=True)
-        before, _, after = render([question, {**answered, "role": "assistant"}]).rpartition(answer)
+        asked, answered = render(turns[:1], add_generation_prompt=True), render(turns)
     except Exception:  # a template may insist on another form of chat
-        return "", ""
-    return before.removeprefix(commonprefix([before, asked])), after
+        return "", "", ""
+    before, _, tail = answered.rpartition(answer)
+    shared = commonprefix([asked, before])
+    _, found, header = shared.rpartition(question)
+    return (header.lstrip(), before.removeprefix(shared), tail) if found else ("", "", "")
 
 
 def answer_mask(

@@ -64,6 +64,15 @@ def model_folders(base, base_processor, model, judging, processor, tmp_path_fact
 
 
 @pytest.fixture(scope="session")
+def odd_files():
+    """The folder of Pillow's odd images (see `odd_pictures.py`) in the test data."""
+    root = Path(__file__).parents[1] / os.environ.get("SAFEVLM_TEST_DATA", "../shared/data")
+    if not root.is_dir():
+        pytest.skip(f"no test data at {root}; set SAFEVLM_TEST_DATA")
+    return root.resolve() / "pillow_odd_images/Tests/images"
+
+
+@pytest.fixture(scope="session")
 def batch(processor):
     """Three left-padded rows with 1, 2 and 0 images."""
     return encode(processor, ["What is in the picture?", "Is it yes?", "no"], images=[1, 2, 0])

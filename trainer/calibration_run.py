@@ -10,7 +10,7 @@ from safevlm.files import replace_json
 from safevlm.policy_file import write_policy
 
 from .calibration_options import CalibrateOptions
-from .card_facts import add_calibration
+from .card_results import add_calibration
 from .data import read_rows
 from .evaluation import calibrate, environment, plot_calibration, predict_rows, store_policy
 from .evaluation.eval_extra import require_head_packages

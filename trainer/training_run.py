@@ -14,7 +14,8 @@ from safevlm.model_card import write_card
 from safevlm.model_card.card import CARD
 from safevlm.model_card.facts import portable_command
 
-from .card_facts import base_facts, data_facts, head_results, model_facts, row_counts, stage_facts
+from .card_facts import base_facts, data_facts, model_facts, row_counts, stage_facts
+from .card_results import head_results
 from .data import SafetyLabels, SafetyRow, load_labels, read_rows, split_holdout
 from .data.labels_file import labels_dict
 from .encoding.row_checks import check_counts, count_rows

@@ -108,7 +108,9 @@ def _origin(measured: dict, config: dict) -> str:
         text(measured["date"]),
     ]
     policy = measured.get("policy")
-    if policy is not None and policy != policy_mark(config["safety_policy"]):
+    if policy is not None and "sha256" not in policy:
+        parts.append("**the policy was not recorded: numbers that depend on it may be out of date**")
+    elif policy is not None and policy != policy_mark(config["safety_policy"]):
         parts.append(
             f"**measured under another policy ({code(policy['name'])}) than the one in force: numbers that depend on "
             f"the policy are out of date**"

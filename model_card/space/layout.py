@@ -124,7 +124,7 @@ def compare_tab(handlers: Handlers, policy: gr.Radio) -> None:
         "answer of the base model, and once under the policy chosen above.</p>"
     )
     notice = gr.HTML(elem_id="compare-notice")
-    box = _question_box("compare-box", "Ask both about a picture …")
+    box = _question_box("compare-box", "Ask both versions about a picture …")
     with gr.Row(elem_classes="sv-split"):
         with gr.Column(min_width=260):
             unsafe = gr.Textbox(label="Base: safety off", lines=6, interactive=False, elem_id="unsafe")
@@ -145,15 +145,15 @@ def compare_tab(handlers: Handlers, policy: gr.Radio) -> None:
 def audit_tab(handlers: Handlers, policy: gr.Radio, settings: Settings) -> None:
     """One question about many pictures: a table of verdicts, and a CSV file of it."""
     gr.HTML(
-        f'<p class="sv-lead">Assess one question against each of up to {settings.max_audit_images} pictures. '
-        "The language model does not answer here, so this is fast.</p>"
+        f'<p class="sv-lead">Get the verdicts on one question about each of up to {settings.max_audit_images} '
+        "pictures. The language model does not run.</p>"
     )
     with gr.Row(elem_classes="sv-split"):
         files = gr.File(
             label="Pictures", file_count="multiple", file_types=["image"], height=180, elem_id="audit-files"
         )
         with gr.Column():
-            question = gr.Textbox(DEFAULT_QUESTION, label="Question to assess them with", elem_id="audit-question")
+            question = gr.Textbox(DEFAULT_QUESTION, label="Question about each picture", elem_id="audit-question")
             start = gr.Button("Assess the pictures", variant="primary", elem_id="audit-start")
     notice = gr.HTML(elem_id="audit-notice")
     table = gr.HTML(elem_id="audit-table")

@@ -1,4 +1,4 @@
-"""A loopback Hub that this process takes for the Hub, and a saved model to push to it."""
+"""A loopback Hub in place of the real one, and a saved model to push to it."""
 
 import shutil
 import sys
@@ -23,7 +23,7 @@ def hub(monkeypatch):
 
 @pytest.fixture
 def waits(monkeypatch):
-    """Retries do not wait here; what they would have waited, in seconds."""
+    """Retries do not wait; this records how long they would have waited, in seconds."""
     noted = []
     monkeypatch.setattr("time.sleep", noted.append)
     return noted

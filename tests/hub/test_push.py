@@ -1,4 +1,4 @@
-"""`push_to_hub`: what goes, what is refused, and what happens when the Hub or the network fails."""
+"""`push_to_hub`: what is sent, what is refused, and what happens when the Hub or the network fails."""
 
 import json
 import re

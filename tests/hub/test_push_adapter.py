@@ -1,4 +1,4 @@
-"""What training added to a base, pushed without the base, and put on it again: the same model."""
+"""What training added to a base is pushed without it; loaded onto the base again it gives the same model."""
 
 import json
 import shutil
@@ -42,7 +42,7 @@ def train(folder, stages):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder with a base and, in `out`, both stages on it, the second with LoRA."""
+    """A folder with a base and, in `out`, what both stages trained, the second with LoRA."""
     return train(tmp_path_factory.mktemp("trained"), [STAGE_1, STAGE_2])
 
 
@@ -60,7 +60,7 @@ def test_lora_and_safety_modules_from_the_hub_make_the_trained_model(hub, traine
         assert torch.equal(tensor, expected[name]), name
     inputs = encode(processor, ["What is in the picture?"], [1])
     assert torch.equal(found.generate(**inputs), whole.generate(**inputs))
-    # On the base alone it would be another model.
+    # On the untouched base the safety modules alone would be a different model.
     trained_too = [
         name for name, tensor in tiny_llava().state_dict().items() if not tensor.equal(expected[f"base.{name}"])
     ]

@@ -1,4 +1,4 @@
-"""The card: what it says is what the folder and the facts say, nothing is made up, and nothing breaks out."""
+"""The card: it says what the folder and the facts say, and nothing else."""
 
 import json
 import os
@@ -114,7 +114,7 @@ RENDERED = Path(__file__).with_name("rendered_card.md")
 
 @pytest.fixture
 def saved(tmp_path):
-    """`saved(**config)`: a model's folder, with its configuration only."""
+    """`saved(**config)`: a model's folder with only its configuration."""
 
     def make(**config):
         folder = tmp_path / "saved"

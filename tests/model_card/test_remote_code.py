@@ -1,4 +1,4 @@
-"""`safevlm code`: the Python files that a model would run, whether they are safevlm's, and nothing of them is run."""
+"""`safevlm code`: which Python files a model would run, and whether they are safevlm's, without running any."""
 
 import json
 import re
@@ -28,7 +28,7 @@ def saved(model_folders, tmp_path):
 
 @pytest.fixture
 def code(capsys):
-    """`code("FOLDER", ...)`: exit code, lines of standard output, standard error."""
+    """`code("FOLDER", ...)`: exit code, lines of standard output, and standard error."""
 
     def call(*arguments):
         exit_code = main(["code", *map(str, arguments)])
@@ -87,15 +87,16 @@ def test_a_changed_file_and_what_it_uses_are_shown_last(saved, code):
 
 
 def test_one_other_byte_makes_a_difference(saved, code):
-    content = (saved / "versions.py").read_bytes()
-    (saved / "versions.py").write_bytes(content.replace(b"5.23", b"5.24", 1))
+    content = (saved / "configuration_safevlm.py").read_bytes()
+    (saved / "configuration_safevlm.py").write_bytes(content.replace(b"5.23", b"5.24", 1))
     exit_code, lines, _ = code(saved)
-    assert exit_code == 1 and line_of("versions.py", lines).startswith("differs ")
+    assert exit_code == 1 and line_of("configuration_safevlm.py", lines).startswith("differs ")
 
 
 def test_the_diff_goes_from_safevlm_s_file_to_the_model_s(saved, code):
     append(saved / "pipeline_safevlm.py", "x = 1\n")
-    (saved / "versions.py").write_bytes((saved / "versions.py").read_bytes().replace(b"\n", b"\r\n"))
+    configuration = saved / "configuration_safevlm.py"
+    configuration.write_bytes(configuration.read_bytes().replace(b"\n", b"\r\n"))
     append(saved / "pipeline_safevlm.py", "from .helper import x\n")
     (saved / "helper.py").write_text("hidden = 1\n")
     exit_code, lines, _ = code(saved, "--diff")
@@ -109,7 +110,7 @@ def test_the_diff_goes_from_safevlm_s_file_to_the_model_s(saved, code):
 
 
 def test_imports_are_followed_and_files_that_nothing_names_are_not_counted(saved, code):
-    append(saved / "versions.py", "from .one import x\n")
+    append(saved / "configuration_safevlm.py", "from .one import x\n")
     (saved / "one.py").write_text("from .two import x\n")
     (saved / "two.py").write_text("from .one import x\n")
     (saved / "train.py").write_text("eval('1')\n")
@@ -177,7 +178,7 @@ def test_code_of_another_place_is_reported(saved, code, reference):
     auto_map = json.loads((saved / "config.json").read_text())["auto_map"]
     edit(saved / "config.json", auto_map={**auto_map, "AutoProcessor": reference})
     (saved / "other").mkdir()
-    shutil.copy(saved / "modeling_safevlm.py", saved / "other" / "repo--modeling_safevlm.py")  # not what would run
+    shutil.copy(saved / "modeling_safevlm.py", saved / "other" / "repo--modeling_safevlm.py")  # would not be loaded
     exit_code, lines, _ = code(saved)
     assert exit_code == 1 and f"elsewhere  {reference}" in lines
     assert "not in this folder" in lines[-1] and " files " not in lines[-1]
@@ -196,7 +197,7 @@ def test_what_the_base_s_configuration_names_is_never_run(saved, code):
 
 
 def test_nothing_that_a_terminal_acts_on_is_printed(saved, code):
-    append(saved / "versions.py", "from .helper import x  # \x1b[2K \u202e\n")
+    append(saved / "configuration_safevlm.py", "from .helper import x  # \x1b[2K \u202e\n")
     (saved / "helper.py").write_text(f'"""Nice\x1b]0;title\x07 {"x" * 200}"""\nimport a\n')
     (saved / "evil\x1b[2J.py").write_text("")
     auto_map = json.loads((saved / "config.json").read_text())["auto_map"]
@@ -260,14 +261,14 @@ def test_a_hub_id_is_reviewed_without_its_weights(saved, code, monkeypatch):
 
 def test_wrong_arguments_are_one_clear_line(saved, code, tmp_path):
     (tmp_path / "empty").mkdir()
-    (saved / "versions.py").write_bytes(b"\xff")
+    (saved / "configuration_safevlm.py").write_bytes(b"\xff")
     broken = Path(shutil.copytree(saved, tmp_path / "broken"))
     (broken / "config.json").write_text("{")
     for arguments, what in (
         ((tmp_path / "empty",), "holds no config.json"),
         ((tmp_path / "no such\tfolder",), "is neither a folder nor a model"),
         ((saved, "--revision", "main"), "is a folder; leave it out"),
-        ((saved,), "versions.py' is not UTF-8 text"),
+        ((saved,), "configuration_safevlm.py' is not UTF-8 text"),
         ((broken,), "config.json' is not valid JSON"),
     ):
         exit_code, lines, err = code(*arguments)

@@ -15,8 +15,8 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, Log
 
 import safevlm.embedding_override as embedding_override
 from safevlm import SafetyPolicy, SafeVlmForConditionalGeneration
+from safevlm.loading_checks import check_safety_weights
 from safevlm.policy_enforcement import EnforcePolicy
-from safevlm.safety_modules import check_safety_weights
 
 REFUSAL = "I can't help with this request: it involves politics."
 from_pretrained = SafeVlmForConditionalGeneration.from_pretrained

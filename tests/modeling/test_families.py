@@ -22,6 +22,7 @@ from safevlm import SafeVlmForConditionalGeneration, SafeVlmProcessor
 from safevlm.backbones import BACKBONES
 from safevlm.trainer import Recipe, run_schedule
 from safevlm.trainer.data import SafetyRow
+from safevlm.trainer.stage.lora import language_model_parts
 
 # One image, several of other sizes (and so other tile counts), none.
 ROWS = [("What is in the picture?", 1), ("Is it yes?", 2), ("no", 0)]
@@ -209,7 +210,7 @@ def test_both_stages_train(family, processor, training_rows, tmp_path):
     first, second = after.values()
     assert all(torch.equal(first[name], before[name]) for name in before)
     changed = {name for name in before if not torch.equal(second[name], before[name])}
-    parts = model.backbone.language_model_parts
+    parts = tuple(name.removeprefix("base.") for name in language_model_parts(model))
     assert changed and all(name.startswith(parts) for name in changed), changed
     inputs = encoded(processor)
     reloaded = SafeVlmForConditionalGeneration.from_pretrained(

@@ -34,7 +34,7 @@ STANDARD_LIBRARY = {
     *("threading", "typing", "unicodedata"),
 }
 OS = {"os.PathLike", "os.fspath", "os.stat"}  # beside `os.path`
-TORCH = {"torch", "torch.nn", "torch.nn.functional"}
+TORCH = {"torch", "torch.nn", "torch.nn.functional", "torch.nn.utils.rnn"}
 PILLOW = {"PIL"}  # every vision-language model needs it
 # Besides transformers: packages that it requires.
 REQUIRED_BY_TRANSFORMERS = {"numpy": "numpy", "yaml": "pyyaml"}

@@ -9,7 +9,7 @@ import torch
 from packaging.version import Version
 
 from safevlm import SafeVlmForConditionalGeneration
-from safevlm.devices import compute_device
+from safevlm.backbones import compute_device
 
 VISION, PROJECTOR = "base.model.vision_tower", "base.model.multi_modal_projector"
 LANGUAGE, HEAD = "base.model.language_model", "base.lm_head"

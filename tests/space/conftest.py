@@ -1,4 +1,4 @@
-"""A Space's folder as `safevlm space` puts it together, its modules, and a running one whose verdicts are known."""
+"""A Space's folder as `safevlm space` assembles it, its modules, and a running Space with known verdicts."""
 
 import importlib
 import os
@@ -19,15 +19,6 @@ CHROMIUM = "/usr/bin/chromium"
 
 
 @pytest.fixture(scope="session")
-def odd_files():
-    """Pillow's odd images, from `SAFEVLM_TEST_DATA`."""
-    root = Path(__file__).parents[2] / os.environ.get("SAFEVLM_TEST_DATA", "../shared/data")
-    if not root.is_dir():
-        pytest.skip(f"no test data at {root}; set SAFEVLM_TEST_DATA")
-    return root.resolve() / "pillow_odd_images/Tests/images"
-
-
-@pytest.fixture(scope="session")
 def example(tmp_path_factory):
     path = tmp_path_factory.mktemp("example") / "example.png"
     picture().resize((256, 192)).save(path)
@@ -43,7 +34,7 @@ def space_folder(tmp_path_factory, example):
 
 @pytest.fixture(scope="session")
 def modules(space_folder):
-    """The Space's modules that need no gradio, imported as `app.py` would."""
+    """The Space's modules that do not need gradio, imported as `app.py` imports them."""
     sys.path.insert(0, str(space_folder))
     names = ("settings", "limits", "verdict_html", "chat_html", "chat_model")
     yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
@@ -99,7 +90,7 @@ def page(saved_model, space_folder, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def browser():
-    """Headless Chromium, Debian's."""
+    """Debian's Chromium, headless."""
     if not Path(CHROMIUM).exists():
         pytest.skip(f"no browser at {CHROMIUM}; apt-get install chromium")
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; pip install playwright")

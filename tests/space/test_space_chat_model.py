@@ -1,4 +1,4 @@
-"""The chat model: answers stream under the policies on offer, and nothing in a question changes that."""
+"""The chat model: answers stream under the policies on offer, and no question can change that."""
 
 import copy
 import json
@@ -141,7 +141,7 @@ def test_a_preset_is_the_preset_whatever_the_models_own_policy_is_called(modules
 
 @pytest.mark.parametrize("name", ["off.yaml", "Strict.json", "default.yml"])
 def test_a_file_cannot_be_called_as_a_preset(modules, judging, tmp_path, name):
-    """`off.yaml` was safety off, whatever it says; `strict.yaml` were the file's rules under the preset's name."""
+    """`off.yaml` meant safety off, whatever was in it; `strict.yaml` put the file's rules under the preset's name."""
     judging.resolve_policy("strict").to_file(tmp_path / name)
     with pytest.raises(ValueError, match="take for a preset"):
         modules.chat_model.allowed_policies(judging, (str(tmp_path / name),))

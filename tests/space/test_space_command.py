@@ -1,4 +1,4 @@
-"""`safevlm space`: puts the page together, runs it or pushes it. The page stands on its own."""
+"""`safevlm space`: assembles the page and runs or pushes it. The page does not need the package."""
 
 import ast
 import json
@@ -79,7 +79,7 @@ def test_the_readme_has_what_a_space_needs(space_folder):
 
 @pytest.fixture
 def started(monkeypatch):
-    """What would have been run: the command, its folder's files, its environment."""
+    """The processes that would have been started: command, files of the folder, environment."""
     calls = []
 
     class Process:
@@ -194,7 +194,7 @@ def test_policies_that_do_not_exist_are_told_before_anything_starts(policies, me
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A loopback Hub with the model on it. It has no variables: these are noted in `hub.variables`."""
+    """A loopback Hub with the model on it. The Space's variables are recorded in `hub.variables`."""
     with taken_for_the_hub(monkeypatch) as running:
         running.variables = {}
         monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""The handlers behind the buttons, and stopping: with a model that only counts words."""
+"""The handlers behind the buttons, and stopping, with a model that only counts words."""
 
 import importlib
 import threading
@@ -121,7 +121,7 @@ def test_an_audit_has_a_largest_size_and_counts_once_per_picture(make, tmp_path)
 
 
 def test_a_conversation_keeps_no_decoded_picture(make, tmp_path, monkeypatch):
-    """They took a gigabyte: 20 questions, each with a picture of some 10 megapixels."""
+    """20 questions with a picture of about 10 megapixels each used to take a gigabyte."""
     import pickle
 
     monkeypatch.setattr("handlers.get_upload_folder", lambda: str(tmp_path))

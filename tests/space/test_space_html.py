@@ -1,4 +1,4 @@
-"""What the page shows: escaped whatever it holds, and told by words, not by colour alone."""
+"""What the page shows: everything is escaped, and told in words, not by colour alone."""
 
 from html.parser import HTMLParser
 
@@ -14,7 +14,7 @@ OWN_TAGS |= {"table", "thead", "tbody", "tr", "th", "td"}
 
 
 class Reader(HTMLParser):
-    """The texts of paragraphs, and all tags and attributes."""
+    """Collects the texts of paragraphs, and all tags and attributes."""
 
     def __init__(self, html):
         super().__init__(convert_charrefs=True)
@@ -112,7 +112,7 @@ def test_the_audit_counts_its_verdicts(modules):
 
 
 def test_a_head_that_failed_is_shown_as_a_refusal(modules):
-    """Its numbers are `None` then: no NaN is shown."""
+    """Its numbers are `None`, and no NaN is shown."""
     names = ("category", "level", "score", "level_probabilities", "category_probabilities")
     failed = {"assessed": True, "action": "refuse", **dict.fromkeys(names), "error": "The head's <numbers>."}
     for html in (

@@ -1,4 +1,4 @@
-"""Hostile uploads, rates, addresses, and errors that give nothing away."""
+"""Hostile uploads, request rates per address, and errors that give nothing away."""
 
 import io
 import logging
@@ -36,7 +36,7 @@ def refused(modules, function, *args, **kwargs) -> str:
 
 
 def png(width: int, height: int) -> bytes:
-    """A valid, all-black 1-bit PNG of any size, a few kB."""
+    """A valid, all-black 1-bit PNG of any dimensions, a few kB in size."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -136,7 +136,7 @@ def test_requests_are_limited_per_address_within_the_window(modules):
     now[0] = 60.0
     limiter.check("a", cost=2)
     refused(modules, limiter.check, "a", cost=2)
-    limiter.check("a")  # what was refused was not counted
+    limiter.check("a")  # refused requests were not counted
 
 
 def test_addresses_are_forgotten_oldest_first(modules, monkeypatch):

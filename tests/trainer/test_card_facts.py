@@ -1,8 +1,7 @@
-"""What training notes for the card, and how the results of evaluate and calibrate get there."""
+"""What training records for the card, and how the results of evaluate and calibrate get there."""
 
 import hashlib
 import json
-import os
 import shlex
 from dataclasses import replace
 
@@ -13,15 +12,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from safevlm import SafeVlmConfig
 from safevlm.model_card import write_card
-from safevlm.model_card.facts import portable_command, read_facts
+from safevlm.model_card.facts import policy_mark, portable_command, read_facts
 from safevlm.trainer import card_facts
-from safevlm.trainer.card_facts import (
-    add_calibration,
-    add_evaluation,
-    base_facts,
-    data_facts,
-    stage_facts,
-)
+from safevlm.trainer.card_facts import base_facts, data_facts, stage_facts
+from safevlm.trainer.card_results import add_calibration, add_evaluation
 from safevlm.trainer.cli import build_parser
 from safevlm.trainer.data import ReadOptions, SafetyRow
 from safevlm.trainer.options import option_words, options_from
@@ -77,7 +71,7 @@ def test_the_command_on_a_card_asks_for_what_was_done(options):
     command = portable_command(["safevlm", "train", *option_words(options, always=("holdout",))])
     args = build_parser().parse_args(shlex.split(command)[1:])
     assert options_from(args, TrainOptions) == options
-    assert "--holdout" in command  # figures stand beside it, on rows that were held out
+    assert "--holdout" in command  # the figures beside it are on held-out rows
 
 
 # -- the callback
@@ -260,6 +254,7 @@ def evaluation(tmp_path, checkpoint, **system):
         facts["num_items"] = {"figstep": {"attack_success_rate": 500}}
     measure = {"value": 0.75, "low": 0.5, "high": 1.0, "num_rows": 40}
     undefined = dict.fromkeys(("value", "low", "high"), None)
+    systems["model"]["model_policy"] = policy_mark(SafeVlmConfig().safety_policy)
     systems["model"]["head"] = {"overall": {"level_accuracy": measure, "auroc": {**undefined, "num_rows": 40}}}
     report = {
         "command": "safevlm evaluate /home/me/model --tasks figstep",
@@ -290,8 +285,17 @@ def test_an_evaluation_gets_onto_the_card_once(folder, tmp_path):
 
 def test_an_evaluation_before_a_change_of_the_policy_is_marked(folder, tmp_path):
     output = evaluation(tmp_path, folder)
-    os.utime(output / "results.json", (1, 1))
-    assert "out of date" in add_evaluation(folder, output).read_text(encoding="utf-8")
+    SafeVlmConfig(safety_policy="strict").save_pretrained(folder)
+    card = add_evaluation(folder, output).read_text(encoding="utf-8")
+    assert "measured under another policy (`default`)" in card and "out of date" in card
+
+
+def test_an_evaluation_of_an_older_release_says_that_its_policy_is_unknown(folder, tmp_path):
+    output = evaluation(tmp_path, folder)
+    report = json.loads((output / "results.json").read_text())
+    del report["systems"]["model"]["model_policy"]
+    (output / "results.json").write_text(json.dumps(report))
+    assert "the policy was not recorded" in add_evaluation(folder, output).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("system", [{"policy": "strict"}, {"guard": "g"}, {"prefix": "p"}])

@@ -142,7 +142,7 @@ def test_the_command_registers_the_classes_when_it_first_asks_for_one():
 
 def test_the_commands_version_is_the_one_that_models_are_saved_with():
     import safevlm
-    from safevlm.versions import SAFEVLM_VERSION
+    from safevlm.configuration_safevlm import SAFEVLM_VERSION
 
     assert safevlm.__version__ == SAFEVLM_VERSION
 

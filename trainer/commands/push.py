@@ -41,7 +41,7 @@ def run_card(args):
         raise ValueError(f"MODEL {str(args.model)!r} is no folder; a card is written beside a saved model.")
     check_model_type(str(args.model), "MODEL")
     from safevlm.model_card import refresh_card
-    from safevlm.trainer.card_facts import add_calibration, add_evaluation
+    from safevlm.trainer.card_results import add_calibration, add_evaluation
 
     if args.evaluation is not None:
         add_evaluation(args.model, args.evaluation)

@@ -16,13 +16,13 @@ def add(commands):
         "Serve a model under its policy with OpenAI's chat protocol; each reply carries the verdict as `safety`.",
         example="safevlm serve demo/model --policy strict --port 8000",
     )
-    command.add_argument("model", help="folder or Hub id of a SafeVLM, ID@REVISION for a commit, branch or tag")
+    command.add_argument("model", help="folder or Hub id of a SafeVLM; ID@REVISION for a commit, branch or tag")
     command.add_argument("--policy", help="default, paper, strict, off, or a policy file (default: the model's own)")
     command.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     command.add_argument("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
     command.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: as saved)")
-    command.add_argument("--quantization", choices=("bnb-4bit", "bnb-8bit"), help="load in 4 or 8 bit")
+    command.add_argument("--quantization", choices=("bnb-4bit", "bnb-8bit"), help="load the weights in 4 or 8 bit")
     command.add_argument(
         "--max-request-mb",
         type=float,

@@ -139,3 +139,19 @@ def input_hashes(name: str, root: Path) -> dict[str, str | None]:
         archive, member = in_archive
         return {name.removesuffix(f"/{member}"): file_sha256(archive)}
     return {name: file_sha256(path) if path.is_file() else None}
+
+
+def mix_summary(manifest: dict[str, Any]) -> str:
+    """What a mix read, left out and wrote, as text."""
+    lines = []
+    for name, source in manifest["sources"].items():
+        left_out = ", ".join(f"{count} {reason}" for reason, count in source["left_out"].items())
+        lines.append(
+            f"{name}: {source['read']} read, {source['chosen']} chosen" + (f"; {left_out}" if left_out else "")
+        )
+    for split in manifest["splits"].values():
+        categories = ", ".join(f"{count} {name}" for name, count in split["categories"].items())
+        lines.append(f"{split['file']}: {split['rows']} rows, {len(split['images'])} images ({categories})")
+    if manifest["test_rows_skipped"]:
+        lines.append(f"test rows that cannot be read and were not compared with: {manifest['test_rows_skipped']}")
+    return "\n".join(lines)

@@ -24,25 +24,17 @@ class ReadOptions:
     """
     How the rows of a data set are read.
 
+    Fields with a help text are also flags of the commands. The others are:
+
     Args:
-        format (`str`, *optional*): Format of the data. By default it is recognised from the content.
-        taxonomy (`str` or `os.PathLike`, *optional*): How the data's own labels map to risk categories and levels: a
-            YAML file, or the name of a shipped taxonomy. By default the format's own.
-        split (`str`, *optional*): Split to read: of a data set on the Hub, of a folder with a file per split, or of
-            rows that name their split. Other rows are given this split.
-        subset (`str`, *optional*): Configuration of a data set on the Hub.
-        revision (`str`, *optional*): Branch, tag or commit of a data set on the Hub.
         labels (`SafetyLabels`, *optional*): Names of the categories and levels. Integer labels in the data are
             indices into them. Defaults to the paper's.
-        assume_safe (`bool`, *optional*, defaults to `False`): Treat rows of a chat-like format that have no labels as
-            safe (level 0). Otherwise their `category` and `level` are `None`.
         require_answer (`bool`, *optional*, defaults to `True`): Whether each row must have something to train on: an
             answer, or a label for the safety head. Pass `False` for evaluation data, which may be questions alone.
         check_images (`"full"`, `"header"` or `"none"`, *optional*, defaults to `"full"`): `"full"` decodes every
             image once (a few milliseconds each), so that training cannot fail on a broken one hours later; `"header"`
             finds missing files, refused formats and oversized images; `"none"` does not open any image.
         max_pixels (`int`, *optional*): Largest allowed image, width x height. Defaults to `MAX_PIXELS`, 50 million.
-        on_error (`"raise"` or `"skip"`, *optional*, defaults to `"raise"`): What to do with a bad row.
         source (`str`, *optional*): The rows' `source`. Defaults to the name of the data set if it is a known one,
             otherwise to the file name without extension, or the Hub id.
 
@@ -50,15 +42,19 @@ class ReadOptions:
         `ValueError`: `check_images` or `on_error` is not one of its choices.
     """
 
-    format: str | None = option("format of the files (default: recognised from the content)", None)
+    format: str | None = option("format of the data (default: recognised from the content)", None)
     taxonomy: str | os.PathLike | None = option(
-        "how the data's labels map to ours: a YAML file or a shipped name (default: the format's)", None
+        "how the data's own labels map to risk categories and levels: a YAML file, or the name of a shipped taxonomy "
+        "(default: the format's)",
+        None,
     )
-    split: str | None = option("split to read, of a data set that has several", None)
+    split: str | None = option("split to read, of data that has several; data without splits is given this one", None)
     subset: str | None = option("configuration of a data set on the Hub", None)
     revision: str | None = option("branch, tag or commit of a data set on the Hub", None)
     labels: SafetyLabels = PAPER_LABELS
-    assume_safe: bool = option("rows without labels count as safe", False)
+    assume_safe: bool = option(
+        "treat rows of a chat-like format without labels as safe, level 0; by default their labels are unknown", False
+    )
     require_answer: bool = True
     check_images: Literal["full", "header", "none"] = "full"
     max_pixels: int | None = None

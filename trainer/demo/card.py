@@ -5,8 +5,10 @@ from pathlib import Path
 
 from safevlm.files import file_sha256
 from safevlm.model_card import write_card
+from safevlm.model_card.facts import policy_mark
 from safevlm.safety_labels import PAPER_LABELS
-from safevlm.trainer.card_facts import card_measures, model_facts, origin, row_counts, stage_facts
+from safevlm.trainer.card_facts import model_facts, row_counts, stage_facts
+from safevlm.trainer.card_results import card_measures, origin
 from safevlm.trainer.data import SafetyRow
 from safevlm.trainer.evaluation.measure_table import Measure, head_measures
 from safevlm.trainer.recipe import Recipe
@@ -54,7 +56,7 @@ def write_demo_card(output_dir: Path, results: dict, recipe: Recipe, rows: list[
         "title": "Held-out scenes of the picture world",
         "system": "stage2",
         "measures": card_measures(results["metrics"], CARD_MEASURES),
-        **origin(results["environment"], data, command, policy),
+        **origin(results["environment"], data, command, policy_mark(policy)),
     }
     (model_dir / "plots").mkdir(exist_ok=True)
     shutil.copyfile(output_dir / "sheet.png", model_dir / "plots" / "sheet.png")

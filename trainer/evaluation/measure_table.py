@@ -5,15 +5,16 @@ Reports, tables, plots, benchmark tasks and the model card read them from here. 
 1. Compute it: of an answer in `benchmarks/scoring.py`, of the safety head in `head/measures.py`.
 2. Add a row to `_ROWS` below.
 
-Only the standard library is imported, so any command may use the table.
+Nothing heavy is imported, so any command may use the table.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
-ANSWER_SECTIONS = ("safety", "over-refusal", "general ability")
-"""Sections of the comparison table, in its order. The model card has these and `HEAD_SECTION`."""
-HEAD_SECTION = "safety head"
+from safevlm.model_card.facts import SECTIONS
+
+*ANSWER_SECTIONS, HEAD_SECTION = SECTIONS
+"""The sections of the model card. The comparison table has the `ANSWER_SECTIONS`, in this order."""
 
 
 @dataclass(frozen=True)

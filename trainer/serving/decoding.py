@@ -74,7 +74,7 @@ class AnswerStreamer:
     def put(self, tokens: torch.Tensor):
         if self._prompt_seen:
             self.ids.extend(tokens.flatten().tolist())
-            self._hand_on()
+            self.send_text()
         self._prompt_seen = True
 
     def end(self):
@@ -82,9 +82,10 @@ class AnswerStreamer:
 
     def flush(self):
         """Sends the text that is still held back."""
-        self._hand_on(last=True)
+        self.send_text(last=True)
 
-    def _hand_on(self, last: bool = False):
+    def send_text(self, last: bool = False):
+        """Sends what has become final since the last call; everything if this is the last one."""
         if self.stopped:
             return
         text = self._held + self._decoded(last)

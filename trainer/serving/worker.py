@@ -79,11 +79,15 @@ class Worker:
 
     Args:
         max_waiting (`int`): Jobs that can wait in the queue; further ones are refused.
+
+    Attributes:
+        waiting (`deque[Job]`): The queue.
+        running (`Job`, *optional*): The job that the thread is working on.
     """
 
     def __init__(self, max_waiting: int):
         self.max_waiting = max_waiting
-        self._waiting, self._running, self._changed = deque(), None, threading.Condition()
+        self.waiting, self.running, self._changed = deque(), None, threading.Condition()
         self._closed = False
         # A daemon thread, because a prefill cannot be interrupted and must not keep the process alive.
         threading.Thread(target=self._work, daemon=True, name="safevlm-worker").start()
@@ -96,27 +100,27 @@ class Worker:
         with self._changed:
             if self._closed:
                 raise busy("The server is shutting down.")
-            self._waiting = deque(waiting for waiting in self._waiting if not waiting.cancelled)
-            if len(self._waiting) >= self.max_waiting:
+            self.waiting = deque(other for other in self.waiting if not other.cancelled)
+            if len(self.waiting) >= self.max_waiting:
                 raise busy(f"{self.max_waiting} requests are waiting already. Try again in a while.")
-            self._waiting.append(job)
+            self.waiting.append(job)
             self._changed.notify()
 
     def close(self):
         """Cancels all jobs and accepts no more. Called in the event loop."""
         with self._changed:
             self._closed = True
-            jobs = [*self._waiting, self._running] if self._running else [*self._waiting]
-            self._waiting.clear()
+            jobs = [*self.waiting, self.running] if self.running else [*self.waiting]
+            self.waiting.clear()
         for job in jobs:
             job.cancel(busy("The server is shutting down."))
 
     def _work(self):
         while True:
             with self._changed:
-                self._running = None
-                self._changed.wait_for(lambda: self._waiting)
-                job = self._running = self._waiting.popleft()
+                self.running = None
+                self._changed.wait_for(lambda: self.waiting)
+                job = self.running = self.waiting.popleft()
             if not job.cancelled:
                 job.run()
             del job  # frees the request's pictures before the next job arrives

@@ -14,13 +14,19 @@ from safevlm.trainer.peft_without_bitsandbytes import without_bitsandbytes
 from .training_args import SafeVlmTrainingArguments
 
 
+def language_model_parts(model: SafeVlmForConditionalGeneration) -> tuple[str, str]:
+    """Names of the language model, where LoRA goes, and of its output layer: what `"language_model"` trains."""
+    names = {id(module): name for name, module in model.named_modules()}
+    return names[id(model.get_decoder())], names[id(model.get_output_embeddings())]
+
+
 def add_lora(model: SafeVlmForConditionalGeneration, args: SafeVlmTrainingArguments):
     """Wraps the model with LoRA on the language model's linear layers; the safety modules train in full beside it."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise ImportError("LoRA needs peft: pip install 'safevlm[train]'.") from error
-    prefix = f"base.{model.backbone.language_model_parts[0]}"
+    prefix, _ = language_model_parts(model)
     leaves = sorted(
         {
             name.rsplit(".", 1)[-1]

@@ -6,7 +6,7 @@ from transformers import set_seed
 
 from safevlm import SafeVlmForConditionalGeneration
 
-from .lora import add_lora, merge_lora
+from .lora import add_lora, language_model_parts, merge_lora
 from .precision import align_storage, check_weights, train_in_float32
 from .sharding import gather_weights
 from .training_args import SafeVlmTrainingArguments
@@ -81,7 +81,7 @@ def set_trainable(model: SafeVlmForConditionalGeneration, trainable: list[str]) 
 
 def trainable_weights(model: SafeVlmForConditionalGeneration, trainable: list[str]) -> dict[str, int]:
     """Names and sizes of what `trainable` names. Raises `ValueError` where it names nothing, or what cannot train."""
-    language_model = tuple(f"base.{name}." for name in model.backbone.language_model_parts)
+    language_model = tuple(f"{name}." for name in language_model_parts(model))
     prefixes = {part: language_model if part == "language_model" else (part.rstrip(".") + ".",) for part in trainable}
     matched, weights = set(), {}
     for name, parameter in model.named_parameters():

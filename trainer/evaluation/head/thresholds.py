@@ -57,14 +57,14 @@ def fit_thresholds(
         for category, name in enumerate(labels.category_names)
         if category != labels.safe_category_id
     }
-    enough = _with_enough_rows(by_category, target_fpr, notes)
+    enough_rows = _with_enough_rows(by_category, target_fpr, notes)
     if target_fpr is None:
         threshold = all_rows.cheapest_threshold(cost_ratio)
-        own = {name: rows.cheapest_threshold(cost_ratio) for name, rows in enough.items()}
-        own = _own_if_cheaper(own, threshold, outcomes, labels, cost_ratio, notes)
+        own_thresholds = {name: rows.cheapest_threshold(cost_ratio) for name, rows in enough_rows.items()}
+        own_thresholds = _own_if_cheaper(own_thresholds, threshold, outcomes, labels, cost_ratio, notes)
     else:
-        own, threshold = _thresholds_within(target_fpr, all_rows, enough, outcomes, policy, labels)
-    fitted = policy.replace(risk_threshold=threshold, category_risk_thresholds=own)
+        own_thresholds, threshold = _thresholds_within(target_fpr, all_rows, enough_rows, outcomes, policy, labels)
+    fitted = policy.replace(risk_threshold=threshold, category_risk_thresholds=own_thresholds)
     if target_fpr is not None:
         flagged = head_outcomes(predictions, fitted, labels).flagged[~outcomes.risky]
         if flagged.sum() > _allowed(len(flagged), target_fpr):
@@ -73,7 +73,7 @@ def fit_thresholds(
                 f"have a score of 1 in float32, which every threshold flags."
             )
     categories = {
-        name: {"threshold": own.get(name, threshold), "own": name in own, **rows.counts()}
+        name: {"threshold": own_thresholds.get(name, threshold), "own": name in own_thresholds, **rows.counts()}
         for name, rows in by_category.items()
     }
     return fitted, {"global": threshold, "categories": categories}
@@ -176,26 +176,26 @@ def _thresholds_within(
     """Thresholds of the categories, and the global one, that together flag at most `target_fpr` of the clean rows."""
     allowed = _allowed(all_rows.counts()["clean"], target_fpr)
     limits = {name: _allowed(rows.counts()["clean"], target_fpr) for name, rows in by_category.items()}
-    own: dict[str, float] = {}
+    own_thresholds: dict[str, float] = {}
     # If each category keeps its limit, the total is kept, too, with two exceptions: rows that count in several
     # categories, and scores of 1, which every threshold flags. Then all limits are lowered together.
     for fewer in range(max(limits.values(), default=-1) + 1):
         for name, rows in by_category.items():
             present = policy.category_risk_thresholds.get(name, policy.risk_threshold)
-            own[name] = rows.nearest_threshold(max(limits[name] - fewer, 0), present)
-        if (_flagged(outcomes, own, labels) & ~outcomes.risky).sum() <= allowed:
+            own_thresholds[name] = rows.nearest_threshold(max(limits[name] - fewer, 0), present)
+        if (_flagged(outcomes, own_thresholds, labels) & ~outcomes.risky).sum() <= allowed:
             break
-    flagged = _flagged(outcomes, own, labels)
-    without_own = [name not in own for name in labels.category_names]
+    flagged = _flagged(outcomes, own_thresholds, labels)
+    without_own = [name not in own_thresholds for name in labels.category_names]
     scores = outcomes.category_scores[:, without_own].max(axis=1)
     undecided = (scores >= 0) & ~flagged
     still_allowed = max(allowed - int((flagged & ~outcomes.risky).sum()), 0)
     for_the_rest = _ScoredRows(scores[undecided], outcomes.risky[undecided]).lowest_threshold(still_allowed)
-    return own, max(all_rows.nearest_threshold(allowed, policy.risk_threshold), for_the_rest)
+    return own_thresholds, max(all_rows.nearest_threshold(allowed, policy.risk_threshold), for_the_rest)
 
 
 def _own_if_cheaper(
-    own: dict[str, float],
+    own_thresholds: dict[str, float],
     threshold: float,
     outcomes: HeadOutcomes,
     labels: SafetyLabels,
@@ -203,16 +203,16 @@ def _own_if_cheaper(
     notes: list[str],
 ) -> dict[str, float]:
     """
-    `own`, or nothing where a single threshold costs less. That can happen because categories are fitted separately,
-    and a row with readings in several categories counts in each.
+    `own_thresholds`, or nothing if a single threshold costs less. That can happen because categories are fitted
+    separately, and a row with readings in several categories counts in each.
     """
     costs = []
-    for thresholds in (own, {}):
+    for thresholds in (own_thresholds, {}):
         of_category = {name: thresholds.get(name, threshold) for name in labels.category_names}
         flagged = _flagged(outcomes, of_category, labels)
         costs.append((flagged & ~outcomes.risky).sum() + cost_ratio * (~flagged & outcomes.risky).sum())
     if costs[0] <= costs[1] * (1 + 1e-12):
-        return own
+        return own_thresholds
     notes.append("One threshold for all categories costs less than one for each: the global one applies to all.")
     return {}
 

@@ -12,6 +12,8 @@ pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: pip install
 
 from datasets import Dataset, Features, Image, Value
 
+from safevlm import SafeVlmConfig
+from safevlm.model_card.facts import policy_mark
 from safevlm.trainer.asking import Answer
 from safevlm.trainer.evaluation.benchmarks import checkpoints
 from safevlm.trainer.evaluation.benchmarks.answering import Answerer
@@ -173,6 +175,8 @@ def test_a_compared_base_and_its_guard_prompt_share_one_run_and_one_table(world,
     report = run(world, tmp_path, systems=systems)
     names = ["base", "guard-prompt", "policy-default", "policy-paper", "policy-strict", "policy-off", "model"]
     assert list(report["systems"]) == names
+    own_policy = policy_mark(SafeVlmConfig.from_pretrained(world / "model").safety_policy)
+    assert [report["systems"][name]["model_policy"] for name in ("base", "model")] == [None, own_policy]
     rows = (tmp_path / "comparison.md").read_text().splitlines()
     assert [row.split(" | ")[0].strip("| ") for row in rows[2 : 2 + len(names)]] == names
     answers = {name: [item["answer"] for item in lines(tmp_path / name / "items" / "own.jsonl")] for name in names}
@@ -238,7 +242,7 @@ def test_pope_scores_equal_hand_computed_ones_on_the_published_labels(world, tmp
 def test_mme_scores_equal_hand_computed_ones(world, tmp_path, scripted):
     picture(0).save(tmp_path / "blank.png")
     image = {"bytes": (tmp_path / "blank.png").read_bytes(), "path": None}
-    rows, given = [], {}
+    rows, answer_to = [], {}
     for category, pairs in {
         "existence": [("Yes", "No"), ("Yes", "Yes")],  # both right: 200; one right: 50
         "OCR": [("yes, it does", "no")],  # 200
@@ -247,11 +251,11 @@ def test_mme_scores_equal_hand_computed_ones(world, tmp_path, scripted):
         for number, answers in enumerate(pairs):
             for gold, answer in zip(("Yes", "No"), answers, strict=True):
                 question = f"{category} {number} {gold}?"
-                given[question] = answer
+                answer_to[question] = answer
                 row = {"question_id": f"{category}/{number}", "question": question, "answer": gold}
                 rows.append({**row, "category": category, "image": image})
     write_hub_copy(tmp_path / "data/lmms-lab-encoder/MME", rows)
-    scripted(lambda prompt: given[prompt.split("\n")[0]])
+    scripted(lambda prompt: answer_to[prompt.split("\n")[0]])
     report = evaluate(
         [System("s", str(world / "base"))],
         ["mme"],

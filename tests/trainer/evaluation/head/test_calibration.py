@@ -82,8 +82,8 @@ def test_the_temperature_that_made_the_labels_is_found(true_temperature):
     logits = 3 * torch.randn(20_000, 4, generator=generator, dtype=torch.double)
     made = level_log_probabilities(logits, true_temperature).exp()
     labels = torch.multinomial(made, 1, generator=generator).squeeze(1)
-    found = fit_temperature(lambda temperature: level_log_probabilities(logits, temperature), labels)
-    assert found == pytest.approx(true_temperature, rel=0.05)
+    fitted = fit_temperature(lambda temperature: level_log_probabilities(logits, temperature), labels)
+    assert fitted == pytest.approx(true_temperature, rel=0.05)
 
 
 def test_the_policy_gets_the_temperature_that_its_probabilities_need():
@@ -137,18 +137,18 @@ def fit_halves(draw):
     def said(logits):
         return [scale * x if c < few or c == SAFE else -99.0 for c, x in enumerate(logits)]
 
-    each = [
+    single_readings = [
         with_logits(r, lambda logits: [scale * x for x in logits], said)
         for r in random_records(n * readings, seed, sharpness)
     ]
     return [
         replace(
-            each[i],
-            level_logits=sum((r.level_logits for r in each[i : i + readings]), ()),
-            category_logits=sum((r.category_logits for r in each[i : i + readings]), ()),
+            single_readings[i],
+            level_logits=sum((r.level_logits for r in single_readings[i : i + readings]), ()),
+            category_logits=sum((r.category_logits for r in single_readings[i : i + readings]), ()),
             whole_conversation=(False,) * readings,
         )
-        for i in range(0, len(each), readings)
+        for i in range(0, len(single_readings), readings)
     ]
 
 

@@ -156,16 +156,16 @@ def test_a_truncated_response_is_retried(endpoint, make_judge):
 )
 def test_babble_is_asked_for_once_more_and_then_unparseable(endpoint, make_judge, babble):
     endpoint.behave = lambda number, request: babble
-    (found,) = make_judge().score(items(1))
-    assert (found.status, found.score, found.num_reminders) == ("unparseable", None, 1)
+    (judgement,) = make_judge().score(items(1))
+    assert (judgement.status, judgement.score, judgement.num_reminders) == ("unparseable", None, 1)
     assert len(endpoint.requests) == 2
 
 
 def test_a_judgement_after_the_reminder_counts_and_the_reminder_is_counted(endpoint, make_judge):
     endpoint.behave = lambda number, request: "I would say 9." if number == 0 else good_reply(request, score=4)
-    (found,) = make_judge().score(items(1))
-    assert (found.status, found.score, found.num_reminders) == ("scored", 4, 1)
-    assert found.usage["prompt_tokens"] == 200
+    (judgement,) = make_judge().score(items(1))
+    assert (judgement.status, judgement.score, judgement.num_reminders) == ("scored", 4, 1)
+    assert judgement.usage["prompt_tokens"] == 200
     roles = [message["role"] for message in endpoint.requests[1]["messages"]]
     assert roles == ["system", "user", "assistant", "user"]
     assert "demanded format" in endpoint.requests[1]["messages"][-1]["content"]
