@@ -191,8 +191,8 @@ def check_policy_texts(config, control_ids: set[int], processor=None):
             "policy again with `model.set_safety_policy(policy, processor)`."
         )
     _check_opening(config, control_ids)
-    for text, ids in config.policy_token_ids.items():
-        _check_ids(text, _parse(ids), config, control_ids, getattr(processor, "tokenizer", processor))
+    for text, ids in saved_token_ids(config).items():
+        _check_ids(text, ids, config, control_ids, getattr(processor, "tokenizer", processor))
 
 
 def _check_opening(config, control_ids: set[int]):
@@ -240,6 +240,11 @@ def _letters(text: str) -> str:
 # -- looking up ------------------------------------------------------------------------------------------------------
 
 
+def saved_token_ids(config) -> dict[str, list[int]]:
+    """text -> token ids, for all texts that were saved with the model."""
+    return {text: [int(i) for i in ids.split()] for text, ids in config.policy_token_ids.items()}
+
+
 def row_texts(verdict, policy: SafetyPolicy, config, control_ids: set[int], tokenizer=None):
     """
     The token ids of each row's hint and of its forced refusal: two lists, with `None` where there is none.
@@ -273,7 +278,7 @@ def _text_ids(text: str | None, config, control_ids: set[int], tokenizer) -> lis
     if text is None:
         return None
     if text in config.policy_token_ids:
-        ids = _parse(config.policy_token_ids[text])
+        ids = saved_token_ids(config)[text]
     elif tokenizer is not None:
         ids = _encode_alone(tokenizer, text, config.answer_opening_token_ids)
     else:
@@ -284,7 +289,3 @@ def _text_ids(text: str | None, config, control_ids: set[int], tokenizer) -> lis
     _check_ids(text, ids, config, control_ids, tokenizer)
     _check_opening(config, control_ids)
     return ids
-
-
-def _parse(ids: str) -> list[int]:
-    return [int(i) for i in ids.split()]
