@@ -1,7 +1,8 @@
-"""Writes the card of a saved model: what the folder itself says, and the facts that training and evaluation measured.
+"""Writes the card of a saved model, from the folder itself and the facts that training and evaluation recorded.
 
-No number enters a card without its data, command, device and date; what was not measured reads "not evaluated". Free
-text that a person wrote stays as it is when the card is made anew (`free_text.py`).
+The order of the sections is in `template.md`, their content in `sections/`. No number enters a card without its data,
+command, device and date; what was not measured reads "not evaluated". The publisher's own text survives when the card
+is regenerated (`free_text.py`).
 """
 
 import json
@@ -15,144 +16,155 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from safevlm.adapter_files import ADAPTER_WEIGHTS, LORA_WEIGHTS
+from safevlm.files import is_hub_id, replace_text
 
-from . import sections
-from .facts import check_facts, read_facts, write_facts, write_text
+from .facts import check_facts, read_facts, write_facts
 from .free_text import DEFAULTS, block, read_free_text
 from .markdown import text
+from .sections import about, policy, results, training
 
 CARD = "README.md"
 TAGS = ("safevlm", "safety", "guardrail", "custom_code")
-# What the front matter says of itself; a person's further fields, and a licence that the facts do not know, stay.
-_OURS = {"base_model", "base_model_relation", "datasets", "library_name", "model-index", "pipeline_tag", "tags"}
-_FRONT_MATTER = re.compile(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", re.DOTALL)
+# Metadata fields that safevlm sets. Fields that the publisher adds stay, and so does a licence of their choice.
+_GENERATED_FIELDS = {
+    *("base_model", "base_model_relation", "datasets", "library_name", "model-index", "pipeline_tag", "tags")
+}
+_METADATA = re.compile(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", re.DOTALL)
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 
 
 def write_card(model_dir: str | os.PathLike, facts: dict, model_id: str | None = None) -> Path:
     """
-    Writes `README.md` and `card_facts.json` into a saved model's folder.
+    Writes `README.md` and `card_facts.json` into the folder of a saved model; returns the card's path.
 
     Args:
-        model_dir: Folder with the model's `config.json`. Free text of a card that is there is kept.
+        model_dir: Folder with the model's `config.json`. The free text of an existing card is kept.
         facts (`dict`): See `facts.py`.
         model_id (`str`, *optional*): What the usage example loads; by default the folder's name.
 
     Raises:
-        `ValueError`: Numbers without their origin, or a `README.md` there that safevlm did not write.
+        `ValueError`: There are numbers without their origin, or safevlm did not write the existing `README.md`.
     """
     model_dir = Path(model_dir)
     path = model_dir / CARD
-    card = render_card(model_dir, facts, existing_card(model_dir), model_id)
-    if not is_ours(existing_card(model_dir)):
+    existing = read_card(model_dir)
+    card = render_card(model_dir, facts, existing, model_id)
+    if not can_be_regenerated(existing):
         raise ValueError(f"{path} was not written by safevlm; move it away to get a generated card.")
     write_facts(model_dir, facts)
-    write_text(path, card)
+    replace_text(path, card)
     return path
 
 
 def refresh_card(model_dir: str | os.PathLike, model_id: str | None = None) -> Path:
-    """Makes the card anew from the folder's `config.json` and `card_facts.json`, such as after a change of policy."""
+    """Regenerates the card from the folder's `config.json` and `card_facts.json`, such as after a policy change."""
     return write_card(model_dir, read_facts(model_dir), model_id)
 
 
-def existing_card(model_dir: Path) -> str | None:
+def read_card(model_dir: Path) -> str | None:
+    """The text of a folder's card; `None` if there is none."""
     path = model_dir / CARD
     try:
         return path.read_bytes().decode("utf-8") if path.is_file() else None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8 text: {error}.") from None
+        raise ValueError(f"{path} is not UTF-8 text: {error}. Save it as UTF-8.") from None
 
 
-def is_ours(card: str | None) -> bool:
-    """Whether a card can be made anew without losing a person's words."""
+def can_be_regenerated(card: str | None) -> bool:
+    """Whether safevlm wrote the card (or there is none), so that regenerating it loses nobody's words."""
     return card is None or not card.strip() or bool(read_free_text(card))
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter, not a whole model."""
+    """Whether a folder holds an adapter rather than a whole model."""
     adapter = any((folder / name).is_file() for name in (ADAPTER_WEIGHTS, LORA_WEIGHTS))
     return adapter and not any(folder.glob("model*.safetensors"))
 
 
+def is_valid_repo_id(name: str | None) -> bool:
+    """Whether the Hub accepts a name such as `owner/name` for a repository. It rejects some that have this form."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return is_hub_id(name)
+
+
 def render_card(model_dir: Path, facts: dict, existing: str | None = None, model_id: str | None = None) -> str:
-    """The text of the card. Arguments as for [`write_card`]; `existing` is the card that it takes the place of."""
+    """The text of the card. Arguments as for [`write_card`]; `existing` is the text of the card that it replaces."""
     check_facts(facts)
     config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
-    front = _front_matter(existing)
-    facts = {**facts, "license": front.get("license_name") or front.get("license") or facts.get("license")}
+    metadata = _read_metadata(existing)
+    facts = {**facts, "license": metadata.get("license_name") or metadata.get("license") or facts.get("license")}
     adapter = is_adapter(model_dir)
     model_id = model_dir.resolve().name if model_id is None else model_id
-    free_text = {name: block(name, content) for name, content in {**DEFAULTS, **_free_text(existing)}.items()}
+    free_text = {**DEFAULTS, **({} if existing is None else read_free_text(existing))}
     card = ModelCard.from_template(
-        _metadata(facts, front, adapter),
+        _metadata(facts, metadata, adapter),
         template_path=str(Path(__file__).with_name("template.md")),
         title=text(facts["model_name"]),
         adapter=adapter,
-        summary=sections.summary(facts, config),
-        usage=sections.usage(facts, model_id, adapter),
-        policy=sections.policy(config),
-        results=sections.results(facts, config),
-        calibration=sections.calibration(facts, config),
-        training=sections.training(facts),
-        environment=sections.environment(facts),
-        limits=sections.limits(facts, config),
-        licence=sections.licence(facts),
-        **free_text,
+        summary=about.summary(facts, config),
+        usage=about.usage(facts, model_id, adapter),
+        policy=policy.policy(config),
+        results=results.results(facts, config),
+        calibration=results.calibration(facts, config),
+        training=training.training(facts),
+        environment=training.environment(facts),
+        limits=about.limits(facts, config),
+        licence=about.licence(facts),
+        **{name: block(name, content) for name, content in free_text.items()},
     )
     return str(card).rstrip("\n") + "\n"
 
 
-def _free_text(existing: str | None) -> dict[str, str]:
-    return {} if existing is None else read_free_text(existing)
-
-
-def _metadata(facts: dict, front: dict, adapter: bool) -> ModelCardData:
-    """The front matter: ours, and what a person added to the existing one, such as a licence of their choice."""
-    kept = {name: value for name, value in front.items() if name not in _OURS}
-    tags = front.get("tags") if isinstance(front.get("tags"), list) else []
+def _metadata(facts: dict, existing: dict, adapter: bool) -> ModelCardData:
+    """The metadata: the generated fields, and those that the publisher added to the existing card."""
+    kept = {name: value for name, value in existing.items() if name not in _GENERATED_FIELDS}
+    tags = existing.get("tags") if isinstance(existing.get("tags"), list) else []
     base = (facts.get("base_model") or {}).get("name")
     if facts.get("license") and _LICENSE.fullmatch(str(facts["license"])):
         kept.setdefault("license", facts["license"])
-    results = eval_results(facts)
+    evaluations = eval_results(facts)
     data = ModelCardData(
         **{"language": facts.get("language", "en"), **kept},
         library_name="transformers",
         pipeline_tag="image-text-to-text",
         tags=[*TAGS, *(tag for tag in tags if isinstance(tag, str))],
-        base_model=base if is_hub_id(base) else None,
-        datasets=[name for name in _data_names(facts) if is_hub_id(name)] or None,
-        eval_results=results or None,
-        model_name=_one_line(facts["model_name"]) if results else None,
+        base_model=base if is_valid_repo_id(base) else None,
+        datasets=[name for name in _hub_datasets(facts) if is_valid_repo_id(name)] or None,
+        eval_results=evaluations or None,
+        model_name=_one_line(facts["model_name"]) if evaluations else None,
     )
-    if is_hub_id(base):
+    if is_valid_repo_id(base):
         data["base_model_relation"] = "adapter" if adapter else "finetune"
     return data
 
 
-def _front_matter(card: str | None) -> dict:
-    match = _FRONT_MATTER.match(card or "")
+def _read_metadata(card: str | None) -> dict:
+    """The fields between the `---` lines at the top of a card."""
+    match = _METADATA.match(card or "")
     if match is None:
         return {}
     try:
-        found = yaml.safe_load(match[1])
+        metadata = yaml.safe_load(match[1])
     except yaml.YAMLError as error:
-        raise ValueError(f"{CARD}: the metadata between its '---' lines is no valid YAML: {error}") from None
-    if not isinstance(found, (dict, type(None))):
+        raise ValueError(f"{CARD}: the metadata between its '---' lines is not valid YAML: {error}") from None
+    if not isinstance(metadata, (dict, type(None))):
         raise ValueError(f"{CARD}: the metadata between its '---' lines must map names to values.")
-    return {str(name): value for name, value in (found or {}).items()}
+    return {str(name): value for name, value in (metadata or {}).items()}
 
 
 def eval_results(facts: dict) -> list[EvalResult]:
-    """The measures of the model itself, for the card's `model-index`."""
-    found = []
+    """The model's own measures, for the `model-index` of the metadata."""
+    entries = []
     for result in facts.get("results") or ():
         for measure in result["measures"]:
             value = measure["values"].get(result.get("system"))
             if value is None:
                 continue
             dataset = _one_line(measure.get("task") or result["title"])
-            found.append(
+            entries.append(
                 EvalResult(
                     task_type="image-text-to-text",
                     dataset_type=re.sub(r"[^a-z0-9_.-]+", "-", dataset.lower()).strip("-") or "data",
@@ -163,23 +175,12 @@ def eval_results(facts: dict) -> list[EvalResult]:
                     metric_value=round(value, 6),
                 )
             )
-    return found
+    return entries
 
 
-def is_hub_id(name: str | None) -> bool:
-    """Whether a name can be that of a repository on the Hub (and is none of a local folder)."""
-    if not name or name.count("/") != 1 or name.startswith((".", "~")):
-        return False
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
-
-
-def _data_names(facts: dict) -> list[str]:
+def _hub_datasets(facts: dict) -> list[str]:
     data = (facts.get("training") or {}).get("data") or []
-    return [entry["name"] for entry in data if not entry.get("sha256")]  # a Hub set has no file here
+    return [source["name"] for source in data if not source.get("sha256")]  # a local file has a digest
 
 
 def _one_line(value: str) -> str:

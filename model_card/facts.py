@@ -1,4 +1,4 @@
-"""What a card knows: the facts that training and evaluation measured, kept beside the model in `card_facts.json`.
+"""The facts on a card: what training, evaluation and calibration recorded, in `card_facts.json` beside the model.
 
     model_name, language, license, license_source    as the card shows them
     base_model    {"name", "revision", "license", "files": {name: SHA-256}, "about"}
@@ -11,8 +11,9 @@
     calibration   {"data", "command", "device", "date", "versions", "policy", "aim", "fit", "report", "measures"}
     plots         [{"file", "title"}], files beside the card
 
-Everything but `model_name` may be absent; the card then says "not recorded", "not evaluated" or "unknown". `system` is
-the name, among a result's systems, of the model in this folder.
+Everything but `model_name` is optional; where it is missing, the card says "not recorded", "not evaluated" or
+"unknown". `system` says which of a result's systems is the model in this folder. `policy` is a [`policy_mark`], or
+has only a name if results of an older release do not record it.
 """
 
 import json
@@ -23,6 +24,7 @@ import shlex
 from hashlib import sha256
 from pathlib import Path
 
+from safevlm.files import replace_json
 from safevlm.safety_policy import SafetyPolicy
 
 FACTS_FILE = "card_facts.json"
@@ -32,11 +34,11 @@ FIELDS = (
 )
 SECTIONS = ("safety", "over-refusal", "general ability", "safety head")
 ORIGIN = ("data", "command", "device", "date")
-"""What every number needs beside it."""
+"""Fields that must accompany every number."""
 
 
 def read_facts(model_dir: str | os.PathLike) -> dict:
-    """The facts beside a model; without any, only a name."""
+    """The facts beside a model; only a name if none were recorded."""
     path = Path(model_dir) / FACTS_FILE
     if not path.is_file():
         return {"model_name": "SafeVLM"}
@@ -49,20 +51,13 @@ def read_facts(model_dir: str | os.PathLike) -> dict:
 
 
 def write_facts(model_dir: str | os.PathLike, facts: dict):
-    write_text(Path(model_dir) / FACTS_FILE, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, content: str):
-    """Whole or not at all; line ends stay as they are."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(content, encoding="utf-8", newline="")
-    partial.replace(path)
+    replace_json(Path(model_dir) / FACTS_FILE, facts)
 
 
 def check_facts(facts: dict):
     """
     Raises:
-        `ValueError`: Unknown fields, results without their origin, or values that are no numbers.
+        `ValueError`: There are unknown fields, results without their origin, or values that are not numbers.
     """
     if not isinstance(facts, dict) or not isinstance(facts.get("model_name"), str):
         raise ValueError("Card facts must be a mapping with a `model_name`.")
@@ -99,19 +94,19 @@ def _check_origin(block: dict, where: str):
 
 
 def policy_mark(policy: dict) -> dict[str, str]:
-    """What tells whether two measurements were made under the same policy."""
-    # Fields that an older file lacks have their defaults.
+    """Name and digest of a policy; equal marks mean equal policies. Fields that an older file lacks get defaults."""
     content = json.dumps(SafetyPolicy.from_value(policy).to_dict(), sort_keys=True)
     return {"name": policy["name"], "sha256": sha256(content.encode()).hexdigest()}
 
 
 def portable_command(command: str | list[str]) -> str:
-    """A command line without this machine's folders: absolute paths keep their last part only."""
+    """A command line that reveals nothing about this machine: only the last part of absolute paths is kept."""
     words = shlex.split(command) if isinstance(command, str) else map(str, command)
     return shlex.join(portable_word(word) for word in words)
 
 
 def portable_word(word: str) -> str:
+    """A word of a command line, for [`portable_command`]; `--option=/some/path` becomes `--option=path`."""
     option, equals, value = word.rpartition("=")
     if value.startswith(("/", "~")) or (value[1:3] in (":\\", ":/")):
         value = value.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1] or "/"

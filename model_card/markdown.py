@@ -1,7 +1,7 @@
-"""Markdown from untrusted strings: names and data fields show as they are, and never become markup.
+"""Markdown from untrusted strings: names and data fields are shown verbatim and never become markup.
 
-Every character that means something to Markdown or HTML is written as an entity; line breaks become spaces; characters
-that do not print (control, bidirectional overrides) are shown by their code.
+Characters with a meaning in Markdown or HTML are written as entities, line breaks as spaces, and non-printing
+characters (control characters, bidirectional overrides) as their code.
 """
 
 import re
@@ -16,17 +16,17 @@ def text(value) -> str:
 
 
 def code(value) -> str:
-    """`value` in typewriter letters; within a table, too."""
+    """`value` as inline code; safe inside tables as well."""
     line = _one_line(value).strip()
     return f"`{line}`" if _PLAIN_CODE.fullmatch(line) else f"<code>{text(line)}</code>"
 
 
 def table(header: list[str], rows: list[list[str]], numbers: bool = False) -> str:
     """
-    A table of cells that are Markdown already.
+    A Markdown table. The cells must be Markdown already.
 
     Args:
-        numbers (`bool`): Whether all columns but the first are aligned to the right.
+        numbers (`bool`): Whether to align all columns but the first to the right.
     """
     rule = ["---"] + ["---:" if numbers else "---"] * (len(header) - 1)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))

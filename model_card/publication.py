@@ -1,8 +1,8 @@
-"""What of a model's folder goes to the Hub: an allow-list, checked before a byte is sent.
+"""Which files of a model's folder go to the Hub: an allow-list, checked before a single byte is sent.
 
-Weights only as safetensors, code only as far as transformers would load it, texts only without secrets. Everything
-else stays, and is named. A folder that holds pickles, optimizer states or checkpoints is refused: it is a training's
-working folder, not a model.
+Weights must be safetensors, code must be what transformers would load, texts must be free of secrets. Other files are
+left out and listed. A folder with pickles, optimizer states or checkpoints is refused: it is the working folder of a
+training run, not a model.
 """
 
 import json
@@ -13,13 +13,14 @@ from pathlib import Path
 import yaml
 
 from safevlm.adapter_files import ADAPTER_WEIGHTS, LORA_CONFIG, LORA_WEIGHTS
+from safevlm.files import read_json
 from safevlm.safety_policy import SafetyPolicy
 
-from .card import CARD, existing_card, is_adapter, is_hub_id, is_ours, render_card
+from .card import CARD, can_be_regenerated, is_adapter, is_valid_repo_id, read_card, render_card
 from .facts import FACTS_FILE, read_facts
-from .remote_code import named_code, read_json, remote_code
+from .remote_code import loaded_code, named_code
 from .secrets import scan
-from .weights import WEIGHTS, check_weights, resharded
+from .weights import INDEX, WEIGHTS, check_weights, resharded
 
 POLICY = "policy.yaml"
 ALLOWED = (
@@ -50,16 +51,18 @@ REFUSED = {
 @dataclass
 class Publication:
     """
+    What would be pushed.
+
     Args:
-        files (`dict[str, Path | bytes]`): Path in the repository -> the file, or its content.
-        left_out (`list[str]`): Files of the folder that stay.
+        files (`dict[str, Path | bytes]`): Path in the repository -> the file or its content.
+        left_out (`list[str]`): Files of the folder that are not sent.
     """
 
     files: dict[str, Path | bytes]
     left_out: list[str] = field(default_factory=list)
 
     def sizes(self) -> dict[str, int]:
-        """Bytes per file."""
+        """Path in the repository -> size in bytes."""
         return {
             name: len(source) if isinstance(source, bytes) else source.stat().st_size
             for name, source in self.files.items()
@@ -68,26 +71,31 @@ class Publication:
 
 def prepare(folder: Path, repo_id: str, max_shard_size: str | int, scratch: Path) -> Publication:
     """
-    Chooses and checks the files of a model's or adapter's folder; the folder itself stays as it is.
+    Chooses and checks the files of a model's or adapter's folder. The folder itself is not changed.
 
     Args:
+        folder (`Path`)
         repo_id (`str`): What the card's usage example loads.
-        max_shard_size (`str` or `int`): Larger weight files are split, into `scratch`.
+        max_shard_size (`str` or `int`): Larger weight files are split.
+        scratch (`Path`): Folder for the split weight files.
 
     Raises:
-        `ValueError`: The folder is no model's, or holds what must not be published.
+        `ValueError`: The folder does not hold a model, or holds what must not be published.
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"{str(folder)!r} holds no config.json; push a folder that `save_pretrained` wrote.")
     config = read_json(folder / "config.json")
     if config.get("model_type") != "safevlm":
         raise ValueError(f"{str(folder)!r} holds a model of type {config.get('model_type')!r}, not a SafeVLM.")
-    found = sorted(str(path.relative_to(folder).as_posix()) for path in folder.rglob("*") if path.is_file())
-    _refuse(folder, found)
+    present = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    _refuse(folder, present)
     adapter = is_adapter(folder)
-    weights = [n for n in found if (n in (ADAPTER_WEIGHTS, LORA_WEIGHTS) if adapter else fnmatch(n, WEIGHTS))]
+    if adapter:
+        weights = [name for name in present if name in (ADAPTER_WEIGHTS, LORA_WEIGHTS)]
+    else:
+        weights = [name for name in present if fnmatch(name, WEIGHTS)]
     check_weights(folder, weights)
-    allowed = {name for name in found if any(fnmatch(name, pattern) for pattern in ALLOWED)}
+    allowed = {name for name in present if any(fnmatch(name, pattern) for pattern in ALLOWED)}
     allowed |= _code(folder, adapter)
     files: dict[str, Path | bytes] = {name: folder / name for name in sorted(allowed)}
     if adapter:
@@ -96,17 +104,16 @@ def prepare(folder: Path, repo_id: str, max_shard_size: str | int, scratch: Path
         files |= resharded(folder, weights, max_shard_size, scratch)
     files["config.json"] = _config(config, adapter) or folder / "config.json"
     files[POLICY] = _policy(config)
-    card = existing_card(folder)
-    if is_ours(card):
+    card = read_card(folder)
+    if can_be_regenerated(card):
         files[CARD] = render_card(folder, read_facts(folder), card, model_id=repo_id).encode()
     _check_texts(files)
-    index = "model.safetensors.index.json"  # written anew for the shards that go
-    left_out = [name for name in found if name not in files and name not in (*weights, index)]
+    left_out = [name for name in present if name not in files and name not in (*weights, INDEX)]
     return Publication(dict(sorted(files.items())), left_out)
 
 
-def _refuse(folder: Path, found: list[str]):
-    for name in found:
+def _refuse(folder: Path, present: list[str]):
+    for name in present:
         for what, patterns in REFUSED.items():
             if any(fnmatch(part, pattern) for part in Path(name).parts for pattern in patterns):
                 raise ValueError(
@@ -116,8 +123,8 @@ def _refuse(folder: Path, found: list[str]):
 
 
 def _code(folder: Path, adapter: bool) -> set[str]:
-    """The Python files that `trust_remote_code=True` would load: those the configurations name, and their imports."""
-    files, elsewhere = remote_code(folder, named_code(folder, adapter))
+    """The Python files that `trust_remote_code=True` would load: what the configurations refer to, and its imports."""
+    files, elsewhere = loaded_code(folder, named_code(folder, adapter))
     if elsewhere:
         raise ValueError(
             f"{str(folder)!r}: the configuration names the code {elsewhere[0]!r}, which is not in the folder; load "
@@ -127,11 +134,11 @@ def _code(folder: Path, adapter: bool) -> set[str]:
 
 
 def _config(config: dict, adapter: bool) -> bytes | None:
-    """The configuration without what is true of this folder only; `None` if it can go as it is."""
+    """The configuration without local paths; `None` if it can be pushed as it is."""
     published = {**config, "base_config": dict(config["base_config"])}
-    if not is_hub_id(published["base_config"].get("_name_or_path")):
-        published["base_config"]["_name_or_path"] = ""  # a folder of this machine
-    if adapter:  # the classes of its model and pipeline come from the package
+    if not is_valid_repo_id(published["base_config"].get("_name_or_path")):
+        published["base_config"]["_name_or_path"] = ""  # a folder on this machine
+    if adapter:  # its model and pipeline classes come from the package
         published.pop("custom_pipelines", None)
         classes = config.get("auto_map") or {}
         published["auto_map"] = {name: value for name, value in classes.items() if name == "AutoConfig"}
@@ -139,7 +146,7 @@ def _config(config: dict, adapter: bool) -> bytes | None:
 
 
 def _policy(config: dict) -> bytes:
-    """The policy in force, for people to read and diff; the model itself takes it from its configuration."""
+    """The policy in force, for people to read and diff. The model itself reads it from its configuration."""
     policy = SafetyPolicy.from_value(config["safety_policy"]).to_dict()
     return yaml.safe_dump(policy, sort_keys=False, allow_unicode=True).encode()
 
@@ -153,6 +160,6 @@ def _check_texts(files: dict[str, Path | bytes]):
         try:
             findings += scan(name, content.decode("utf-8"))
         except UnicodeDecodeError:
-            raise ValueError(f"{name} is no UTF-8 text, which it should be; it was not pushed.") from None
+            raise ValueError(f"{name} is not UTF-8 text. Nothing was pushed; save it as UTF-8.") from None
     if findings:
         raise ValueError("Nothing was pushed. " + " | ".join(map(str, findings)))

@@ -1,4 +1,4 @@
-"""What must not be published: tokens, keys, passwords, and paths that tell whose machine a file comes from."""
+"""Finds what must not be published: tokens, keys, passwords, and paths that reveal whose machine a file is from."""
 
 import re
 from typing import NamedTuple
@@ -16,12 +16,12 @@ _TOKENS = {
 }
 _HOME = r"(?:/home/|/Users/|[A-Za-z]:\\{1,2}Users\\{1,2})[^\s\"'<>`]+|(?<![\w/])/root/[^\s\"'<>`]+"
 _SECRET = re.compile("|".join(f"(?P<t{number}>{pattern})" for number, pattern in enumerate(_TOKENS.values())))
-# Vocabularies hold what their training text held, home folders included.
+# Vocabularies contain pieces of their training text, which can look like home folders.
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt")
 
 
 class Finding(NamedTuple):
-    """A line that must not be published, and what to do about it."""
+    """A line that must not be published, and how to fix it."""
 
     file: str
     line: int
@@ -33,7 +33,7 @@ class Finding(NamedTuple):
 
 
 def scan(file: str, content: str) -> list[Finding]:
-    """All secrets and home paths of a text file. Of a secret, only the first letters are repeated."""
+    """All secrets and home paths in a text file. Of a secret, only the first four characters are repeated."""
     kinds = list(_TOKENS)
     findings = []
     for number, line in enumerate(content.split("\n"), start=1):

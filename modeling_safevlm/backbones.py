@@ -1,15 +1,16 @@
 """Where each family of vision-language models keeps what SafeVLM needs: one explicit adapter per family.
 
-An adapter runs the base's vision tower once and returns its output in the two forms needed: as the base model's
-`forward` takes it (`mm_encoder_outputs`), and as patch features for the safety projector. How to add a family is told
-in the README beside this file.
+An adapter runs the base's vision tower once and returns its output in two forms: as the base model's `forward` takes
+it (`mm_encoder_outputs`), and as patch features for the safety projector. The README beside this file shows how to add
+a family.
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
-from .losses import IGNORE_INDEX
+from .safety_modules import IGNORE_INDEX
 
 
 @dataclass
@@ -19,8 +20,8 @@ class VisionFeatures:
 
     Args:
         mm_encoder_outputs (`dict`): For the base model's `forward` or `generate`. Beam search changes it: use it once.
-        patches (sequence of `torch.FloatTensor` of shape `(num_patches, vision_hidden_size)`): One per unit.
-        tokens (`list[int]`): How many image tokens each unit takes in the prompt.
+        patches (`list[torch.FloatTensor]`, each of shape `(num_patches, vision_hidden_size)`): One per unit.
+        tokens (`list[int]`): Number of image tokens of each unit in the prompt.
     """
 
     mm_encoder_outputs: dict
@@ -28,22 +29,34 @@ class VisionFeatures:
     tokens: list[int]
 
 
+@dataclass
+class ImageFeatures:
+    """
+    Args:
+        vision (`VisionFeatures`): The base's own features.
+        safety (`torch.FloatTensor` of shape `(num_images, num_safety_features, safety_hidden_size)`)
+        rows (`torch.LongTensor` of shape `(num_images,)`): The row of the batch each image belongs to.
+    """
+
+    vision: VisionFeatures
+    safety: torch.Tensor
+    rows: torch.Tensor
+
+
 class Backbone:
     """
-    Adapter of one family. Stateless: works on the base's config and on the base model it is handed.
+    Adapter of one family. It has no state beside the base's configuration.
 
     A subclass says in `patches` and `tokens` what the output of `base.get_image_features` holds.
     """
 
     # The arguments of `forward` that describe images; `pixel_values` first.
     image_inputs: tuple[str, ...] = ("pixel_values",)
-    # How many dimensions `pixel_values` may have.
+    # Numbers of dimensions that `pixel_values` may have.
     pixel_ndims: tuple[int, ...] = (4,)
-    # Where the language model's parameters are within the base: what stage 2 trains, LoRA goes into the first.
-    language_model_parts: tuple[str, ...] = ("model.language_model", "lm_head")
-    # The safety projector that fits: "c_abstractor" where an image is always one square grid of patches.
+    # The safety projector that fits: "c_abstractor" if every image is one square grid of patches.
     projector_type: str = "resampler"
-    # Whether a prompt's tokens are read without what follows them, so that a longer prompt leaves them as they were.
+    # Whether attention is causal in the prompt: then a longer prompt leaves the states of its beginning unchanged.
     reads_forwards: bool = True
 
     def __init__(self, config):
@@ -64,10 +77,10 @@ class Backbone:
         return VisionFeatures({"image": output}, self.patches(output, **image_inputs), self.tokens(output))
 
     def forget(self, base):
-        """Makes `base` forget what it noted of its last prompt: a cache may be another's."""
+        """Clears what `base` remembers of its last prompt: the cache of the next call may be of another prompt."""
 
     def training_inputs(self, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What the base's `forward` needs beside the processor's tensors when there are `labels`."""
+        """What the base's `forward` needs, beside the processor's tensors, if it gets `labels`."""
         return {}
 
     def patches(self, output, **image_inputs) -> list[torch.Tensor]:
@@ -79,7 +92,7 @@ class Backbone:
         return [len(unit) for unit in output.pooler_output]
 
     def units(self, **image_inputs) -> list[tuple[torch.Tensor, ...]]:
-        """What describes each unit, to tell it from others. By default each input has one entry per unit."""
+        """The tensors that tell each unit from others. By default each input has one entry per unit."""
         return list(zip(*image_inputs.values(), strict=True))
 
 
@@ -99,13 +112,13 @@ class LlavaBackbone(Backbone):
 
     def patches(self, output, **image_inputs):
         patches = torch.cat([output.hidden_states[layer] for layer in self._layers], dim=-1)
-        # CLIP's class token is no patch, whichever strategy the base's own projector follows.
+        # CLIP's class token is not a patch, whatever the base's own projector does with it.
         num_patches = (self.config.vision_config.image_size // self.config.vision_config.patch_size) ** 2
         return list(patches[:, patches.shape[1] - num_patches :])
 
 
 class LlavaNextBackbone(LlavaBackbone):
-    """LLaVA-NeXT: an image is a base view and as many tiles as its size asks for."""
+    """LLaVA-NeXT: an image is a base view and, depending on its size, a number of tiles."""
 
     image_inputs = ("pixel_values", "image_sizes")
     pixel_ndims = (4, 5)
@@ -127,7 +140,7 @@ class LlavaNextBackbone(LlavaBackbone):
 
 
 class LlavaOnevisionBackbone(LlavaNextBackbone):
-    """LLaVA-OneVision: as LLaVA-NeXT, but images are not cut into tiles where a prompt has several."""
+    """LLaVA-OneVision: as LLaVA-NeXT, but images are not cut into tiles if the prompt has several."""
 
     image_inputs = ("pixel_values", "image_sizes", "batch_num_images")
 
@@ -144,12 +157,12 @@ class LlavaOnevisionBackbone(LlavaNextBackbone):
         return super().units(**image_inputs)
 
     def _images_beside(self, batch_num_images) -> list[int]:
-        """For each image, how many its prompt has."""
+        """For each image, the number of images in its prompt."""
         return [int(n) for n in batch_num_images for _ in range(int(n))]
 
 
 class QwenVLBackbone(Backbone):
-    """Qwen2-VL to Qwen3.5: native resolution, the patches of all images packed behind one another."""
+    """Qwen2-VL to Qwen3.5: native resolution, the patches of all images packed into one tensor."""
 
     image_inputs = ("pixel_values", "image_grid_thw")
     pixel_ndims = (2,)
@@ -157,14 +170,14 @@ class QwenVLBackbone(Backbone):
     @property
     def vision_hidden_size(self) -> int:
         vision = self.config.vision_config
-        # Qwen2-VL calls the tower's width `embed_dim`; its `hidden_size` is the language model's.
+        # Qwen2-VL calls the tower's width `embed_dim`; its `hidden_size` is the language model's width.
         return getattr(vision, "embed_dim", None) or vision.hidden_size
 
     def patches(self, output, image_grid_thw=None, **image_inputs):
         return list(output.last_hidden_state.split(image_grid_thw.prod(-1).tolist()))
 
     def forget(self, base):
-        base.model.rope_deltas = None  # how far pictures move the positions behind them
+        base.model.rope_deltas = None  # by how much images shift the positions after them
 
     def units(self, pixel_values, image_grid_thw):
         return list(zip(pixel_values.split(image_grid_thw.prod(-1).tolist()), image_grid_thw, strict=True))
@@ -175,7 +188,7 @@ class Gemma3Backbone(Backbone):
 
 
 class PaliGemmaBackbone(Backbone):
-    """PaliGemma: SigLIP's square grid; the prompt is read in both directions, the answer forwards."""
+    """PaliGemma: SigLIP's square grid; attention is bidirectional in the prompt and causal in the answer."""
 
     projector_type = "c_abstractor"
     reads_forwards = False
@@ -189,7 +202,6 @@ class Idefics3Backbone(Backbone):
 
     image_inputs = ("pixel_values", "pixel_attention_mask")
     pixel_ndims = (5,)
-    language_model_parts = ("model.text_model", "lm_head")
 
     def tokens(self, output):
         num_tiles = len(output.last_hidden_state)
@@ -197,7 +209,7 @@ class Idefics3Backbone(Backbone):
 
     def units(self, **image_inputs):
         tiles = super().units(**{name: value.flatten(0, 1) for name, value in image_inputs.items()})
-        return [tile for tile in tiles if tile[0].any()]  # the others pad rows that have fewer
+        return [tile for tile in tiles if tile[0].any()]  # the others pad rows with fewer tiles
 
 
 class InternVLBackbone(Backbone):
@@ -241,9 +253,11 @@ def get_backbone(base_config) -> Backbone:
 
 def rows_of_units(image_tokens_per_row: list[int], tokens: list[int]) -> list[int]:
     """
-    Which row of the batch each unit belongs to, from how many image tokens each row has and each unit takes.
+    The row of the batch that each unit belongs to, given each row's and each unit's number of image tokens. Units
+    come in the order of the rows.
 
-    Units come in the order of the rows. Raises `ValueError` if tokens and units do not add up row by row.
+    Raises:
+        `ValueError`: The numbers of image tokens do not add up row by row.
     """
     rows, unit = [], 0
     for row, expected in enumerate(image_tokens_per_row):
@@ -268,54 +282,66 @@ def units_of_images(
     input_ids: torch.Tensor, image_token_id: int, safety_token_id: int | None, tokens_per_image: int, tokens: list[int]
 ) -> tuple[list[int], list[list[int]]]:
     """
-    Which row each image belongs to, and which units it consists of: the processor ends each image's tokens with
-    `tokens_per_image` placeholders. Without placeholders every unit counts as an image of its own.
+    The row that each image belongs to, and the units it consists of: the processor ends each image's tokens with
+    `tokens_per_image` placeholders. Without placeholders every unit counts as an image.
 
     Raises:
         `ValueError`: The prompt's image tokens or placeholders do not fit the units.
     """
-    is_image = input_ids == image_token_id
+    is_image, is_placeholder = input_ids == image_token_id, input_ids == safety_token_id
     rows = rows_of_units(is_image.sum(dim=1).tolist(), tokens)
-    seen = is_image.cumsum(dim=1)
-    placeholders = [row[at] for row, at in zip(seen, input_ids == safety_token_id, strict=True)]
-    if not tokens_per_image and not any(len(row) for row in placeholders):
+    if not tokens_per_image and not is_placeholder.any():
         return rows, [[unit] for unit in range(len(tokens))]
 
-    image_rows, image_units, unit = [], [], 0
-    for row, ends in enumerate(placeholders):
-        num_units, found = rows.count(row), 0
-        # `ends`: after how many of the row's image tokens each placeholder comes.
-        ends, counts = (values.tolist() for values in ends.unique_consecutive(return_counts=True))
-        for end in ends:
-            image_rows.append(row)
-            image_units.append([])
-            while found < end:
-                image_units[-1].append(unit)
-                found += tokens[unit]
-                unit += 1
-        fits = set(counts) <= {tokens_per_image} and all(image_units) and unit == sum(r <= row for r in rows)
-        if not fits or (ends and found != ends[-1]):
-            raise ValueError(
-                f"`input_ids` has {[len(row) for row in placeholders]} `<safety>` placeholders per row, which do not "
-                f"fit its images: the model expects {tokens_per_image} after the tokens of each image (row {row} has "
-                f"{num_units} image or tile features). The processor does not match the model: use the "
-                f"SafeVlmProcessor saved with it, or `SafeVlmProcessor.from_base(..., config=model.config)`."
-            )
+    # A place in the batch is told by the number of image tokens up to it, and by its row.
+    image_tokens = is_image.flatten().cumsum(dim=0).view_as(input_ids)
+    places = torch.stack([is_placeholder.nonzero()[:, 0], image_tokens[is_placeholder]], dim=1)
+    places, num_placeholders = places.unique_consecutive(dim=0, return_counts=True)
+    unit_ends = list(accumulate(tokens))
+    image_rows, image_units, first = [], [], 0
+    for (row, end), count in zip(places.tolist(), num_placeholders.tolist(), strict=True):
+        units = [unit for unit in range(first, len(tokens)) if unit_ends[unit] <= end]
+        if count != tokens_per_image or not units or rows[first] != row or unit_ends[units[-1]] != end:
+            break
+        image_rows.append(row)
+        image_units.append(units)
+        first += len(units)
+    if first < len(tokens) or len(image_rows) < len(places):
+        row = rows[first] if first < len(tokens) else int(places[len(image_rows), 0])
+        raise ValueError(
+            f"`input_ids` has {is_placeholder.sum(dim=1).tolist()} `<safety>` placeholders per row, which do not "
+            f"fit its images: the model expects {tokens_per_image} after the tokens of each image (row {row} has "
+            f"{rows.count(row)} image or tile features). The processor does not match the model: use the "
+            f"SafeVlmProcessor saved with it, or `SafeVlmProcessor.from_base(..., config=model.config)`."
+        )
     return image_rows, image_units
 
 
 def patches_of_images(patches: list[torch.Tensor], units: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
-    The patches of each image's units behind one another, padded to the image with the most.
+    The patches of each image, those of its units concatenated, padded to the longest image.
 
     Returns:
         `torch.FloatTensor` of shape `(num_images, max_patches, vision_hidden_size)`, and a mask of its first two
-        dimensions that is `False` at padding, or `None` if there is none.
+        dimensions that is `False` at padding, or `None` if there is no padding.
     """
-    images = [torch.cat([patches[unit] for unit in mine]) for mine in units]
-    lengths = [len(image) for image in images]
-    if len(set(lengths)) == 1:
-        return torch.stack(images), None
+    images = [torch.cat([patches[unit] for unit in units_of_image]) for units_of_image in units]
+    lengths = torch.tensor([len(image) for image in images])
     padded = torch.nn.utils.rnn.pad_sequence(images, batch_first=True)
-    mask = torch.arange(padded.shape[1]) < torch.tensor(lengths).unsqueeze(1)
+    if (lengths == padded.shape[1]).all():
+        return padded, None
+    mask = torch.arange(padded.shape[1]) < lengths.unsqueeze(1)  # (num_images, max_patches)
     return padded, mask.to(padded.device)
+
+
+def compute_device(module: torch.nn.Module) -> torch.device:
+    """The device that `module` computes on; `weight.device` is "meta" while accelerate keeps a weight offloaded."""
+    for child in module.modules():
+        hook = getattr(child, "_hf_hook", None)
+        for part in getattr(hook, "hooks", [hook]):
+            if getattr(part, "execution_device", None) is not None:
+                return torch.device(part.execution_device)
+        for weight in child.parameters(recurse=False):
+            if weight.device.type != "meta":
+                return weight.device
+    return torch.device("cpu")

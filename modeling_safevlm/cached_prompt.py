@@ -1,9 +1,9 @@
-"""Carrying a chat on from a cache: used as far as it holds what the prompt says, about the same pictures and verdicts.
+"""Continuing a chat from a cache, as far as the cache holds this prompt with the same pictures and verdicts.
 
-A cache made by `generate` remembers what is in it. In the next turn it is cut where that stops being true: at a hint
-that this turn's prompt does not have, at a picture that is another one, or at safety embeddings that were conditioned
-on another verdict. What was cut is processed again, so that an answer with a cache is the answer without it. A cache
-of which that is not known (made or changed by something else, or left behind by an error) is emptied.
+After `generate` a cache records what is in it. The next turn cuts it at the first token that differs: a hint that the
+new prompt lacks, another picture, a safety embedding conditioned on another verdict. Everything after the cut is
+processed again, so the answer is the same as without a cache. A cache with unknown contents (made or changed by other
+code, or left behind by an error) is emptied.
 """
 
 import hashlib
@@ -11,186 +11,169 @@ import secrets
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional as F
 from transformers.cache_utils import Cache, DynamicLayer
 
-_KEY = secrets.token_bytes(16)  # nobody can make two pictures for one digest whose key they do not know
-UNKNOWN = -1  # the digest of a picture that nobody looked at: it equals none
+_HASH_KEY = secrets.token_bytes(16)  # nobody who lacks it can construct two pictures with the same digest
 
 
 @dataclass
 class CachedPrompt:
     """
-    What a cache holds.
-
     Args:
-        input_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, length)`)
-        pictures (`torch.LongTensor` of shape `(batch_size, length)`): See [`picture_digests`].
-        verdicts (`list`): Of each row, the action and category that its safety embeddings are conditioned on.
-        seal (`tuple`): Of the cache's state (see [`_seal`]): whoever else adds, cuts or reorders breaks it.
+        keys (`torch.LongTensor` of shape `(batch_size, length, 5)`): What the cache holds, see [`token_keys`].
+        seal (`tuple`): The state that the cache was left in, see [`_seal`].
     """
 
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    pictures: torch.Tensor
-    verdicts: list[tuple[int, int]]
+    keys: torch.Tensor
     seal: tuple
 
 
 def picture_digests(input_ids: torch.Tensor, image_token_id: int, units: list[tuple] | None, tokens: list[int] | None):
     """
-    Which picture each token stands for: shape of `input_ids`, 0 where it stands for none.
+    A digest of the picture that each token stands for, of the shape of `input_ids`; 0 at all other tokens.
 
     Args:
-        units (`list[tuple[torch.Tensor]]`, *optional*): The image tensors of each unit (see [`Backbone`]).
-        tokens (`list[int]`, *optional*): How many image tokens each unit takes.
+        units (`list[tuple[torch.Tensor]]`, *optional*): The image tensors of each unit (see [`Backbone`]). Without
+            them the digests are random, so that they equal no others.
+        tokens (`list[int]`, *optional*): The number of image tokens of each unit.
     """
     is_image = input_ids == image_token_id
-    digests = torch.where(is_image, UNKNOWN, 0)
+    digests = torch.where(is_image, -1 - secrets.randbits(62), 0)
     if units is not None and len(units) == len(tokens) and sum(tokens) == int(is_image.sum()):
-        ids = torch.tensor([_digest(unit) for unit in units], device=input_ids.device)
-        digests[is_image] = ids.repeat_interleave(torch.tensor(tokens, device=input_ids.device))
+        known = torch.tensor([_digest(unit) for unit in units], device=input_ids.device)
+        digests[is_image] = known.repeat_interleave(torch.tensor(tokens, device=input_ids.device))
     return digests
 
 
 def _digest(tensors: tuple) -> int:
-    """Of the tensors' bytes; positive."""
-    digest = hashlib.blake2b(digest_size=8, key=_KEY)
+    """A positive number from the tensors' bytes."""
+    digest = hashlib.blake2b(digest_size=8, key=_HASH_KEY)
     for tensor in map(torch.as_tensor, tensors):
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return (int.from_bytes(digest.digest(), "big") >> 1) + 1
 
 
-def _seal(cache) -> tuple[torch.Tensor | None, int | None]:
-    """
-    The keys of the cache's first attention layer, and how often they were written to. With each token a layer gets new
-    keys, or writes to those that it has. So the seal of a cache, or of its copy, is broken by whatever changes it.
-    """
-    for layer in cache.layers:
-        if isinstance(keys := getattr(layer, "keys", None), torch.Tensor):
-            written = 0 if isinstance(layer, DynamicLayer) else None if keys.is_inference() else keys._version
-            return keys, written
-    return None, None
-
-
-def _is_sealed(cache, known: CachedPrompt) -> bool:
-    keys, written = _seal(cache)
-    return keys is not None and keys is known.seal[0] and written is not None and written == known.seal[1]
-
-
-def remember_prompt(
-    cache,
-    sequences: torch.Tensor,
-    attention_mask: torch.Tensor,
-    pictures: torch.Tensor,
-    verdicts: list[tuple[int, int]],
-    knowable: bool,
-):
-    """
-    Notes in `cache` what it holds.
-
-    Args:
-        sequences (`torch.LongTensor` of shape `(batch_size, sequence_length)`): Prompt and answer.
-        attention_mask, pictures (`torch.LongTensor` of shape `(batch_size, prompt_length)`)
-        knowable (`bool`): `False` for several beams (a cache holds those that were last in the running, not those
-            returned), and for bases that read a prompt in both directions (a longer one changes all of it).
-    """
-    cache.safevlm_prompt = None
-    if not knowable or len(sequences) != len(attention_mask):
-        return
-    answer = attention_mask.new_zeros(len(attention_mask), sequences.shape[1] - attention_mask.shape[1])
-    length = int(cache.get_seq_length())
-    cache.safevlm_prompt = CachedPrompt(
-        sequences[:, :length].clone(),
-        torch.cat([attention_mask, answer + 1], dim=1)[:, :length],
-        torch.cat([pictures, answer.to(pictures)], dim=1)[:, :length],
-        verdicts,
-        _seal(cache),
-    )
-
-
-def reuse_cache(
-    cache,
+def token_keys(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
     pictures: torch.Tensor,
     verdicts: list[tuple[int, int]],
-    token_id: int | None,
-) -> int:
+    safety_token_id: int | None,
+) -> torch.Tensor:
+    """
+    Everything that a token's cache entry depends on besides the tokens before it: its id, mask and picture, and at
+    placeholders the action and category that condition the safety embedding.
+
+    Returns:
+        `torch.LongTensor` of shape `(batch_size, sequence_length, 5)`
+    """
+    is_placeholder = input_ids == (-1 if safety_token_id is None else safety_token_id)
+    conditions = torch.tensor(verdicts, device=input_ids.device).unsqueeze(1) * is_placeholder.unsqueeze(2)
+    tokens = torch.stack([input_ids, attention_mask.to(input_ids), pictures.to(input_ids)], dim=2)
+    return torch.cat([tokens, conditions], dim=2)
+
+
+def _seal(cache) -> tuple[torch.Tensor, int] | None:
+    """
+    The keys of the cache's first attention layer and how often they were written to; `None` if unknown. A layer gets
+    new keys with each token, or writes to those it has, so any change breaks the seal. A copy of the cache keeps it.
+    """
+    for layer in cache.layers:
+        if isinstance(keys := getattr(layer, "keys", None), torch.Tensor):
+            if isinstance(layer, DynamicLayer):
+                return keys, 0
+            return None if keys.is_inference() else (keys, keys._version)
+    return None
+
+
+def remember_prompt(cache, sequences: torch.Tensor, keys: torch.Tensor, knowable: bool):
+    """
+    Records in `cache` what it holds.
+
+    Args:
+        sequences (`torch.LongTensor` of shape `(batch_size, sequence_length)`): Prompt and answer.
+        keys (`torch.LongTensor` of shape `(batch_size, prompt_length, 5)`): From [`token_keys`].
+        knowable (`bool`): `False` after beam search (the cache holds the last active beams, which need not be the
+            returned ones) and for bases that read a prompt in both directions (a longer prompt changes every entry).
+    """
+    cache.safevlm_prompt, seal = None, _seal(cache)
+    if seal is None or not knowable or len(sequences) != len(keys):
+        return
+    answer = sequences[:, keys.shape[1] :]
+    answer_keys = F.pad(torch.stack([answer, torch.ones_like(answer)], dim=2), (0, 3))  # neither pictures nor verdicts
+    held = torch.cat([keys, answer_keys.to(keys)], dim=1)[:, : int(cache.get_seq_length())]
+    cache.safevlm_prompt = CachedPrompt(held, seal)
+
+
+def reuse_cache(cache, keys: torch.Tensor) -> int:
     """
     Cuts `cache` down to what it has in common with a prompt.
 
     Args:
-        pictures (`torch.LongTensor` of shape `(batch_size, sequence_length)`): See [`picture_digests`].
-        token_id (`int`, *optional*): The safety placeholder's.
+        keys (`torch.LongTensor` of shape `(batch_size, sequence_length, 5)`): From [`token_keys`].
 
     Returns:
         `int`: How many of the prompt's tokens the cache holds.
 
     Raises:
-        `ValueError`: The prompt is shorter than a cache that something else than `generate` made.
+        `ValueError`: The cache was not made by `generate`, and the prompt is no longer than it.
     """
     if cache is None:
         return 0
     if not isinstance(cache, Cache):
         raise ValueError(f"`past_key_values` must be a `Cache` such as `DynamicCache()`, got {type(cache).__name__}.")
     length = int(cache.get_seq_length())
-    ours = "safevlm_prompt" in vars(cache)
-    known, cache.safevlm_prompt = vars(cache).get("safevlm_prompt"), None  # unknown until the call ends well
+    ours = hasattr(cache, "safevlm_prompt")
+    known, cache.safevlm_prompt = getattr(cache, "safevlm_prompt", None), None  # unknown until the call succeeds
     if length == 0:
         return 0
-    if not ours and length >= input_ids.shape[1]:
+    if not ours and length >= keys.shape[1]:
         raise ValueError(
-            f"`past_key_values` holds {length} tokens and `input_ids` only {input_ids.shape[1]}: pass the whole "
-            f"conversation's `input_ids` and images, as the safety head reads all of it."
+            f"`past_key_values` holds {length} tokens and `input_ids` only {keys.shape[1]}: pass the whole "
+            f"conversation's `input_ids` and images, since the safety head reads all of it."
         )
-    keep = 0
-    if known is not None and len(known.input_ids) == len(input_ids) and _is_sealed(cache, known):
-        end = min(length, known.input_ids.shape[1], input_ids.shape[1] - 1)  # something must be left to process
-        same = (known.input_ids[:, :end] == input_ids[:, :end]) & (pictures[:, :end] != UNKNOWN)
-        same &= known.attention_mask[:, :end] == attention_mask[:, :end]
-        same &= known.pictures[:, :end] == pictures[:, :end]
-        for row, verdict in enumerate(verdicts):
-            if verdict != known.verdicts[row] and token_id is not None:
-                same[row] &= input_ids[row, :end] != token_id
-        keep = int(same.all(dim=0).int().cumprod(dim=0).sum())
-    surplus = length - keep
-    if surplus and keep and all(type(layer) is DynamicLayer for layer in cache.layers):
-        cache.crop(-surplus)
-    elif surplus:  # sliding windows, static and quantised caches cannot go back
-        cache.reset()
-        keep = 0
-    return keep
+    num_kept, seal = 0, _seal(cache)
+    is_sealed = known is not None and seal is not None and seal[0] is known.seal[0] and seal[1] == known.seal[1]
+    if is_sealed and len(known.keys) == len(keys):
+        end = min(length, known.keys.shape[1], keys.shape[1] - 1)  # at least one token must be left to process
+        same = (known.keys[:, :end] == keys[:, :end]).all(dim=2).all(dim=0)  # (end,)
+        num_kept = int(same.int().cumprod(dim=0).sum())
+    if num_kept == length:
+        return num_kept
+    if num_kept and all(type(layer) is DynamicLayer for layer in cache.layers):
+        cache.crop(num_kept - length)
+        return num_kept
+    cache.reset()  # sliding windows, static and quantised caches cannot be cut
+    return 0
 
 
 def uncached_features(mm_encoder_outputs: dict, config, input_ids: torch.Tensor, num_cached: int) -> dict:
     """
-    Of pre-encoded images, what the tokens after the first `num_cached` need; empty if they need none.
+    The part of pre-encoded images that the tokens after the first `num_cached` need; empty if they need none.
 
     Args:
-        mm_encoder_outputs (`dict`): Per modality an output whose `pooler_output` (and `deepstack_features`) have, all
-            in all, one vector per placeholder token of `input_ids`, in order.
-        config: The base model's; gives the placeholder's id.
+        mm_encoder_outputs (`dict`): The output `"image"`, whose `pooler_output` (and `deepstack_features`) hold one
+            vector per image token of `input_ids`, in order.
+        config: The base model's, for the id of image tokens.
     """
     if not num_cached:
         return mm_encoder_outputs
-    needed = {}
-    for modality, output in mm_encoder_outputs.items():
-        mask = input_ids == getattr(config, f"{modality}_token_id")
-        index = (mask.flatten().cumsum(0).view_as(mask) - 1)[:, num_cached:]
-        rows = [row[at] for row, at in zip(index, mask[:, num_cached:], strict=True)]
-        rows = [row for row in rows if len(row)]
-        if not rows:
-            continue
-        fields = {"pooler_output": _select(output["pooler_output"], rows)}
-        if output.get("deepstack_features") is not None:
-            fields["deepstack_features"] = [_select(layer, rows) for layer in output["deepstack_features"]]
-        needed[modality] = type(output)(**fields)
-    return needed
+    is_image = input_ids == config.image_token_id
+    counts = [count for count in is_image[:, num_cached:].sum(dim=1).tolist() if count]
+    if not counts:
+        return {}
+    is_uncached = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids) >= num_cached
+    needed = is_uncached[is_image].nonzero().squeeze(1)  # positions among all image tokens
 
+    def select(features):
+        vectors = torch.cat([feature.reshape(-1, feature.shape[-1]) for feature in features])
+        rows = vectors[needed.to(vectors.device)].split(counts)
+        return torch.stack(rows) if isinstance(features, torch.Tensor) else list(rows)
 
-def _select(features, rows: list[torch.Tensor]):
-    """The vectors of each row of the batch, in the container that `features` came in."""
-    vectors = torch.cat([feature.reshape(-1, feature.shape[-1]) for feature in features])
-    selected = [vectors[row.to(vectors.device)] for row in rows]
-    return torch.stack(selected) if isinstance(features, torch.Tensor) else selected
+    output = mm_encoder_outputs["image"]
+    fields = {"pooler_output": select(output["pooler_output"])}
+    if output.get("deepstack_features") is not None:
+        fields["deepstack_features"] = [select(layer) for layer in output["deepstack_features"]]
+    return {"image": type(output)(**fields)}

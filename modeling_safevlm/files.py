@@ -45,6 +45,22 @@ def replace_json(path: Path, value: Any, **options) -> None:
     replace_text(path, json.dumps(value, **{"indent": 2, "ensure_ascii": False, **options}) + "\n")
 
 
+def read_json(path: Path) -> dict:
+    """
+    The JSON object in a file.
+
+    Raises:
+        `ValueError`: It holds no JSON, or another value than an object.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{str(path)!r} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{str(path)!r} must hold a JSON object.")
+    return content
+
+
 def replace_folder(write: Callable[[Path], None], folder: Path) -> None:
     """
     Calls `write(partial_folder)`, which creates that folder, then puts it in the place of `folder`.

@@ -4,20 +4,18 @@ Making a model needs the package safevlm; using one does not. What is here is no
 carries, which stays small enough to review.
 """
 
-import inspect
 from pathlib import Path
 
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
-from .backbones import get_backbone
+from .backbones import compute_device, get_backbone
 from .configuration_safevlm import SafeVlmConfig
-from .devices import compute_device
-from .quantization import keep_output_layer, share_quantization
+from .quantization import keep_safety_modules, share_quantization
 from .safety_adapter import adapter_config, adapter_folder, load_adapter_weights
 from .safety_policy import SafetyPolicy
 
-# What a SafeVlmConfig says beside its base: the options of `from_base`.
-SAFETY_FIELDS = [name for name in inspect.signature(SafeVlmConfig).parameters if name not in ("base_config", "kwargs")]
+# The fields of SafeVlmConfig beside its base: the options of `from_base`.
+SAFETY_FIELDS = [name for name in SafeVlmConfig.__annotations__ if name != "base_config"]
 
 
 def from_base(
@@ -55,7 +53,9 @@ def from_base(
         get_backbone(AutoConfig.from_pretrained(name))  # a clear error before gigabytes are read
         base_kwargs = dict(base_kwargs or {})
         if base_kwargs.get("quantization_config") is not None:
-            base_kwargs["quantization_config"] = keep_output_layer(base_kwargs["quantization_config"])
+            base_kwargs["quantization_config"] = keep_safety_modules(
+                base_kwargs["quantization_config"], base_only=True
+            )
         base = AutoModelForImageTextToText.from_pretrained(name, **base_kwargs)
     get_backbone(base.config)
     if any(type(module).__module__.startswith("peft.") for module in base.modules()):

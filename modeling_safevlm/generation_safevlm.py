@@ -1,9 +1,10 @@
 """Risk-conditioned generation: image -> features -> verdict -> conditioned answer (paper, Algorithm 1).
 
-`generate` encodes the images once, asks the safety head, lets the policy decide, and hands over to the base model's
-own `generate`, so that every decoding strategy and family keeps working. The decision is carried out by conditioned
-safety embeddings, by a text hint before the generation prompt, and, for `"refuse"`, by a forced refusal. What comes
-back is [the caller's input ids; new tokens]: hints never show.
+First guard, then answer. [`SafeVlmGenerationMixin.guard`] gives a verdict on each prompt; `assess` stops there.
+`generate` carries the verdict out in three ways and leaves the rest to the base's own `generate`, so that every
+decoding method and family works: safety embeddings conditioned on the verdict, a text hint before the generation
+prompt, and a forced refusal for the action `"refuse"`. It returns the caller's input ids and the new tokens; hints
+never show.
 """
 
 import copy
@@ -12,46 +13,38 @@ from dataclasses import dataclass
 import torch
 from transformers import GenerationMixin, LogitsProcessorList
 
-from .cached_prompt import picture_digests, remember_prompt, reuse_cache, uncached_features
+from .cached_prompt import picture_digests, remember_prompt, reuse_cache, token_keys, uncached_features
 from .embedding_override import override_embeddings
-from .policy_enforcement import EnforcePolicy, PromptStreamer, check_text_ids
-from .policy_texts import answer_opening_token_ids
-from .prompt import (
-    PromptParts,
-    check_attention,
-    check_generation,
-    check_inputs,
-    edit_prompt,
-    hint_column,
-    open_answers,
-    per_token,
-    prompt_parts,
-)
-from .safety_policy import ACTIONS, UNKNOWN_RISK, SafetyPolicy
+from .policy_enforcement import EnforcePolicy, PromptStreamer
+from .policy_texts import row_texts
+from .prompt import PromptParts, check_attention, check_generation, check_inputs, edit_prompt, per_token, prompt_parts
+from .safety_policy import SafetyPolicy
 from .safety_verdict import OFF, SafetyVerdict
-
-REFUSE = ACTIONS.index("refuse")
-POLICY_OFF = (-1, -1)  # in place of a row's action and category
 
 
 @dataclass
-class GuardedRequest:
+class GuardedPrompt:
     """
-    What [`guard`] found out about a batch of prompts.
+    What [`SafeVlmGenerationMixin.guard`] knows about a batch of prompts.
 
     Args:
-        features (`ImageFeatures`, *optional*): `None` if there are no images.
-        parts (`PromptParts`): Which tokens are questions.
-        verdict (`SafetyVerdict`): The verdict on each row.
+        verdict (`SafetyVerdict`): The verdict on each row; every action is `"off"` under a policy that is off.
+        features (`ImageFeatures`, *optional*): `None` without images.
+        parts (`PromptParts`, *optional*): Which tokens are questions.
     """
 
-    features: object | None
-    parts: PromptParts
     verdict: SafetyVerdict
+    features: object | None = None
+    parts: PromptParts | None = None
 
 
 class SafeVlmGenerationMixin(GenerationMixin):
-    """`generate` and `assess` of [`SafeVlmForConditionalGeneration`]."""
+    """
+    `assess` and `generate` of a model that has `base`, `backbone` and `config`, the method `resolve_policy`, and the
+    four steps `encode_images`, `predict_safety`, `apply_policy` and `condition`.
+    """
+
+    # -- guard -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def assess(
@@ -63,45 +56,46 @@ class SafeVlmGenerationMixin(GenerationMixin):
         **image_inputs,
     ) -> SafetyVerdict:
         """
-        The verdict without an answer (guard mode): vision tower and safety head only, no pass of the language model.
+        The verdict without an answer: runs the vision tower and the safety head, not the language model.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`), attention_mask, image_inputs:
                 What the processor returns.
             safety_policy (`SafetyPolicy`, `dict`, file or preset name, *optional*): Defaults to the model's own.
-            safety_question_mask (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                1 where no assistant wrote the text. The processor makes it from the chat (prompt.py says
-                what the head reads).
+            safety_question_mask (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): From the
+                processor: 1 for text not written by the assistant, which is what the head reads (see prompt.py).
         """
         check_inputs(input_ids, self.backbone.pixel_ndims, **image_inputs)
         policy = self.resolve_policy(safety_policy)
-        attention_mask = self._attention_mask(input_ids, attention_mask)
+        attention_mask = self._attention_mask(input_ids, attention_mask, {})
         return self.guard(input_ids, attention_mask, policy, safety_question_mask, **image_inputs).verdict
 
     @torch.no_grad()
     def guard(
         self, input_ids, attention_mask, policy: SafetyPolicy, safety_question_mask=None, **image_inputs
-    ) -> GuardedRequest:
+    ) -> GuardedPrompt:
         """
-        The half that `assess` and `generate` share: from a batch of prompts to a verdict on each.
+        From a batch of prompts to a verdict on each: the half that `assess` and `generate` share.
 
         Raises:
-            `ValueError`: The language model would see what the head does not.
+            `ValueError`: The language model would see something that the head does not.
         """
         check_attention(input_ids, attention_mask, self.backbone.image_token_id)
         features = self.encode_images(input_ids, **image_inputs)
         parts = self.prompt_parts(input_ids, attention_mask, safety_question_mask)
         readings = self.predict_readings(input_ids, attention_mask, features, parts, policy.whole_conversation)
-        return GuardedRequest(features, parts, self.apply_policy(readings, policy))
+        return GuardedPrompt(self.apply_policy(readings, policy), features, parts)
 
     def prompt_parts(self, input_ids, attention_mask, question_mask) -> PromptParts:
         """Which tokens of the prompts the head may read."""
         return prompt_parts(input_ids, attention_mask, question_mask, self.config.generation_prompt_token_ids)
 
-    def predict_readings(self, input_ids, attention_mask, features, parts, whole_conversation=True):
-        """What the head says in each of its readings of the prompts (see prompt.py), before any policy."""
+    def predict_readings(self, input_ids, attention_mask, features, parts: PromptParts, whole_conversation=True):
+        """The head's logits for each reading of the prompts (see prompt.py), before any policy."""
         readings = [None] if features is None else parts.readings(whole_conversation)
         return [self.predict_safety(input_ids, attention_mask, features, reading) for reading in readings]
+
+    # -- answer ------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def generate(
@@ -118,32 +112,29 @@ class SafeVlmGenerationMixin(GenerationMixin):
         """
         Like the base model's `generate`, under a safety policy.
 
-        Logits processors and stopping criteria see the language model's own prompt: with the hint, if there is one,
-        left-padded, and without placeholders under the policy `"off"`.
+        Logits processors and stopping criteria see the language model's own prompt: left-padded and with the hint, if
+        there is one; under the policy `"off"` without placeholders.
 
         Args:
-            safety_policy (`SafetyPolicy`, `dict`, file or preset name, *optional*):
-                Defaults to the model's own policy. `"off"` gives the base model's output, bit for bit.
+            safety_policy (`SafetyPolicy`, `dict`, file or preset name, *optional*): Defaults to the model's own.
+                `"off"` gives the base model's output, bit for bit.
             safety_question_mask (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): As in
                 [`assess`].
-            tokenizer (*optional*): Only needed for policies with texts that were not saved with the model; checks the
-                others.
-            streamer (*optional*): As in `GenerationMixin.generate`. One with a method `put_safety` gets the
+            tokenizer (*optional*): Encodes the policy's texts that were not saved with the model; checks the others.
+            streamer (*optional*): As in `GenerationMixin.generate`. If it has a method `put_safety`, that gets the
                 [`SafetyVerdict`] before the first token.
             inputs, generation_config, logits_processor, kwargs: As in `GenerationMixin.generate`. With
-                `past_key_values`, `input_ids` and images are those of the whole conversation. The cache is used as
-                far as it fits and is cut there: the answer is the same as without.
+                `past_key_values`, pass `input_ids` and images of the whole conversation. The cache is cut where it
+                does not fit, so the answer is the same as without it.
 
         Returns:
-            Input ids as they were passed, followed by the new tokens. With `return_dict_in_generate=True` the output
-            also has `safety`, a [`SafetyVerdict`]. Under a policy that is off all its actions are `"off"`.
+            The input ids as they were passed, followed by the new tokens. With `return_dict_in_generate=True` the
+            output also has `safety`, a [`SafetyVerdict`].
         """
         if inputs is not None and kwargs.get("input_ids") is not None:
-            raise ValueError(
-                "`generate` got both `inputs` and `input_ids`, two names for one thing: pass one of them."
-            )
-        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
-        kwargs.pop("input_ids", None)
+            raise ValueError("`generate` got both `inputs` and `input_ids`, which mean the same: pass one of them.")
+        given_ids = kwargs.pop("input_ids", None)
+        input_ids = given_ids if inputs is None else inputs
         check_inputs(input_ids, self.backbone.pixel_ndims, **kwargs)
         policy = self.resolve_policy(safety_policy)
         call = dict(kwargs, generation_config=generation_config, logits_processor=logits_processor)
@@ -152,50 +143,100 @@ class SafeVlmGenerationMixin(GenerationMixin):
         if tokenizer is not None:
             call["tokenizer"] = getattr(tokenizer, "tokenizer", tokenizer)  # `transformers serve` passes its processor
         if streamer is not None:
-            streamer = call["streamer"] = PromptStreamer(streamer, input_ids)
+            call["streamer"] = PromptStreamer(streamer, input_ids)
         if getattr(getattr(call.get("assistant_model"), "config", None), "model_type", None) == "safevlm":
-            call["assistant_model"] = call["assistant_model"].base  # it only drafts; what counts is decided here
-        image_inputs = {name: call[name] for name in self.backbone.image_inputs if call.get(name) is not None}
+            call["assistant_model"] = call["assistant_model"].base  # it only drafts; the policy is enforced here
 
-        guarded = enforcement = verdict = None
-        verdicts = [POLICY_OFF] * len(input_ids)
+        image_inputs = {name: call[name] for name in self.backbone.image_inputs if call.get(name) is not None}
         if policy.enabled:
             guarded = self.guard(input_ids, attention_mask, policy, safety_question_mask, **image_inputs)
-            verdict = guarded.verdict
-            verdicts = list(zip(verdict.action.tolist(), verdict.category.tolist(), strict=True))
-            enforcement = self._enforce(call, input_ids, attention_mask, guarded, policy)
-            if streamer is not None:
-                streamer.start(enforcement, verdict)
         else:
-            self._drop_placeholders(call, input_ids, attention_mask)
-
-        self.backbone.forget(self.base)
-        num_cached, pictures = self._continue(call, guarded, image_inputs, verdicts)
-        embeddings = None
-        if guarded is not None and guarded.features is not None:
-            embeddings = self.condition(guarded.features, verdict.action, verdict.category)
-        prompt, mask, placeholder = call["input_ids"], call["attention_mask"], self.config.safety_token_id
-        with override_embeddings(self.base, embeddings, prompt, placeholder, num_cached):
-            output = self.base.generate(**call)
+            guarded = GuardedPrompt(SafetyVerdict.unassessed(len(input_ids), self.config.labels, OFF))
+        enforcement = self._edit_prompt(call, input_ids, attention_mask, guarded, policy)
+        output = self._answer(call, guarded, image_inputs, enforcement)
 
         is_dict = not isinstance(output, torch.Tensor)
         sequences = output.sequences if is_dict else output
-        if enforcement is not None:
-            enforcement.verify(sequences)
-        cache = output.get("past_key_values") if is_dict else call.get("past_key_values")
-        if cache is not None:
-            knowable = self.backbone.reads_forwards and (self._setting("num_beams", call) or 1) == 1
-            remember_prompt(cache, sequences, mask, pictures, verdicts, knowable)
         # The caller's prompt goes back in front of the new tokens.
-        originals = input_ids.to(sequences.device).repeat_interleave(len(sequences) // len(input_ids), dim=0)
-        sequences = torch.cat([originals, sequences[:, prompt.shape[1] :]], dim=1)
+        prompts = input_ids.to(sequences.device).repeat_interleave(len(sequences) // len(input_ids), dim=0)
+        sequences = torch.cat([prompts, sequences[:, call["input_ids"].shape[1] :]], dim=1)
         if not is_dict:
             return sequences
         output.sequences = sequences
-        output["safety"] = (
-            SafetyVerdict.unassessed(len(input_ids), self.config.labels, OFF) if verdict is None else verdict
-        )
+        output["safety"] = guarded.verdict
         return output
+
+    def _edit_prompt(self, call: dict, input_ids, attention_mask, guarded: GuardedPrompt, policy):
+        """
+        Writes the language model's prompt into `call`, and, under a policy, what enforces the verdict there: hints in
+        the prompt, and a logits processor for forced refusals. Returns that processor.
+        """
+        tensors = per_token(call, input_ids)
+        if not policy.enabled:  # the base's own prompt, padded on the side that it came padded on
+            right = bool((attention_mask[:, -1] == 0).any())
+            token_id = self.config.safety_token_id
+            call.update(edit_prompt(input_ids, attention_mask, tensors, drop_id=token_id, right=right))
+            return None
+        control_ids = self.control_token_ids()
+        hints, refusals = row_texts(guarded.verdict, policy, self.config, control_ids, call.get("tokenizer"))
+        call.update(edit_prompt(input_ids, attention_mask, tensors, hints, guarded.parts.hint_columns))
+        self._keep_answer_length(call, call["input_ids"].shape[1] - input_ids.shape[1])
+        enforcement = EnforcePolicy(
+            guarded.parts.open_answers(refusals, self.config.answer_opening_token_ids),
+            prompt_length=call["input_ids"].shape[1],
+            end_token_ids=self._end_token_ids(call),
+            pad_token_id=self._setting("pad_token_id", call),
+            forbidden_token_ids=[self.config.safety_token_id, self.backbone.image_token_id],
+            vocab_size=self.config.get_text_config().vocab_size,
+        )
+        call["logits_processor"] = LogitsProcessorList([*(call["logits_processor"] or []), enforcement])
+        if "streamer" in call:
+            call["streamer"].start(enforcement, guarded.verdict)
+        return enforcement
+
+    def _answer(self, call: dict, guarded: GuardedPrompt, image_inputs: dict, enforcement: EnforcePolicy | None):
+        """
+        The base's `generate` on its own prompt, with safety embeddings conditioned on the verdict. Goes on from the
+        caller's cache as far as that fits.
+        """
+        self.backbone.forget(self.base)
+        prompt, verdict, features = call["input_ids"], guarded.verdict, guarded.features
+        conditions = list(zip(verdict.action.tolist(), verdict.category.tolist(), strict=True))
+        vision = None if features is None else features.vision
+        keys, num_cached = self._reuse_cache(call, conditions, vision, image_inputs)
+        embeddings = None if features is None else self.condition(features, verdict.action, verdict.category)
+        with override_embeddings(self.base, embeddings, prompt, self.config.safety_token_id, num_cached):
+            output = self.base.generate(**call)
+        is_tensor = isinstance(output, torch.Tensor)
+        sequences = output if is_tensor else output.sequences
+        if enforcement is not None:
+            enforcement.verify(sequences)
+        cache = call.get("past_key_values") if is_tensor else output.get("past_key_values")
+        if cache is not None:
+            knowable = self.backbone.reads_forwards and (self._setting("num_beams", call) or 1) == 1
+            remember_prompt(cache, sequences, keys, knowable)
+        return output
+
+    def _reuse_cache(self, call: dict, conditions, vision, image_inputs: dict):
+        """
+        Cuts the call's cache where it stops fitting the prompt, and gives the base the vision features that it does
+        not hold. Returns the prompt's [`token_keys`], and how many of its tokens the cache holds.
+        """
+        cache, input_ids = call.get("past_key_values"), call["input_ids"]
+        if vision is None and cache is not None and "pixel_values" in image_inputs:
+            vision = self.backbone.encode(self.base, **image_inputs)
+        units = tokens = None
+        if vision is not None and (cache is not None or self._setting("return_dict_in_generate", call)):
+            units, tokens = self.backbone.units(**image_inputs), vision.tokens
+        pictures = picture_digests(input_ids, self.backbone.image_token_id, units, tokens)
+        keys = token_keys(input_ids, call["attention_mask"], pictures, conditions, self.config.safety_token_id)
+        num_cached = reuse_cache(cache, keys)
+        if vision is not None:
+            call.pop("pixel_values")  # the base may need the other image inputs (grids, sizes)
+            needed = uncached_features(vision.mm_encoder_outputs, self.base.config, input_ids, num_cached)
+            if needed:
+                call["mm_encoder_outputs"] = needed
+        return keys, num_cached
 
     def _no_continuous_batching(self, *args, **kwargs):
         raise NotImplementedError(
@@ -205,61 +246,9 @@ class SafeVlmGenerationMixin(GenerationMixin):
 
     generate_batch = init_continuous_batching = continuous_batching_context_manager = _no_continuous_batching
 
-    # -- carrying the verdict out ------------------------------------------------------------------------------------
+    # -- settings of a call ------------------------------------------------------------------------------------------
 
-    def _enforce(self, call: dict, input_ids, attention_mask, guarded: GuardedRequest, policy) -> EnforcePolicy:
-        """Puts hints into the call's prompt and adds what writes forced refusals."""
-        hints, refusals = self._policy_texts(guarded.verdict, policy, call.get("tokenizer"))
-        prompts = [row[mask.bool()].tolist() for row, mask in zip(input_ids, attention_mask, strict=True)]
-        opened = self.config.generation_prompt_token_ids, self.config.answer_opening_token_ids
-        refusals = open_answers(refusals, prompts, *opened)
-        rows = zip(input_ids.tolist(), guarded.parts.questions.tolist(), strict=True)
-        columns = [hint_column(ids, mask, self.config.generation_prompt_token_ids) for ids, mask in rows]
-        prompt = edit_prompt(input_ids, attention_mask, per_token(call, input_ids), hints, columns)
-        added = prompt["input_ids"].shape[1] - input_ids.shape[1]
-        self._keep_answer_length(call, added)
-        call.update(prompt)
-        enforcement = EnforcePolicy(
-            refusals,
-            prompt_length=prompt["input_ids"].shape[1],
-            end_token_ids=self._end_token_ids(call),
-            pad_token_id=self._setting("pad_token_id", call),
-            forbidden_token_ids=[self.config.safety_token_id, self.backbone.image_token_id],
-            vocab_size=self.config.get_text_config().vocab_size,
-        )
-        call["logits_processor"] = LogitsProcessorList([*(call["logits_processor"] or []), enforcement])
-        return enforcement
-
-    def _drop_placeholders(self, call: dict, input_ids, attention_mask):
-        """The base's own prompt, padded on the side that it came padded on."""
-        right = bool((attention_mask[:, -1] == 0).any())
-        tensors = per_token(call, input_ids)
-        call.update(edit_prompt(input_ids, attention_mask, tensors, drop_id=self.config.safety_token_id, right=right))
-
-    def _continue(self, call: dict, guarded, image_inputs: dict, verdicts) -> tuple[int, torch.Tensor]:
-        """
-        Cuts the call's cache to what fits, and hands the base features where pixels were encoded here, or are partly
-        in the cache. Returns how many tokens the cache holds, and what [`picture_digests`] says of the prompt.
-        """
-        cache, input_ids = call.get("past_key_values"), call["input_ids"]
-        vision = None if guarded is None or guarded.features is None else guarded.features.vision
-        if vision is None and cache is not None and "pixel_values" in image_inputs:
-            vision = self.backbone.encode(self.base, **image_inputs)
-        units = tokens = None
-        if vision is not None and (cache is not None or self._setting("return_dict_in_generate", call)):
-            units, tokens = self.backbone.units(**image_inputs), vision.tokens
-        pictures = picture_digests(input_ids, self.backbone.image_token_id, units, tokens)
-        num_cached = reuse_cache(
-            cache, input_ids, call["attention_mask"], pictures, verdicts, self.config.safety_token_id
-        )
-        if vision is not None:
-            call.pop("pixel_values")  # what else describes the images (grids, sizes) the base may need
-            needed = uncached_features(vision.mm_encoder_outputs, self.base.config, input_ids, num_cached)
-            if needed:
-                call["mm_encoder_outputs"] = needed
-        return num_cached, pictures
-
-    def _attention_mask(self, input_ids, attention_mask, call=None) -> torch.Tensor:
+    def _attention_mask(self, input_ids, attention_mask, call: dict) -> torch.Tensor:
         if attention_mask is not None:
             if attention_mask.shape != input_ids.shape:
                 raise ValueError(
@@ -267,8 +256,8 @@ class SafeVlmGenerationMixin(GenerationMixin):
                     f"got {tuple(attention_mask.shape)}."
                 )
             return attention_mask
-        pad = self._setting("pad_token_id", call or {})
-        if pad is not None and pad not in self._end_token_ids(call or {}):
+        pad = self._setting("pad_token_id", call)
+        if pad is not None and pad not in self._end_token_ids(call):
             return (input_ids != pad).long()
         return torch.ones_like(input_ids)
 
@@ -294,66 +283,3 @@ class SafeVlmGenerationMixin(GenerationMixin):
                 setattr(call["generation_config"], name, length + added)
             else:
                 call[name] = length + added
-
-    def _policy_texts(self, verdict: SafetyVerdict, policy: SafetyPolicy, tokenizer):
-        """
-        Token ids of each row's hint and forced refusal, `None` where there is none. What the head could not judge is
-        refused under every policy: nobody knows what a hint would have to say.
-        """
-        hints, refusals = [], []
-        verdicts = (verdict.action.tolist(), verdict.category.tolist(), verdict.failed.tolist())
-        for action, category, failed in zip(*verdicts, strict=True):
-            name = self.config.category_names[category]
-            forced = failed or (action == REFUSE and policy.forced_refusal)
-            hint = None if forced else policy.hint(ACTIONS[action], name)
-            hints.append(None if hint is None else self._text_ids(hint, tokenizer))
-            refusal = policy.refusal(UNKNOWN_RISK if failed else name)
-            if failed and tokenizer is None and refusal not in self.config.policy_token_ids:
-                refusal = policy.refusal(name)  # models of earlier releases know the categories' texts only
-            refusals.append(self._text_ids(refusal, tokenizer) if forced else None)
-        return hints, refusals
-
-    def _text_ids(self, text: str, tokenizer) -> list[int]:
-        if (ids := self.config.policy_token_ids.get(text)) is not None:
-            ids = [int(i) for i in ids.split()]
-        elif tokenizer is not None:
-            space = "" if self.config.answer_opening_token_ids else " "
-            ids = tokenizer(space + text, add_special_tokens=False)["input_ids"]
-        else:
-            raise ValueError(
-                f"The policy's text {text!r} has no token ids in this model. Pass `tokenizer=processor.tokenizer` to "
-                f"`generate`, or store the policy with `model.set_safety_policy(policy, processor)`."
-            )
-        self._check_text(text, ids, tokenizer)
-        if opening := self.config.answer_opening_token_ids:
-            self._check_text(None, opening)
-        return ids
-
-    def _check_text(self, text: str | None, ids: list[int], tokenizer=None):
-        others = (self._setting(name, {}) for name in ("pad_token_id", "bos_token_id"))
-        control = {self.config.safety_token_id, self.backbone.image_token_id, *self._end_token_ids({}), *others}
-        check_text_ids(text, ids, self.config.get_text_config().vocab_size, control, tokenizer)
-
-    def check_policy_texts(self, processor=None):
-        """
-        Raises `ValueError` if the token ids that the model has for its policy's texts cannot be right. Only with a
-        `processor` (or tokenizer) can it be told whether they say what the texts say, and whether its placeholder is
-        the model's.
-        """
-        tokenizer = getattr(processor, "tokenizer", processor)
-        placeholder = getattr(processor, "safety_token_id", self.config.safety_token_id)
-        if placeholder != self.config.safety_token_id:
-            raise ValueError(
-                f"The processor's placeholder has the token id {placeholder}, the model's "
-                f"{self.config.safety_token_id}: use the processor that was saved with the model."
-            )
-        opening = self.config.answer_opening_token_ids
-        if opening and hasattr(processor, "chat_template") and opening != answer_opening_token_ids(processor):
-            raise ValueError(
-                "`answer_opening_token_ids` are not what the processor's template writes before an answer: store the "
-                "policy once more with `model.set_safety_policy(policy, processor)`."
-            )
-        if opening:
-            self._check_text(None, opening)
-        for text, ids in self.config.policy_token_ids.items():
-            self._check_text(text, [int(i) for i in ids.split()], tokenizer)

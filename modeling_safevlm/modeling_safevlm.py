@@ -4,8 +4,8 @@ Composition, not inheritance: `model.base` is any supported `AutoModelForImageTe
 
     image -> `encode_images` -> `predict_safety` -> `apply_policy` -> `condition` -> the base model
 
-both in `forward` (training: conditioned on labels or predictions) and in `generate` (see generation_safevlm.py). The
-vision tower runs once; the head runs before the language model and reads the question's token embeddings.
+in `forward` (training: conditioned on labels or predictions) and in `generate` (see generation_safevlm.py). The vision
+tower runs once; the head runs before the language model and reads the embeddings of the question's tokens.
 """
 
 from dataclasses import dataclass
@@ -16,18 +16,23 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
 
-from .backbones import VisionFeatures, get_backbone, patches_of_images, units_of_images
+from .backbones import ImageFeatures, compute_device, get_backbone, patches_of_images, units_of_images
 from .configuration_safevlm import SafeVlmConfig
-from .devices import compute_device
 from .embedding_override import override_embeddings
 from .generation_safevlm import SafeVlmGenerationMixin
-from .losses import IGNORE_INDEX, combine_losses, safety_losses
-from .policy_texts import answer_opening_token_ids, generation_prompt_token_ids, policy_token_ids
+from .loading_checks import check_loaded
+from .policy_texts import PolicyMixin
 from .prompt import check_inputs
 from .quantization import forget_quantization, keep_safety_modules, share_quantization, unpack
-from .safety_modules import SafetyEmbeddings, SafetyModules, SafetyTokens, check_safety_weights
-from .safety_policy import POLICY_PRESETS, SafetyPolicy
-from .safety_verdict import SafetyVerdict, assess_rows, worst_images
+from .safety_modules import (
+    IGNORE_INDEX,
+    SafetyModules,
+    SafetyTokens,
+    combine_losses,
+    safety_losses,
+)
+from .safety_policy import SafetyPolicy
+from .safety_verdict import HeadReading, SafetyVerdict, assess_rows
 
 logger = logging.get_logger(__name__)
 
@@ -39,10 +44,10 @@ class SafeVlmOutput(ModelOutput):
         loss (`torch.FloatTensor` of shape `(1,)`, *optional*): LM loss + coefficients x safety losses.
         lm_loss, safety_level_loss, safety_category_loss (`torch.FloatTensor` of shape `(1,)`, *optional*): Its parts.
         logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`)
-        safety_level_logits (`torch.FloatTensor` of shape `(batch_size, num_levels)`): Each row's worst image's logits;
-            0 for rows without an image (see `safety_assessed`). `None` where no images were passed.
+        safety_level_logits (`torch.FloatTensor` of shape `(batch_size, num_levels)`): Of each row's worst image; 0 for
+            rows without one. `None` if the batch has no images.
         safety_category_logits (`torch.FloatTensor` of shape `(batch_size, num_categories)`): Likewise.
-        safety_assessed (`torch.BoolTensor` of shape `(batch_size,)`)
+        safety_assessed (`torch.BoolTensor` of shape `(batch_size,)`): Whether the row has an image.
         past_key_values, hidden_states, attentions: As the base model returns them.
     """
 
@@ -57,49 +62,6 @@ class SafeVlmOutput(ModelOutput):
     past_key_values: object | None = None
     hidden_states: tuple[torch.FloatTensor] | None = None
     attentions: tuple[torch.FloatTensor] | None = None
-
-
-@dataclass
-class ImageFeatures:
-    """
-    Args:
-        vision (`VisionFeatures`): The base's own features.
-        safety (`torch.FloatTensor` of shape `(num_images, num_safety_features, safety_hidden_size)`)
-        rows (`torch.LongTensor` of shape `(num_images,)`): The row of the batch each image belongs to.
-    """
-
-    vision: VisionFeatures
-    safety: torch.Tensor
-    rows: torch.Tensor
-
-
-@dataclass
-class HeadReading:
-    """
-    What the safety head says about a batch in one reading of its prompts, image by image.
-
-    Args:
-        level_logits (`torch.FloatTensor` of shape `(num_images, num_levels)`)
-        category_logits (`torch.FloatTensor` of shape `(num_images, num_categories)`)
-        rows (`torch.LongTensor` of shape `(num_images,)`): The row of the batch each image belongs to.
-        batch_size (`int`)
-    """
-
-    level_logits: torch.Tensor
-    category_logits: torch.Tensor
-    rows: torch.Tensor
-    batch_size: int
-
-    def per_row(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """
-        Level and category logits of each row's worst image, 0 where there is none, and a `torch.BoolTensor` of shape
-        `(batch_size,)` that says where there is one.
-        """
-        worst = worst_images(self.level_logits, self.rows, self.batch_size)
-        level_logits, category_logits = (
-            nn.functional.pad(logits, (0, 0, 0, 1))[worst] for logits in (self.level_logits, self.category_logits)
-        )
-        return level_logits, category_logits, worst >= 0
 
 
 class SafeVlmPreTrainedModel(PreTrainedModel):
@@ -118,14 +80,11 @@ class SafeVlmPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        # The base model's own modules are initialised by its own `_init_weights`.
-        std = self.config.initializer_range
-        if isinstance(module, SafetyTokens):
-            nn.init.normal_(module.weight, std=module.initializer_range)
-        elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=std)
+        # Only the safety modules get here: the base initialises its own.
+        if isinstance(module, (SafetyTokens, nn.Embedding)):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
         elif isinstance(module, (nn.Linear, nn.Conv2d)):
-            # Keeps the variance through the modules' depth whatever their width (0.02 is tuned to wide models only).
+            # Preserves the variance through the modules' depth at any width; 0.02 would only suit wide models.
             nn.init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
@@ -134,15 +93,10 @@ class SafeVlmPreTrainedModel(PreTrainedModel):
             nn.init.zeros_(module.bias)
 
 
-class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationMixin):
+class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, PolicyMixin, SafeVlmGenerationMixin):
     """
-    A safe vision-language model. Load a trained one with `from_pretrained`. The package safevlm makes one of a base
-    (from_base.py; not part of the code that a saved model carries):
-
-    ```python
-    processor = SafeVlmProcessor.from_base("llava-hf/llava-1.5-7b-hf")
-    model = SafeVlmForConditionalGeneration.from_base("llava-hf/llava-1.5-7b-hf", processor)
-    ```
+    A safe vision-language model. `from_pretrained` loads a trained one; `from_base` of the package safevlm makes one
+    of a base model.
     """
 
     def __init__(self, config: SafeVlmConfig, base: PreTrainedModel | None = None):
@@ -151,7 +105,7 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
                 "The configuration has no `base_config`, so it is not a SafeVLM's. To make a base model safe, use "
                 "`SafeVlmForConditionalGeneration.from_base` of the package safevlm."
             )
-        # Whoever ties or unties the wrapper's embeddings means the base's; there are no others.
+        # The wrapper has no embeddings of its own: tying them means tying the base's.
         config.base_config.tie_word_embeddings = config.tie_word_embeddings
         super().__init__(config)
         self.backbone = get_backbone(config.base_config)
@@ -160,110 +114,54 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
         self.base = AutoModelForImageTextToText.from_config(config.base_config) if base is None else base
         self.safety = SafetyModules(config, self.backbone.vision_hidden_size)
         self.post_init()
-        # FSDP refuses names of classes that the model does not have; some vision towers declare such.
+        # FSDP refuses class names that the model does not contain, which some vision towers declare.
         self._no_split_modules = {type(module).__name__ for module in self.modules()} & set(self._no_split_modules)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
         """
-        As `PreTrainedModel.from_pretrained`, but a checkpoint that lacks weights is an error (with
-        `output_loading_info=True` the caller gets the list instead), and a `quantization_config` never quantises the
-        safety modules.
+        As `PreTrainedModel.from_pretrained`, except that a checkpoint with missing weights is an error (with
+        `output_loading_info=True` the caller gets the list) and that no `quantization_config` quantises the safety
+        modules.
         """
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = keep_safety_modules(kwargs["quantization_config"])
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        source = str(pretrained_model_name_or_path)
         share_quantization(model)
         model.check_policy_texts()
-        if "generate" in vars(model):
-            raise ValueError(
-                f"{str(pretrained_model_name_or_path)!r} has a custom_generate/ folder, whose `generate` would answer "
-                f"instead of the safe one: remove the folder."
-            )
-        missing, mismatched = sorted(info["missing_keys"]), sorted(info.get("mismatched_keys") or [])
-        if (missing or mismatched) and not output_loading_info:
-            safety = sum(name.startswith("safety.") for name in missing)
-            what = f"lacks {len(missing)} weights, {safety} of them safety weights ({', '.join(missing[:3])}, ...)"
-            if not missing:
-                what = f"holds weights of other sizes than its config says: {mismatched[:3]}"
-            raise ValueError(
-                f"The checkpoint {str(pretrained_model_name_or_path)!r} {what}; a model with random safety modules "
-                f"would look safe and not be it. To add fresh safety modules to a base model, use "
-                f"`SafeVlmForConditionalGeneration.from_base` of the package safevlm."
-            )
-        check_safety_weights(model.safety, str(pretrained_model_name_or_path))
-        if found := model.policy_weaknesses():
-            name = str(pretrained_model_name_or_path)
-            logger.warning_once(f"The policy saved with {name!r} is weak: {'; '.join(found)}.")
+        check_loaded(model, source, None if output_loading_info else info)
+        if weaknesses := model.policy_weaknesses():
+            logger.warning_once(f"The policy saved with {source!r} is weak: {'; '.join(weaknesses)}.")
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """As `PreTrainedModel.save_pretrained`; what is saved loads through all its Auto classes."""
+        """As `PreTrainedModel.save_pretrained`; the saved model loads through all its Auto classes."""
         if hasattr(self, "peft_config"):
             raise ValueError(
-                "The model has PEFT's layers in it, as in the middle of a training or where one was interrupted, and "
-                "would not load again. Save it with `trainer.save_model(folder)`, which merges them, or go on with "
+                "The model contains PEFT layers (its training runs or was interrupted) and would not load again. "
+                "Save it with `trainer.save_model(folder)`, which merges them, or continue with "
                 "`trainer.train(resume_from_checkpoint=True)`."
             )
         if self._auto_class is not None:
-            # transformers notes one Auto class per model; this one loads through three.
+            # transformers records one Auto class per model; this one loads through three.
             auto_map = getattr(self.config, "auto_map", None) or {}
             for auto_class in ("AutoModel", "AutoModelForMultimodalLM"):
                 auto_map = {**auto_map, auto_class: "modeling_safevlm.SafeVlmForConditionalGeneration"}
             self.config.auto_map = auto_map
-            # transformers saves the files that this one imports: the pipeline's, too.
+            # transformers saves the files that this one imports, so this adds the pipeline's.
             from .pipeline_safevlm import SafeVlmPipeline  # noqa: F401
         super().save_pretrained(save_directory, *args, **kwargs)
-
-    # -- the policy --------------------------------------------------------------------------------------------------
-
-    def set_safety_policy(self, policy, processor=None):
-        """
-        Makes `policy` the model's own (it is saved with the model).
-
-        Args:
-            policy (`SafetyPolicy`, `dict`, file or preset name)
-            processor (*optional*): Needed when the policy brings texts that the model has no token ids for.
-
-        Raises:
-            `ValueError`: The policy does not fit the model's labels, or a text of it has no tokens that say it.
-        """
-        policy = SafetyPolicy.from_value(policy).for_labels(self.config.labels)
-        if processor is not None:
-            texts = policy_token_ids(processor, policy.texts(self.config.labels))
-            for text, ids in texts.items():
-                self._check_text(text, [int(i) for i in ids.split()], getattr(processor, "tokenizer", processor))
-            self.config.generation_prompt_token_ids = generation_prompt_token_ids(processor)
-            self.config.answer_opening_token_ids = answer_opening_token_ids(processor)
-            self.config.policy_token_ids = {**self.config.policy_token_ids, **texts}
-        self.config.safety_policy = policy.to_dict()
-
-    def resolve_policy(self, policy=None) -> SafetyPolicy:
-        """
-        The policy a call asks for, or the model's own. A preset's name means the preset, whatever the model's own
-        policy is called or says; only the head's calibration (the temperatures, which have bounds) is the model's.
-        """
-        own = SafetyPolicy.from_value(self.config.safety_policy, files=False)
-        if isinstance(policy, str) and policy in POLICY_PRESETS:
-            policy = POLICY_PRESETS[policy].replace(
-                level_temperature=own.level_temperature, category_temperature=own.category_temperature
-            )
-        policy = own if policy is None else SafetyPolicy.from_value(policy)
-        return policy.for_labels(self.config.labels)
-
-    def policy_weaknesses(self) -> list[str]:
-        """In which ways the model's own policy is milder than the preset `"default"`; see `SafetyPolicy`."""
-        return self.resolve_policy().weaknesses(self.config.labels)
 
     # -- the safety path ---------------------------------------------------------------------------------------------
 
     def encode_images(self, input_ids: torch.Tensor, **image_inputs) -> ImageFeatures | None:
         """
-        Vision features and safety features of a batch's images; `None` if it has no images.
+        Vision features and safety features of a batch's images; `None` if it has none.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`)
-            image_inputs: The processor's image tensors, `pixel_values` and what else the family has.
+            image_inputs: The processor's image tensors: `pixel_values` and whatever else the family has.
         """
         image_inputs = {name: value for name, value in image_inputs.items() if name in self.backbone.image_inputs}
         image_tokens = (input_ids == self.backbone.image_token_id).sum(dim=1).tolist()
@@ -341,7 +239,7 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
         Returns:
             `torch.FloatTensor` of shape `(num_images * tokens_per_image, text_hidden_size)`
         """
-        embeddings: SafetyEmbeddings | None = self.safety.embeddings
+        embeddings = self.safety.embeddings
         if embeddings is None:
             return features.safety.new_zeros(0, self.config.get_text_config().hidden_size)
         category = torch.where(action == 0, self.config.labels.safe_category_id, category)
@@ -361,13 +259,12 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
         safety_level_labels: torch.LongTensor | None = None,
         safety_category_labels: torch.LongTensor | None = None,
         safety_question_mask: torch.Tensor | None = None,
-        label_conditioning: float = 0.0,
+        condition_on_labels: torch.BoolTensor | None = None,
         past_key_values=None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SafeVlmOutput:
         """
-        One pass, for training and for measuring. It carries out no policy: a decoding loop written around it is not
-        guarded, `generate` is.
+        One pass, for training and measuring. It enforces no policy: a decoding loop around it is not guarded.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): With `<safety>` placeholders.
@@ -375,54 +272,45 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
                 A batch without any answer has no LM loss.
             safety_level_labels, safety_category_labels (`torch.LongTensor` of shape `(batch_size,)`): -100 is ignored.
             safety_question_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`): See `predict_safety`; by
-                default all tokens that `labels` does not supervise.
-            label_conditioning (`float` in [0, 1]): Share of labelled rows whose safety embeddings are conditioned on
-                their label; the others on the head's prediction, as at inference.
+                default every token that `labels` does not supervise.
+            condition_on_labels (`torch.BoolTensor` of shape `(batch_size,)`, *optional*): Rows whose safety embeddings
+                are conditioned on their labels. All others are conditioned on the head's prediction.
             kwargs: For the base model (further image inputs, `num_items_in_batch`, ...).
         """
         check_inputs(input_ids, self.backbone.pixel_ndims, pixel_values, **kwargs)
         features = self.encode_images(input_ids, pixel_values=pixel_values, **kwargs)
         if safety_question_mask is None and labels is not None:
-            seen = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-            safety_question_mask = seen.bool() & (labels == IGNORE_INDEX)
+            attended = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            safety_question_mask = attended.bool() & (labels == IGNORE_INDEX)
         reading = self.predict_safety(input_ids, attention_mask, features, safety_question_mask)
 
-        answered = labels is not None and bool((labels[:, 1:] != IGNORE_INDEX).any())  # else the loss would be 0 / 0
+        has_answer = labels is not None and bool((labels[:, 1:] != IGNORE_INDEX).any())  # the loss would be 0 / 0
         base_inputs = dict(
+            kwargs,
             input_ids=input_ids,
             attention_mask=attention_mask,
-            labels=labels if answered else None,
+            labels=labels if has_answer else None,
             past_key_values=past_key_values,
-            **kwargs,
+            return_dict=True,
+            **({} if labels is None else self.backbone.training_inputs(labels)),
         )
-        if labels is not None:
-            base_inputs.update(self.backbone.training_inputs(labels))
-        base_inputs["return_dict"] = True
-        if features is None:
-            output = self.base(**base_inputs)
-        else:
+        embeddings = None
+        if features is not None:
             action, category = self._training_condition(
-                reading, safety_level_labels, safety_category_labels, label_conditioning
+                reading, safety_level_labels, safety_category_labels, condition_on_labels
             )
-            base_inputs["mm_encoder_outputs"] = features.vision.mm_encoder_outputs
             embeddings = self.condition(features, action, category)
-            start = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-            with override_embeddings(self.base, embeddings, input_ids, self.config.safety_token_id, start=start):
-                output = self.base(**base_inputs)
+            base_inputs["mm_encoder_outputs"] = features.vision.mm_encoder_outputs
+        start = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        with override_embeddings(self.base, embeddings, input_ids, self.config.safety_token_id, start=start):
+            output = self.base(**base_inputs)
 
         level_logits, category_logits, assessed = reading.per_row()
         losses = safety_losses(level_logits, category_logits, safety_level_labels, safety_category_labels, assessed)
-        lm_loss = output.loss if answered else None
-        if self.training and torch.is_grad_enabled():
-            losses = self._attached(losses, lm_loss)
+        lm_loss = output.loss if has_answer else None
+        coefs = self.config.safety_level_loss_coef, self.config.safety_category_loss_coef
         return SafeVlmOutput(
-            loss=combine_losses(
-                lm_loss,
-                losses["safety_level_loss"],
-                losses["safety_category_loss"],
-                self.config.safety_level_loss_coef,
-                self.config.safety_category_loss_coef,
-            ),
+            loss=combine_losses(lm_loss, *losses.values(), *coefs),
             lm_loss=lm_loss,
             **losses,
             logits=output.logits,
@@ -434,33 +322,19 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
             attentions=output.get("attentions"),
         )
 
-    def _attached(self, losses, lm_loss):
-        """
-        Safety losses with a gradient, of 0, where the batch reaches nothing that trains (in stage 1: no picture):
-        `backward` needs one, and other processes wait for it.
-        """
-        present = [loss for loss in (lm_loss, *losses.values()) if loss is not None]
-        if any(loss.requires_grad for loss in present):
-            return losses
-        zero = sum((weight * 0).sum().cpu() for weight in self.parameters() if weight.requires_grad)
-        return {name: loss if loss is None else loss + zero for name, loss in losses.items()}
-
-    def _training_condition(self, reading, level_labels, category_labels, label_conditioning):
-        """Action and category ids per row: the labels' for a share of the labelled rows, else the prediction's."""
+    def _training_condition(self, reading, level_labels, category_labels, condition_on_labels):
+        """Action and category ids per row: of its labels where `condition_on_labels` says so, else as predicted."""
         policy = self.resolve_policy()
-        if not policy.enabled:  # a model saved with policy "off" can still be trained
+        if not policy.enabled:  # a model saved with the policy "off" can still be trained
             policy = self.resolve_policy("default")
         verdict = self.apply_policy([reading], policy)
-        action, category = verdict.action, verdict.category
-        if label_conditioning > 0 and level_labels is not None and category_labels is not None:
-            level_labels, category_labels = level_labels.to(action.device), category_labels.to(action.device)
-            use_label = (level_labels != IGNORE_INDEX) & (category_labels != IGNORE_INDEX)
-            use_label &= torch.rand(len(action), device=action.device) < label_conditioning
-            table = policy.action_table(self.config.labels).to(action.device)
-            labelled = table[category_labels.clamp(min=0), level_labels.clamp(min=0)]
-            action = torch.where(use_label, labelled, action)
-            category = torch.where(use_label, category_labels, category)
-        return action, category
+        if condition_on_labels is None or level_labels is None or category_labels is None:
+            return verdict.action, verdict.category
+        device = verdict.action.device
+        level, category = level_labels.to(device), category_labels.to(device)
+        use_labels = condition_on_labels.to(device) & (level != IGNORE_INDEX) & (category != IGNORE_INDEX)
+        action = policy.action_table(self.config.labels).to(device)[category.clamp(min=0), level.clamp(min=0)]
+        return torch.where(use_labels, action, verdict.action), torch.where(use_labels, category, verdict.category)
 
     # -- what transformers asks of a model ---------------------------------------------------------------------------
 
@@ -471,7 +345,7 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, SafeVlmGenerationM
 
     @generation_config.setter
     def generation_config(self, value):
-        # transformers sets one made from the wrapper's config before there is a base; the base makes its own.
+        # Before there is a base, transformers sets one made from the wrapper's config; the base makes its own.
         if "base" in self._modules:
             self.base.generation_config = value
 

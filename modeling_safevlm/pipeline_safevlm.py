@@ -5,24 +5,24 @@ from transformers import ImageTextToTextPipeline
 
 class SafeVlmPipeline(ImageTextToTextPipeline):
     """
-    As the stock pipeline; each result also has `"safety"`: action, category, level, score and probabilities. Under the
-    policy `"off"` its action is `"off"`. A new answer begins without white space.
+    The stock pipeline, with the verdict in each result: `"safety"` holds action, category, level, score and
+    probabilities. Under the policy `"off"` its action is `"off"`. A new answer starts without white space.
 
-    A per-call policy is the argument `safety_policy`, as in `generate`.
+    The argument `safety_policy` sets the policy of a call, as in `generate`.
     """
 
     def check_model_type(self, supported_models):
-        """Any SafeVLM will do; its class is not in transformers' own list."""
+        """Accepts every model: transformers' own list does not contain the class of a SafeVLM."""
 
     def save_pretrained(self, save_directory, **kwargs):
-        """With the processor, which transformers' pipelines leave out."""
+        """Also saves the processor, which transformers' pipelines leave out."""
         super().save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory)
 
     def _sanitize_parameters(self, safety_policy=None, generate_kwargs=None, **kwargs):
         if safety_policy is not None:
-            if generate_kwargs is not None and "safety_policy" in generate_kwargs:
-                raise ValueError("`safety_policy` is given twice: once more in `generate_kwargs`. Keep one.")
+            if "safety_policy" in (generate_kwargs or {}):
+                raise ValueError("`safety_policy` is given twice, as an argument and in `generate_kwargs`. Keep one.")
             generate_kwargs = {**(generate_kwargs or {}), "safety_policy": safety_policy}
         return super()._sanitize_parameters(generate_kwargs=generate_kwargs, **kwargs)
 
@@ -32,23 +32,18 @@ class SafeVlmPipeline(ImageTextToTextPipeline):
         return super().preprocess(inputs, timeout=timeout, **kwargs)
 
     def _forward(self, model_inputs, generate_kwargs=None):
-        generate_kwargs = dict(generate_kwargs or {}, return_dict_in_generate=True)
-        generate_kwargs.setdefault("tokenizer", self.processor.tokenizer)
-        prompt_text = model_inputs.pop("text")
-        input_ids = model_inputs["input_ids"]
-        generate_kwargs = self._prepare_generate_kwargs(generate_kwargs)
+        prompt_text, input_ids = model_inputs.pop("text"), model_inputs["input_ids"]
+        generate_kwargs = {"tokenizer": self.processor.tokenizer, **(generate_kwargs or {})}
+        generate_kwargs = self._prepare_generate_kwargs({**generate_kwargs, "return_dict_in_generate": True})
         output = self.model.generate(**model_inputs, **generate_kwargs)
-        return {
-            # One entry per prompt: several with `num_return_sequences`, which `batch_size` must not tear apart.
-            "generated_sequence": output.sequences.reshape(len(input_ids), -1, output.sequences.shape[-1]),
-            "prompt_text": prompt_text,
-            "input_ids": input_ids,
-            "safety": output["safety"].to_list(),
-        }
+        # One entry per prompt, also with `num_return_sequences`: `batch_size` would tear them apart.
+        sequences = output.sequences.reshape(len(input_ids), -1, output.sequences.shape[-1])
+        safety = output["safety"].to_list()
+        return dict(generated_sequence=sequences, prompt_text=prompt_text, input_ids=input_ids, safety=safety)
 
     def postprocess(self, model_outputs, *args, **kwargs):
         safety = model_outputs.pop("safety")
-        if isinstance(safety, dict):  # with `batch_size` the pipeline hands over one item of the batch
+        if isinstance(safety, dict):  # with `batch_size` the pipeline passes single items of the batch
             safety = [safety]
         records = super().postprocess(model_outputs, *args, **kwargs)
         for i, record in enumerate(records):  # several records per row with `num_return_sequences`
@@ -57,9 +52,12 @@ class SafeVlmPipeline(ImageTextToTextPipeline):
         return records
 
     def _strip(self, record):
-        """Templates end before the space that comes before an answer; what continues a text keeps it."""
-        written, asked = record.get("generated_text"), record["input_text"]
-        if isinstance(written, str) and not isinstance(asked, str) and asked[-1]["role"] != "assistant":
-            record["generated_text"] = written.lstrip()
-        elif isinstance(written, list) and len(written) > len(asked) and isinstance(written[-1].get("content"), str):
-            written[-1]["content"] = written[-1]["content"].lstrip()
+        """
+        Removes white space before a new answer, as templates end without the space that an answer begins with. A
+        continued answer keeps it.
+        """
+        text, prompt = record.get("generated_text"), record["input_text"]
+        if isinstance(text, str) and not isinstance(prompt, str) and prompt[-1]["role"] != "assistant":
+            record["generated_text"] = text.lstrip()
+        elif isinstance(text, list) and len(text) > len(prompt) and isinstance(text[-1].get("content"), str):
+            text[-1]["content"] = text[-1]["content"].lstrip()

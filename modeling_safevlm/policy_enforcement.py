@@ -1,25 +1,24 @@
-"""Carries a policy out while the base model writes: forced refusals, no placeholders, no hints on a streamer."""
-
-import unicodedata
+"""Enforces a policy while the base model writes: forced refusals, no placeholders, no hints on a streamer."""
 
 import torch
+from torch.nn import functional as F
 from transformers import LogitsProcessor
 
 
 class EnforcePolicy(LogitsProcessor):
     """
-    Writes forced refusals, token by token, and keeps the model from writing placeholders.
+    Writes forced refusals token by token, and keeps the model from writing placeholders.
 
-    It runs after all other logits processors and leaves one token possible for refused rows, whatever prompt,
-    sampling, beams or other processors want. Other rows of the batch are not touched.
+    It runs after all other logits processors and leaves refused rows one possible token, whatever prompt, sampling,
+    beams or other processors prefer. It does not touch the other rows of the batch.
 
     Args:
-        refusals (`list[list[int] | None]`): One entry per prompt; `None` lets the model answer.
+        refusals (`list[list[int] | None]`): Token ids per prompt; `None` lets the model answer.
         prompt_length (`int`): Number of prompt tokens.
-        end_token_ids (`list[int]`): What ends an answer; the first is written after the refusal.
+        end_token_ids (`list[int]`): Tokens that end an answer; the first one is written after the refusal.
         pad_token_id (`int`, *optional*): What follows the end.
-        forbidden_token_ids (`list[int]`): Placeholders. In an answer they would stand for images that are not there
-            (prompt-lookup decoding copies them from the prompt).
+        forbidden_token_ids (`list[int | None]`): Placeholders. In an answer they would stand for images that do not
+            exist (prompt-lookup decoding copies them from the prompt).
         vocab_size (`int`): Of the model that answers.
     """
 
@@ -32,38 +31,32 @@ class EnforcePolicy(LogitsProcessor):
         forbidden_token_ids: list[int | None],
         vocab_size: int,
     ):
-        self.prompt_length, self.end_token_ids, self.pad_token_id = prompt_length, end_token_ids, pad_token_id
-        self.forbidden_token_ids = [i for i in forbidden_token_ids if i is not None]
         if wrong := [i for i in end_token_ids if not 0 <= i < vocab_size]:
             raise ValueError(
-                f"`eos_token_id` {wrong[0]} is no token of this model, whose ids are below {vocab_size}. For answers "
-                f"of full length use `min_new_tokens`."
+                f"`eos_token_id` {wrong[0]} is not a token of this model, whose ids are below {vocab_size}. To get "
+                f"answers of full length use `min_new_tokens`."
             )
-        self.refused = torch.tensor([refusal is not None for refusal in refusals])
-        self.script = torch.zeros(len(refusals), 0, dtype=torch.long)
-        if self.refused.any():
-            if not end_token_ids:
-                raise ValueError("A forced refusal needs an end: set `eos_token_id` in the generation config.")
-            length = max(len(refusal) for refusal in refusals if refusal is not None) + 1
-            rows = [refusal or [] for refusal in refusals]
-            self.script = torch.tensor([row + end_token_ids[:1] * (length - len(row)) for row in rows])
+        if not end_token_ids and any(refusals):
+            raise ValueError("A forced refusal needs an end: set `eos_token_id` in the generation config.")
+        self.prompt_length, self.end_token_ids, self.pad_token_id = prompt_length, end_token_ids, pad_token_id
+        self.forbidden_token_ids = [i for i in forbidden_token_ids if i is not None]
+        length = max(len(refusal or []) for refusal in refusals) + 1
+        # What each row must write, up to its end token; -1 where the model has the choice.
+        self.script = torch.tensor(  # (batch_size, length)
+            [[-1] * length if ids is None else ids + end_token_ids[:1] * (length - len(ids)) for ids in refusals]
+        )
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        scores = scores.clone()
-        vocab_size = scores.shape[1]
-        for token_id in self.forbidden_token_ids:
-            if token_id < vocab_size:  # an assistant model may have fewer tokens, and count the prompt in its own
-                scores[:, token_id] = float("-inf")
-        if not self.refused.any():
-            return scores
+        scores, vocab_size = scores.clone(), scores.shape[1]
+        # An assistant model may have a smaller vocabulary. What it cannot write it need not draft: the main model
+        # writes it.
+        scores[:, [i for i in self.forbidden_token_ids if i < vocab_size]] = float("-inf")
         step = min(max(input_ids.shape[1] - self.prompt_length, 0), self.script.shape[1] - 1)
-        copies = len(scores) // len(self.script)
-        token = self.script[:, step].to(scores.device).repeat_interleave(copies).unsqueeze(1)
-        refused = self.refused.to(scores.device).repeat_interleave(copies).unsqueeze(1)
-        # What an assistant cannot write it need not draft: the model itself has every token of the script.
-        forced = refused & (token < vocab_size)
-        only = torch.full_like(scores, float("-inf")).scatter(1, token.clamp(max=vocab_size - 1), 0.0)
-        return torch.where(forced, only, scores)
+        tokens = self.script[:, step].repeat_interleave(len(scores) // len(self.script))  # (batch_size * copies,)
+        forced = ((tokens >= 0) & (tokens < vocab_size)).nonzero().squeeze(1)
+        scores[forced] = float("-inf")
+        scores[forced, tokens[forced]] = 0.0
+        return scores
 
     def verify(self, sequences: torch.LongTensor):
         """
@@ -71,94 +64,54 @@ class EnforcePolicy(LogitsProcessor):
             sequences (`torch.LongTensor` of shape `(batch_size * copies, sequence_length)`): Prompts and answers.
 
         Raises:
-            `RuntimeError`: A row that was to be refused has another text, or one after its refusal: the decoding
-                method (a `custom_generate`) did not apply its logits processors.
+            `RuntimeError`: A refused row has other text, or text after its refusal: the decoding method (a
+                `custom_generate`) did not apply its logits processors.
         """
-        if not self.refused.any():
+        refused = self.script[:, 0] >= 0
+        if not refused.any():
             return
-        copies = len(sequences) // len(self.script)
-        written = sequences[:, self.prompt_length :].cpu()[self.refused.repeat_interleave(copies)]
-        script = self.script[self.refused].repeat_interleave(copies, dim=0)
-        ends = torch.tensor([*self.end_token_ids, *[self.pad_token_id] * (self.pad_token_id is not None)])
-        length = min(written.shape[1], script.shape[1])
-        as_told = torch.zeros_like(written, dtype=torch.bool)
-        as_told[:, :length] = written[:, :length] == script[:, :length]
-        # The first end token ends the answer (a caller's may be in the midst of the text); only padding may follow.
-        ended = torch.isin(written, torch.tensor(self.end_token_ids)).cumsum(dim=1) > 0
-        after = torch.zeros_like(ended)
-        after[:, 1:] = ended[:, :-1]
-        if not torch.where(after, torch.isin(written, ends), as_told).all():
+        written = sequences[:, self.prompt_length :].cpu().unflatten(0, (len(refused), -1))[refused]
+        script = F.pad(self.script[refused], (0, written.shape[2]))[:, None, : written.shape[2]]
+        # The first end token ends the answer (a caller's may be in the middle of the text); only padding may follow.
+        is_end = torch.isin(written, torch.tensor(self.end_token_ids))  # (num_refused, copies, num_new_tokens)
+        is_after = is_end.cumsum(dim=2) > is_end.int()
+        is_padding = is_end if self.pad_token_id is None else is_end | (written == self.pad_token_id)
+        if not torch.where(is_after, is_padding, written == script).all():
             raise RuntimeError(
-                "The decoding method wrote something else than the forced refusal: it ignores logits processors. "
+                "The decoding method wrote something other than the forced refusal: it ignores logits processors. "
                 "Use one that applies them, or the policy's hints only (`forced_refusal=False`)."
             )
 
 
 class PromptStreamer:
     """
-    Hands a streamer the caller's prompt in place of the one with the hint, and the answer once it is verified.
+    Streams the caller's prompt in place of the one with the hint, and answers once they are verified.
 
     Args:
         streamer: The caller's.
         input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): The caller's prompts.
     """
 
-    def __init__(self, streamer, input_ids):
+    def __init__(self, streamer, input_ids: torch.LongTensor):
         self.streamer, self.input_ids = streamer, input_ids
         self.enforcement = self.sequence = None
 
     def start(self, enforcement: EnforcePolicy, verdict):
-        """Hands the verdict on to a streamer that has a method for it; from here on answers are verified."""
+        """From here on answers are verified. A streamer with a method `put_safety` gets the verdict."""
         self.enforcement = enforcement
         if hasattr(self.streamer, "put_safety"):
             self.streamer.put_safety(verdict)
 
     def put(self, value):
-        if self.sequence is None:
-            self.sequence = value.reshape(len(self.input_ids), -1)
+        tokens = value.reshape(len(self.input_ids), -1)
+        if self.sequence is None:  # the first call brings the prompt
+            self.sequence = tokens
             self.streamer.put(self.input_ids.cpu())
             return
-        self.sequence = torch.cat([self.sequence, value.reshape(len(self.sequence), -1).to(self.sequence)], dim=1)
+        self.sequence = torch.cat([self.sequence, tokens.to(self.sequence)], dim=1)
         if self.enforcement is not None:
             self.enforcement.verify(self.sequence)
         self.streamer.put(value)
 
     def end(self):
         self.streamer.end()
-
-
-def check_text_ids(text: str | None, ids: list[int], vocab_size: int, control_ids: set[int], tokenizer=None):
-    """
-    Raises `ValueError` if token ids cannot stand for a policy's text: a refusal must not be empty, or another text.
-
-    Args:
-        text (`str`, *optional*): `None` for what opens an answer, which is read by nobody.
-        control_ids (`set[int]`): Ids that no text may have: ends, padding, placeholders.
-        tokenizer (*optional*): Without one nobody can tell what the ids say.
-    """
-    problem = None
-    if tokenizer is not None and text is not None:
-        control_ids = control_ids | set(tokenizer.all_special_ids)
-    if not ids:
-        problem = "no tokens at all"
-    elif strange := [i for i in ids if not isinstance(i, int)]:
-        problem = f"{strange[0]!r}, which is no token id"
-    elif outside := [i for i in ids if not 0 <= i < vocab_size]:
-        problem = f"the token id {outside[0]}, outside the vocabulary of {vocab_size}"
-    elif control := [i for i in ids if i in control_ids]:
-        problem = f"the special token {control[0]}"
-    elif tokenizer is not None and text is not None:
-        read = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        if _letters(read) != _letters(text):
-            problem = f"tokens that say {read!r}"
-    if problem:
-        what = "What opens an answer (`answer_opening_token_ids`)" if text is None else f"The policy's text {text!r}"
-        raise ValueError(
-            f"{what} has {problem}. Use another text, or store the policy's own once more: "
-            f"`model.set_safety_policy(policy, processor)`."
-        )
-
-
-def _letters(text: str) -> str:
-    """What tokenizers keep of a text: not its white space, nor how its letters are composed."""
-    return "".join(unicodedata.normalize("NFKC", text).split())

@@ -1,105 +1,290 @@
-"""A policy's texts as token ids, exactly as the chat template would put them, so that the model needs no tokenizer."""
+"""A model's own policy, and its texts as token ids: making them, checking them, looking up what each row gets.
 
+`set_safety_policy` renders the texts with the processor's chat template and saves their token ids in the
+configuration, so that the model can write hints and refusals without a tokenizer.
+"""
+
+import os.path
 import re
+import unicodedata
+
+import torch
+
+from .safety_policy import ACTIONS, POLICY_PRESETS, UNKNOWN_RISK, SafetyPolicy
 
 
-def policy_token_ids(processor, texts: dict[str, list[str]]) -> dict[str, str]:
+class PolicyMixin:
+    """A model's own safety policy: stored in its configuration with its texts as token ids, resolved for each call."""
+
+    def set_safety_policy(self, policy, processor=None):
+        """
+        Makes `policy` the model's own, which is saved with it.
+
+        Args:
+            policy (`SafetyPolicy`, `dict`, file or preset name)
+            processor (*optional*): Needed if the policy has texts that the model has no token ids for.
+
+        Raises:
+            `ValueError`: The policy does not fit the model's labels, or the tokenizer cannot write one of its texts.
+        """
+        policy = SafetyPolicy.from_value(policy).for_labels(self.config.labels)
+        if processor is not None:
+            store_policy_texts(self.config, policy, processor, self.control_token_ids())
+        self.config.safety_policy = policy.to_dict()
+
+    def resolve_policy(self, policy=None) -> SafetyPolicy:
+        """
+        The policy that a call asks for, by default the model's own. A preset name always means the preset, whatever
+        the model's own policy is called; only the calibration of the head (the temperatures) is the model's.
+        """
+        own = SafetyPolicy.from_value(self.config.safety_policy, files=False)
+        if isinstance(policy, str) and policy in POLICY_PRESETS:
+            policy = POLICY_PRESETS[policy].replace(
+                level_temperature=own.level_temperature, category_temperature=own.category_temperature
+            )
+        policy = own if policy is None else SafetyPolicy.from_value(policy)
+        return policy.for_labels(self.config.labels)
+
+    def policy_weaknesses(self) -> list[str]:
+        """How the model's own policy is milder than the preset `"default"`; see [`SafetyPolicy.weaknesses`]."""
+        return self.resolve_policy().weaknesses(self.config.labels)
+
+    def check_policy_texts(self, processor=None):
+        """
+        Raises `ValueError` if the stored token ids of the policy's texts cannot be right. Only with a `processor` (or
+        tokenizer) can it check what the ids say, and that both have the same placeholder.
+        """
+        check_policy_texts(self.config, self.control_token_ids(), processor)
+
+    def control_token_ids(self) -> set[int | None]:
+        """Ids that no text of a policy may have."""
+        settings, eos = self.generation_config, self.generation_config.eos_token_id
+        ends = [] if eos is None else torch.as_tensor(eos).flatten().tolist()
+        placeholders = {self.config.safety_token_id, self.backbone.image_token_id}
+        return placeholders | {*ends, settings.pad_token_id, settings.bos_token_id}
+
+
+# -- making ----------------------------------------------------------------------------------------------------------
+
+
+def store_policy_texts(config, policy: SafetyPolicy, processor, control_ids: set[int]):
     """
+    Puts the token ids of all texts of `policy` into `config`, once they are checked (see [`check_policy_texts`]).
+
     Args:
-        processor: A processor with a chat template (or a tokenizer; then texts are encoded on their own).
-        texts (`dict[str, list[str]]`): From [`SafetyPolicy.texts`].
-
-    Returns:
-        `dict[str, str]`: text -> its token ids, space separated (which keeps `config.json` readable).
+        processor: A processor or tokenizer. Without a chat template each text is encoded alone.
     """
-    opening = _answer_opening(processor)
-    ids = {text: _hint_ids(processor, text) for text in texts["hints"]}
-    ids |= {text: _answer_ids(processor, text, opening) for text in texts["refusals"]}
-    return {text: " ".join(map(str, tokens)) for text, tokens in ids.items()}
+    texts, opening = policy.texts(config.labels), _answer_opening(processor)
+    token_ids = {hint: _hint_ids(processor, hint) for hint in texts["hints"]}
+    token_ids |= {refusal: _refusal_ids(processor, refusal, opening) for refusal in texts["refusals"]}
+    for text, ids in token_ids.items():
+        _check_ids(text, ids, config, control_ids, getattr(processor, "tokenizer", processor))
+    saved = {text: " ".join(map(str, ids)) for text, ids in token_ids.items()}  # keeps `config.json` readable
+    config.policy_token_ids = {**config.policy_token_ids, **saved}
+    config.generation_prompt_token_ids = _generation_prompt_ids(processor)
+    config.answer_opening_token_ids = _encode(processor, opening)
 
 
-def generation_prompt_token_ids(processor) -> list[int]:
+def _generation_prompt_ids(processor) -> list[int]:
     """
-    Token ids that the chat template puts between the last user's words and the answer: the end of the turn and what
-    opens the answer (`" ASSISTANT:"`, `" [/INST]"`). Empty without a template.
+    What the chat template writes between the last user's words and the answer: the end of the turn and the opening of
+    the answer (`" ASSISTANT:"`, `" [/INST]"`). Empty without a template.
     """
-    if not getattr(processor, "chat_template", None):
+    if not _has_template(processor):
         return []
-    prompts = [_render(processor, [_user(words)], add_generation_prompt=True) for words in ("a", "b?", "c 1")]
-    backwards = [prompt[::-1] for prompt in prompts]
-    shared = min(_common_prefix(backwards[0], other) for other in backwards[1:])
-    return prompts[0][len(prompts[0]) - shared :]
-
-
-def answer_opening_token_ids(processor) -> list[int]:
-    """
-    Token ids that a forced answer begins with, so that it is what a user sees: the end of the thoughts that the
-    generation prompt opens (`"\\n</think>\\n\\n"`), or an empty thought. Empty for models that answer at once.
-    """
-    return _encode(processor, _answer_opening(processor))
-
-
-def _hint_ids(processor, text: str) -> list[int]:
-    if not getattr(processor, "chat_template", None):
-        return _encode(processor, " " + text)
-    plain = _render(processor, [_user("a")], add_generation_prompt=True)
-    hinted = _render(processor, [_user(f"a {text}")], add_generation_prompt=True)
-    start = _common_prefix(plain, hinted)
-    end = len(plain) - start  # what follows the user's words: end of turn, generation prompt
-    return hinted[start : len(hinted) - end]
+    reversed_prompts = [_render(processor, _user(words))[::-1] for words in ("a", "b?", "c 1")]
+    return os.path.commonprefix(reversed_prompts)[::-1]
 
 
 def _answer_opening(processor) -> str:
-    """What the template writes between its generation prompt and an answer, unless it is white space."""
-    if not getattr(processor, "chat_template", None):
+    """
+    What a forced answer must start with to be visible: the end of the thoughts that the generation prompt opens
+    (`"\\n</think>\\n\\n"`), or an empty thought. Empty for models that do not think first.
+    """
+    if not _has_template(processor):
         return ""
-    asked = _rendered(processor, [_user("a")], add_generation_prompt=True)
-    for thought in ({}, {"reasoning_content": "c"}):  # some templates close thoughts only behind some
-        full = _rendered(processor, [_user("a"), {**_assistant("b?"), **thought}])
-        begun = asked + thought.get("reasoning_content", "")
+    prompt = _render_text(processor, _user("a"))
+    for thoughts in ({}, {"reasoning_content": "c"}):  # some templates close thoughts only if there are any
+        full = _render_text(processor, _user("a"), {**_assistant("b?"), **thoughts})
+        begun = prompt + thoughts.get("reasoning_content", "")
         if full.startswith(begun) and "b?" in full[len(begun) :]:
-            opening = full[len(begun) : full.index("b?", len(begun))]
+            opening = full[len(begun) :].partition("b?")[0]
             return opening if opening.strip() else ""
-    tag = re.search(r"<(\w+)>\s*$", asked)  # opened, and closed by the model alone
-    return "" if tag is None else f"\n</{tag[1]}>\n\n"
+    tag = re.search(r"<(\w+)>\s*$", prompt)  # opened by the template; only the model would close it
+    return f"\n</{tag[1]}>\n\n" if tag else ""
 
 
-def _answer_ids(processor, text: str, opening: str) -> list[int]:
-    if opening:
-        return _encode(processor, text)
-    if not getattr(processor, "chat_template", None):
-        return _encode(processor, " " + text)
-    prompt = _render(processor, [_user("a")], add_generation_prompt=True)
-    full = _render(processor, [_user("a"), _assistant(text)])
-    if full[: len(prompt)] != prompt:  # a template that renders past answers differently
-        return _encode(processor, " " + text)
-    # What the template writes after an answer (white space, end of turn) is not part of the text.
-    tokenizer = getattr(processor, "tokenizer", processor)
-    answer, length = full[len(prompt) :], 1
-    while tokenizer.decode(answer[:length], skip_special_tokens=True).strip() != text and length < len(answer):
-        length += 1
-    return answer[:length]
+def _hint_ids(processor, hint: str) -> list[int]:
+    if not _has_template(processor):
+        return _encode_alone(processor, hint)
+    plain, hinted = (_render(processor, _user(words)) for words in ("a", f"a {hint}"))
+    start = len(os.path.commonprefix([plain, hinted]))
+    num_after = len(plain) - start  # what follows the user's words: end of turn, generation prompt
+    return hinted[start : len(hinted) - num_after]
 
 
-def _assistant(text: str) -> dict:
-    return {**_user(text), "role": "assistant"}
+def _refusal_ids(processor, refusal: str, opening: str) -> list[int]:
+    if opening or not _has_template(processor):
+        return _encode_alone(processor, refusal, opening)
+    prompt, full = _render(processor, _user("a")), _render(processor, _user("a"), _assistant(refusal))
+    if full[: len(prompt)] != prompt:  # the template renders past answers in another way
+        return _encode_alone(processor, refusal)
+    # The template may write more after the answer (white space, end of turn), which is not part of the text.
+    answer, tokenizer = full[len(prompt) :], getattr(processor, "tokenizer", processor)
+    ends = (n for n in range(len(answer)) if tokenizer.decode(answer[:n], skip_special_tokens=True).strip() == refusal)
+    return answer[: next(ends, len(answer))]
+
+
+def _has_template(processor) -> bool:
+    return bool(getattr(processor, "chat_template", None))
 
 
 def _user(text: str) -> dict:
     return {"role": "user", "content": [{"type": "text", "text": text}]}
 
 
-def _render(processor, messages, add_generation_prompt=False) -> list[int]:
-    return _encode(processor, _rendered(processor, messages, add_generation_prompt))
+def _assistant(text: str) -> dict:
+    return {**_user(text), "role": "assistant"}
 
 
-def _rendered(processor, messages, add_generation_prompt=False) -> str:
-    return processor.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
+def _render_text(processor, *messages) -> str:
+    """The chat as the template writes it, with a generation prompt if the user spoke last."""
+    asked = messages[-1]["role"] == "user"
+    return processor.apply_chat_template(list(messages), add_generation_prompt=asked, tokenize=False)
+
+
+def _render(processor, *messages) -> list[int]:
+    return _encode(processor, _render_text(processor, *messages))
+
+
+def _encode_alone(processor, text: str, opening="") -> list[int]:
+    return _encode(processor, text if opening else " " + text)
 
 
 def _encode(processor, text: str) -> list[int]:
     return getattr(processor, "tokenizer", processor)(text, add_special_tokens=False)["input_ids"]
 
 
-def _common_prefix(a: list[int], b: list[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+# -- checking --------------------------------------------------------------------------------------------------------
+
+
+def check_policy_texts(config, control_ids: set[int], processor=None):
+    """
+    Raises `ValueError` if the saved token ids cannot be the policy's texts: a refusal must not be empty, end early or
+    say something else.
+
+    Args:
+        control_ids (`set[int]`): Ids that no text may have: placeholders, padding, starts and ends of sequences.
+        processor (processor or tokenizer, *optional*): Needed to check that the ids decode to the texts, and that
+            placeholder and template are the model's.
+    """
+    placeholder = getattr(processor, "safety_token_id", config.safety_token_id)
+    if placeholder != config.safety_token_id:
+        raise ValueError(
+            f"The processor's placeholder has the token id {placeholder}, the model's {config.safety_token_id}: use "
+            f"the processor that was saved with the model."
+        )
+    opening = config.answer_opening_token_ids
+    if opening and hasattr(processor, "chat_template") and opening != _encode(processor, _answer_opening(processor)):
+        raise ValueError(
+            "`answer_opening_token_ids` are not what the processor's template writes before an answer: store the "
+            "policy again with `model.set_safety_policy(policy, processor)`."
+        )
+    _check_opening(config, control_ids)
+    for text, ids in config.policy_token_ids.items():
+        _check_ids(text, _parse(ids), config, control_ids, getattr(processor, "tokenizer", processor))
+
+
+def _check_opening(config, control_ids: set[int]):
+    if config.answer_opening_token_ids:
+        _check_ids(None, config.answer_opening_token_ids, config, control_ids)
+
+
+def _check_ids(text: str | None, ids: list[int], config, control_ids: set[int], tokenizer=None):
+    """
+    Args:
+        text (`str`, *optional*): `None` for the opening of an answer, which has no text to compare with.
+        tokenizer (*optional*): Needed to compare the ids with `text`.
+    """
+    readable = tokenizer is not None and text is not None
+    if readable:
+        control_ids = control_ids | set(tokenizer.all_special_ids)
+    vocab_size, problem = config.get_text_config().vocab_size, None
+    if not ids:
+        problem = "no tokens at all"
+    elif strange := [i for i in ids if not isinstance(i, int)]:
+        problem = f"{strange[0]!r}, which is no token id"
+    elif outside := [i for i in ids if not 0 <= i < vocab_size]:
+        problem = f"the token id {outside[0]}, outside the vocabulary of {vocab_size}"
+    elif control := [i for i in ids if i in control_ids]:
+        problem = f"the special token {control[0]}"
+    elif readable:
+        decoded = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if _letters(decoded) != _letters(text):
+            problem = f"tokens that say {decoded!r}"
+    if problem:
+        subject = (
+            "What opens an answer (`answer_opening_token_ids`)" if text is None else f"The policy's text {text!r}"
+        )
+        raise ValueError(
+            f"{subject} has {problem}. Use another text, or store the policy again with "
+            f"`model.set_safety_policy(policy, processor)`."
+        )
+
+
+def _letters(text: str) -> str:
+    """The text without what tokenizers may change: white space and the composition of characters."""
+    return "".join(unicodedata.normalize("NFKC", text).split())
+
+
+# -- looking up ------------------------------------------------------------------------------------------------------
+
+
+def row_texts(verdict, policy: SafetyPolicy, config, control_ids: set[int], tokenizer=None):
+    """
+    The token ids of each row's hint and of its forced refusal: two lists, with `None` where there is none.
+
+    Rows that the head could not assess are refused under every policy, since no hint could name their risk.
+
+    Args:
+        tokenizer (*optional*): Encodes texts that `config` has no token ids for, and checks those that it has.
+
+    Raises:
+        `ValueError`: A text has no token ids, or wrong ones.
+    """
+    hints, refusals = [], []
+    rows = zip(verdict.action.tolist(), verdict.category.tolist(), verdict.failed.tolist(), strict=True)
+    for action, category, failed in rows:
+        name, hint, refusal = config.category_names[category], None, None
+        if failed:
+            refusal = policy.refusal(UNKNOWN_RISK)
+            if tokenizer is None and refusal not in config.policy_token_ids:
+                refusal = policy.refusal(name)  # earlier releases saved the categories' texts only
+        elif ACTIONS[action] == "refuse" and policy.forced_refusal:
+            refusal = policy.refusal(name)
+        else:
+            hint = policy.hint(ACTIONS[action], name)
+        hints.append(_text_ids(hint, config, control_ids, tokenizer))
+        refusals.append(_text_ids(refusal, config, control_ids, tokenizer))
+    return hints, refusals
+
+
+def _text_ids(text: str | None, config, control_ids: set[int], tokenizer) -> list[int] | None:
+    if text is None:
+        return None
+    if text in config.policy_token_ids:
+        ids = _parse(config.policy_token_ids[text])
+    elif tokenizer is not None:
+        ids = _encode_alone(tokenizer, text, config.answer_opening_token_ids)
+    else:
+        raise ValueError(
+            f"The policy's text {text!r} has no token ids in this model. Pass `tokenizer=processor.tokenizer` to "
+            f"`generate`, or store the policy with `model.set_safety_policy(policy, processor)`."
+        )
+    _check_ids(text, ids, config, control_ids, tokenizer)
+    _check_opening(config, control_ids)
+    return ids
+
+
+def _parse(ids: str) -> list[int]:
+    return [int(i) for i in ids.split()]

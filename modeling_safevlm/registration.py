@@ -16,6 +16,7 @@ from transformers import (
 from .from_base import from_base
 from .modeling_safevlm import SafeVlmForConditionalGeneration, SafeVlmOutput
 from .pipeline_safevlm import SafeVlmPipeline
+from .policy_file import write_policy
 from .processing.from_base import from_base as processor_from_base
 from .processing.processing_safevlm import SafeVlmProcessor
 from .safety_adapter import save_safety_adapter
@@ -34,10 +35,11 @@ __all__ = [
     "SafetyVerdict",
 ]
 
-# Making a model needs this package, using one does not: these are not in the code that a saved model carries.
+# What a saved model does not need, and so does not carry: making a model, and writing an adapter or a policy.
 SafeVlmForConditionalGeneration.from_base = classmethod(from_base)
 SafeVlmProcessor.from_base = classmethod(processor_from_base)
 SafeVlmForConditionalGeneration.save_safety_adapter = save_safety_adapter
+SafetyPolicy.to_file = write_policy
 
 AutoConfig.register(SafeVlmConfig.model_type, SafeVlmConfig)
 AutoModel.register(SafeVlmConfig, SafeVlmForConditionalGeneration)

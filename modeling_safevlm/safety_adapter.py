@@ -19,7 +19,7 @@ from transformers.integrations.accelerate import load_offloaded_parameter
 
 from .adapter_files import ADAPTER_WEIGHTS, LORA_WEIGHTS
 from .configuration_safevlm import SafeVlmConfig
-from .safety_modules import check_safety_weights
+from .loading_checks import check_safety_weights
 
 
 def save_safety_adapter(model, save_directory):

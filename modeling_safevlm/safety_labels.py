@@ -1,4 +1,4 @@
-"""What the safety head tells apart: the names of risk categories and levels, and which category is the safe one."""
+"""What the safety head tells apart: the names of risk categories and levels, and the category that means "no risk"."""
 
 from dataclasses import dataclass
 
@@ -6,15 +6,16 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class SafetyLabels:
     """
-    Labels in the order of their ids. The defaults are the paper's, which stand here and nowhere else.
+    The categories and levels that the safety head tells apart, in the order of their ids. Defaults to the paper's.
 
     Args:
-        category_names (`tuple[str, ...]`): Risk categories, one of them without risk.
-        level_names (`tuple[str, ...]`): Risk levels; the first is "no risk".
-        safe_category (`str`): The category without risk.
+        category_names (`tuple[str, ...]`): Risk categories, one of which means "no risk".
+        level_names (`tuple[str, ...]`): Risk levels; the first means "no risk".
+        safe_category (`str`): The category that means "no risk".
 
     Raises:
-        `ValueError`: A name that is no text or occurs twice, fewer than two names, or an unknown `safe_category`.
+        `ValueError`: A name is not a text or occurs twice, a list has fewer than two names, or `safe_category` is
+            not one of the categories.
     """
 
     category_names: tuple[str, ...] = (
@@ -30,18 +31,18 @@ class SafetyLabels:
     safe_category: str = "safe"
 
     def __post_init__(self):
-        for field in ("category_names", "level_names"):
-            names = getattr(self, field)
-            if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) and n.strip() for n in names):
+        for name in ("category_names", "level_names"):
+            labels = getattr(self, name)
+            if not isinstance(labels, (list, tuple)) or not all(isinstance(n, str) and n.strip() for n in labels):
                 raise ValueError(
-                    f"`{field}` must be a list of texts, got {names!r}; in YAML quote yes, no and numbers."
+                    f"`{name}` must be a list of texts, got {labels!r}; in YAML quote yes, no and numbers."
                 )
-            if len(names) < 2:
-                raise ValueError(f"`{field}` must have at least two entries, got {names!r}.")
-            seen = [" ".join(name.split()).casefold() for name in names]
-            if twice := [name for name, key in zip(names, seen, strict=True) if seen.count(key) > 1]:
-                raise ValueError(f"`{field}` has the same name more than once: {twice}; give each label its own.")
-            object.__setattr__(self, field, tuple(names))
+            if len(labels) < 2:
+                raise ValueError(f"`{name}` must have at least two entries, got {labels!r}.")
+            keys = [" ".join(label.split()).casefold() for label in labels]
+            if repeated := [label for label, key in zip(labels, keys, strict=True) if keys.count(key) > 1]:
+                raise ValueError(f"`{name}` has the same name more than once: {repeated}; give each label its own.")
+            object.__setattr__(self, name, tuple(labels))
         if self.safe_category not in self.category_names:
             raise ValueError(f"`safe_category` {self.safe_category!r} is not among {list(self.category_names)}.")
 

@@ -1,25 +1,27 @@
-"""The three safety modules of SafeVLM (arXiv 2405.13581, section 3.2), and what the language model sees of them.
+"""The three safety modules of SafeVLM (arXiv 2405.13581, section 3.2), and the losses that train them (section 3.3).
 
     vision features -> SafetyProjector -> safety features -> SafetyHead (with the question) -> category, level
                                               |                                                    | policy
                                               +-> SafetyEmbeddings <-------------------------------+
                                                      -> the language model's input, beside each image
 
-Where this differs from the reference code: the head pools over the question's tokens (there: over the first position,
+Two differences from the reference code: the head pools over the question's tokens (there: over the first position,
 which never sees the question), and safety features reach the language model, too (there: constant tokens only).
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.integrations.accelerate import load_offloaded_parameter
 
 from .configuration_safevlm import SafeVlmConfig
 from .safety_policy import ACTIONS
 
+IGNORE_INDEX = -100
+"""Label of rows that have none, such as clean instruction data in stage 2."""
+
 
 class SafetyModules(nn.Module):
-    """All the weights SafeVLM adds to a base model: what stage 1 trains and what an adapter holds."""
+    """All the weights that SafeVLM adds to a base model: what stage 1 trains and what an adapter holds."""
 
     def __init__(self, config: SafeVlmConfig, vision_hidden_size: int):
         super().__init__()
@@ -31,34 +33,10 @@ class SafetyModules(nn.Module):
         self.embeddings = SafetyEmbeddings(config, hidden_size, text_hidden_size) if config.tokens_per_image else None
 
 
-def check_safety_weights(safety: nn.Module, source: str):
-    """
-    Raises `ValueError` if loaded safety weights are not finite, or zero: a head that cannot see calls nothing risky.
-    Biases may be zero. Weights that are nowhere yet (a model made on the meta device) cannot be checked.
-    """
-    for name, weight in safety.named_parameters():
-        if weight.is_meta:
-            try:
-                weight = load_offloaded_parameter(safety, name)
-            except ValueError:
-                continue
-        if not weight.isfinite().all():
-            problem = "not finite"
-        elif weight.numel() and not name.endswith("bias") and not weight.any():
-            problem = "all zero"
-        else:
-            continue
-        raise ValueError(
-            f"The safety weights of {source!r} are damaged: {name} is {problem}. A model with such weights would look "
-            f"safe and not be it. Load an undamaged copy; in another `dtype` if the weights do not fit the one asked "
-            f"for, {weight.dtype}."
-        )
-
-
 class CAbstractor(nn.Module):
     """
-    Safety projector for square patch grids: convolutions, adaptive pooling, convolutions, a 2-layer MLP (the paper
-    takes it from Honeybee, arXiv 2312.06742).
+    Safety projector for square patch grids: convolutions, adaptive pooling, convolutions, a 2-layer MLP. The paper
+    takes it from Honeybee (arXiv 2312.06742).
     """
 
     def __init__(self, config: SafeVlmConfig, vision_hidden_size: int, hidden_size: int):
@@ -70,7 +48,7 @@ class CAbstractor(nn.Module):
                 f"got {config.num_safety_features}."
             )
         depth = config.safety_projector_depth
-        self.norm = nn.LayerNorm(vision_hidden_size)  # vision features have a few dimensions of outlying size
+        self.norm = nn.LayerNorm(vision_hidden_size)  # some dimensions of vision features are much larger than others
         self.input = nn.Linear(vision_hidden_size, hidden_size)
         self.before_pooling = nn.Sequential(*[ConvBlock(hidden_size) for _ in range(depth)])
         self.after_pooling = nn.Sequential(*[ConvBlock(hidden_size) for _ in range(depth)])
@@ -85,7 +63,7 @@ class CAbstractor(nn.Module):
         """
         Args:
             patches (`torch.FloatTensor` of shape `(num_images, num_patches, vision_hidden_size)`)
-            mask: not supported here, every image must fill the same square grid.
+            mask: Not supported; every image must fill the same square grid.
 
         Returns:
             `torch.FloatTensor` of shape `(num_images, num_safety_features, hidden_size)`
@@ -100,9 +78,9 @@ class CAbstractor(nn.Module):
         x = self.input(self.norm(patches)).transpose(1, 2).unflatten(2, (side, side))  # (images, hidden, side, side)
         x = self.before_pooling(x)
         if side != self.grid:
-            x = F.adaptive_avg_pool2d(x, self.grid)
+            x = F.adaptive_avg_pool2d(x, self.grid)  # (images, hidden, grid, grid)
         x = self.after_pooling(x)
-        return self.output(x.flatten(2).transpose(1, 2))
+        return self.output(x.flatten(2).transpose(1, 2))  # (images, grid * grid, hidden)
 
 
 class ConvBlock(nn.Module):
@@ -124,7 +102,7 @@ class ConvBlock(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = F.gelu(self.reduce(self.norm(x)))
         h = F.gelu(self.conv(h))
-        gate = torch.sigmoid(self.excite(F.gelu(self.squeeze(h.mean(dim=(2, 3))))))
+        gate = torch.sigmoid(self.excite(F.gelu(self.squeeze(h.mean(dim=(2, 3))))))  # (images, width)
         return x + self.expand(h * gate[:, :, None, None])
 
 
@@ -175,18 +153,15 @@ class SafetyHead(nn.Module):
     """
     Classifies risk category and level of (question, image) pairs.
 
-    The question's token embeddings attend to the first set of safety tokens and the safety features; the attended
-    tokens are pooled with learned weights and classified. A pair without a question is read through a learned token.
+    The question's token embeddings attend to the first set of safety tokens and the safety features. The attended
+    tokens are pooled with learned weights and classified. A learned token stands for a missing question.
     """
 
     def __init__(self, config: SafeVlmConfig, text_hidden_size: int, hidden_size: int):
         super().__init__()
-        self.tokens = (
-            SafetyTokens(config.num_head_tokens, hidden_size, config.initializer_range)
-            if config.num_head_tokens
-            else None
-        )
-        self.no_question = SafetyTokens(1, hidden_size, config.initializer_range)
+        std = config.initializer_range
+        self.tokens = SafetyTokens(config.num_head_tokens, hidden_size, std) if config.num_head_tokens else None
+        self.no_question = SafetyTokens(1, hidden_size, std)
         self.text_norm = nn.LayerNorm(text_hidden_size)
         self.text_input = nn.Linear(text_hidden_size, hidden_size)
         self.layers = nn.ModuleList(
@@ -205,7 +180,7 @@ class SafetyHead(nn.Module):
             text_embeds (`torch.FloatTensor` of shape `(num_images, sequence_length, text_hidden_size)`):
                 Embeddings of the prompt that each image belongs to.
             question_mask (`torch.BoolTensor` of shape `(num_images, sequence_length)`): `True` for the prompt's text:
-                no padding, no placeholders, no hints, and never an answer's tokens, which would leak the label.
+                no padding, no placeholders, no hints, and no answers, which would leak the label.
             safety_features (`torch.FloatTensor` of shape `(num_images, num_safety_features, hidden_size)`)
 
         Returns:
@@ -216,33 +191,34 @@ class SafetyHead(nn.Module):
         if self.tokens is not None:
             memory = torch.cat([self.tokens(num_images), memory], dim=1)
         x = torch.cat([self.no_question(num_images), self.text_input(self.text_norm(text_embeds))], dim=1)
-        mask = torch.cat([~question_mask.any(dim=1, keepdim=True), question_mask], dim=1)
+        mask = torch.cat([~question_mask.any(dim=1, keepdim=True), question_mask], dim=1)  # (images, 1 + length)
         for layer in self.layers:
             x = layer(x, memory)
-        x = self.norm(x)
-        scores = self.pooling_score(x).squeeze(-1).float().masked_fill(~mask, float("-inf"))
-        pooled = (scores.softmax(dim=1).to(x.dtype).unsqueeze(1) @ x).squeeze(1)  # (num_images, hidden)
+        return self.classify(self.norm(x), mask)
+
+    def classify(self, states: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pools the states `(num_images, length, hidden_size)` where `mask` `(num_images, length)` is `True`."""
+        scores = self.pooling_score(states).squeeze(-1).float().masked_fill(~mask, float("-inf"))
+        weights = scores.softmax(dim=1).to(states.dtype).unsqueeze(1)  # (images, 1, length)
+        pooled = (weights @ states).squeeze(1)  # (images, hidden)
         return self.level_classifier(pooled), self.category_classifier(pooled)
 
 
 class SafetyEmbeddings(nn.Module):
     """
-    What the language model sees beside each image: the second set of safety tokens and a few safety-projected tokens,
-    both shifted by an embedding of the action and category that the policy decided on ("conditionally process safety
-    embeddings based on safety head output", Algorithm 1).
+    What the language model sees beside each image: the second set of safety tokens and a few safety-projected tokens.
+    Both are shifted by an embedding of the action and category that the policy decided on ("conditionally process
+    safety embeddings based on safety head output", Algorithm 1).
     """
 
     def __init__(self, config: SafeVlmConfig, hidden_size: int, text_hidden_size: int):
         super().__init__()
-        initializer_range = config.initializer_range
+        std = config.initializer_range
         self.num_projected_tokens = config.num_projected_tokens
-        self.tokens = (
-            SafetyTokens(config.num_prompt_tokens, text_hidden_size, initializer_range)
-            if config.num_prompt_tokens
-            else None
-        )
+        num_tokens = config.num_prompt_tokens
+        self.tokens = SafetyTokens(num_tokens, text_hidden_size, std) if num_tokens else None
         if config.num_projected_tokens:
-            self.queries = SafetyTokens(config.num_projected_tokens, hidden_size, initializer_range)
+            self.queries = SafetyTokens(config.num_projected_tokens, hidden_size, std)
             self.pooling = CrossAttentionLayer(hidden_size, config.num_attention_heads)
             self.output = nn.Sequential(nn.LayerNorm(hidden_size), nn.Linear(hidden_size, text_hidden_size))
         self.action = nn.Embedding(len(ACTIONS), text_hidden_size)
@@ -252,7 +228,7 @@ class SafetyEmbeddings(nn.Module):
         """
         Args:
             safety_features (`torch.FloatTensor` of shape `(num_images, num_safety_features, hidden_size)`)
-            action, category (`torch.LongTensor` of shape `(num_images,)`): ids, see `ACTIONS` and `category_names`.
+            action, category (`torch.LongTensor` of shape `(num_images,)`): Ids, see `ACTIONS` and `category_names`.
 
         Returns:
             `torch.FloatTensor` of shape `(num_images, tokens_per_image, text_hidden_size)`
@@ -263,7 +239,7 @@ class SafetyEmbeddings(nn.Module):
             parts.append(self.tokens(num_images))
         if self.num_projected_tokens:
             parts.append(self.output(self.pooling(self.queries(num_images), safety_features)))
-        condition = self.action(action) + self.category(category)
+        condition = self.action(action) + self.category(category)  # (images, text hidden)
         return torch.cat(parts, dim=1) + condition.unsqueeze(1)
 
 
@@ -297,8 +273,8 @@ class CrossAttentionLayer(nn.Module):
             return states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
         query, key = self.query(self.norm(x)), self.key(memory)
-        # Some kernels leave scores out that are no numbers, and what remains would look like a verdict.
-        finite = query.isfinite().flatten(1).all(dim=1) & key.isfinite().flatten(1).all(dim=1)
+        # Some attention kernels skip scores that are not finite, and the rest would look like a verdict.
+        finite = query.isfinite().flatten(1).all(dim=1) & key.isfinite().flatten(1).all(dim=1)  # (batch,)
         attended = F.scaled_dot_product_attention(
             split_heads(query),
             split_heads(key),
@@ -307,3 +283,36 @@ class CrossAttentionLayer(nn.Module):
         )
         x = x + self.output(attended.transpose(1, 2).flatten(2))
         return (x + self.mlp(x)).masked_fill(~finite[:, None, None], float("nan"))
+
+
+def safety_losses(
+    level_logits, category_logits, level_labels, category_labels, assessed: torch.Tensor
+) -> dict[str, torch.Tensor | None]:
+    """
+    Cross entropy over levels and categories: means over labelled rows, 0 if there are none, `None` without labels.
+
+    Args:
+        level_logits (`torch.FloatTensor` of shape `(batch_size, num_levels)`)
+        category_logits (`torch.FloatTensor` of shape `(batch_size, num_categories)`)
+        level_labels, category_labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*): -100 is ignored.
+        assessed (`torch.BoolTensor` of shape `(batch_size,)`): `False` for rows without an image, which are ignored.
+    """
+
+    def cross_entropy(logits, labels):
+        if labels is None:
+            return None
+        labels = labels.to(logits.device).masked_fill(~assessed.to(logits.device), IGNORE_INDEX)
+        total = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE_INDEX, reduction="sum")
+        return total / (labels != IGNORE_INDEX).sum().clamp(min=1)
+
+    return {
+        "safety_level_loss": cross_entropy(level_logits, level_labels),
+        "safety_category_loss": cross_entropy(category_logits, category_labels),
+    }
+
+
+def combine_losses(lm_loss, level_loss, category_loss, level_coef: float, category_coef: float) -> torch.Tensor | None:
+    """LM loss + coefficients x safety losses. Any of the three may be `None`; so is the sum if all are."""
+    weighted = [(lm_loss, 1.0), (level_loss, level_coef), (category_loss, category_coef)]
+    parts = [loss * coef for loss, coef in weighted if loss is not None]
+    return sum(part.to(parts[0].device) for part in parts[1:]) + parts[0] if parts else None

@@ -16,6 +16,35 @@ OFF = -1  # the action id under a policy that is off
 NOT_FINITE = "The safety head's numbers are not finite, so the request is refused."
 
 
+@dataclass
+class HeadReading:
+    """
+    What the safety head says about a batch in one reading of its prompts, image by image.
+
+    Args:
+        level_logits (`torch.FloatTensor` of shape `(num_images, num_levels)`)
+        category_logits (`torch.FloatTensor` of shape `(num_images, num_categories)`)
+        rows (`torch.LongTensor` of shape `(num_images,)`): The row of the batch each image belongs to.
+        batch_size (`int`)
+    """
+
+    level_logits: torch.Tensor
+    category_logits: torch.Tensor
+    rows: torch.Tensor
+    batch_size: int
+
+    def per_row(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Level and category logits of each row's worst image, 0 where there is none, and a `torch.BoolTensor` of shape
+        `(batch_size,)` that says where there is one.
+        """
+        worst = worst_images(self.level_logits, self.rows, self.batch_size)
+        level_logits, category_logits = (
+            F.pad(logits, (0, 0, 0, 1))[worst] for logits in (self.level_logits, self.category_logits)
+        )
+        return level_logits, category_logits, worst >= 0
+
+
 @dataclass(repr=False)
 class SafetyVerdict:
     """

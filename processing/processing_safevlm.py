@@ -11,17 +11,15 @@ import transformers
 from PIL import Image
 from transformers import AddedToken, BatchFeature, ProcessorMixin
 from transformers.image_utils import ImageInput
+from transformers.utils.versions import require_version
 
 from .chat_prompt import ChatPrompt, ControlTokens, answer_mask, checked_text, plain, plain_messages, render_chat
 from .pictures import find_picture, load_picture
 
-# As in versions.py, which lies in another package, for those who load the processor first.
-REQUIRED = "5.23"
-if tuple(map(int, transformers.__version__.split(".")[:2])) < tuple(map(int, REQUIRED.split("."))):
-    raise ImportError(
-        f"This SafeVLM's processor needs transformers >= {REQUIRED}, found {transformers.__version__}: "
-        f"pip install --upgrade 'transformers>={REQUIRED}' (and restart Python)."
-    )
+# As in configuration_safevlm.py, which lies in another package: whoever loads the processor alone needs it, too.
+REQUIRED = "transformers>=5.23.dev0,<5.24.dev0"
+_FIX = REQUIRED.replace(".dev0", "")
+require_version(REQUIRED, f"This SafeVLM needs it: pip install --upgrade '{_FIX}' (and restart Python).")
 
 # Options of the base's processor, and what they return: which characters each token and each image token stand for.
 OFFSETS = {

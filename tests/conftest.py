@@ -1,4 +1,4 @@
-"""Tiny models and processors, built once per session. A test that changes one takes a `copy.deepcopy`."""
+"""Tiny models and processors, built once per session. A test that changes one works on a `copy.deepcopy`."""
 
 import os
 import sys
@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # for `tiny`
 
 import pytest
 import torch
-from tiny import LEVELS, encode, force_verdicts, safe_model, tiny_llava, tiny_processor
+from tiny import LEVELS, encode, force_verdicts, judging_model, safe_model, tiny_llava, tiny_processor
 
 from safevlm import SafeVlmProcessor
 
@@ -33,14 +33,43 @@ def processor(base_processor):
 
 @pytest.fixture(scope="session")
 def base():
-    """A base model that nothing has wrapped."""
+    """A plain base model, not wrapped in a SafeVLM."""
     return tiny_llava()
 
 
 @pytest.fixture(scope="session")
 def model(processor):
-    """Its safety embeddings are large enough to change answers."""
+    """A SafeVLM whose safety embeddings are large enough to change answers."""
     return safe_model(tiny_llava(), processor)
+
+
+@pytest.fixture(scope="session")
+def judging(model, processor):
+    """A copy of `model` whose verdicts are known (see `judging_model`)."""
+    return judging_model(model, processor)
+
+
+@pytest.fixture(scope="session")
+def model_folders(base, base_processor, model, judging, processor, tmp_path_factory):
+    """
+    A folder with the saved models `base`, `safe` and `judging`, each with its processor, and the `adapter` of `safe`.
+    A test that changes one of them makes a copy.
+    """
+    folder = tmp_path_factory.mktemp("models")
+    for name, *parts in (("base", base, base_processor), ("safe", model, processor), ("judging", judging, processor)):
+        for part in parts:
+            part.save_pretrained(folder / name)
+    model.save_safety_adapter(folder / "adapter")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def odd_files():
+    """The folder of Pillow's odd images (see `odd_pictures.py`) in the test data."""
+    root = Path(__file__).parents[1] / os.environ.get("SAFEVLM_TEST_DATA", "../shared/data")
+    if not root.is_dir():
+        pytest.skip(f"no test data at {root}; set SAFEVLM_TEST_DATA")
+    return root.resolve() / "pillow_odd_images/Tests/images"
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""4-bit layers as on a CPU of either kind: bitsandbytes packs their weights anew where there is AVX512-BF16."""
+"""4-bit layers as on either kind of CPU: bitsandbytes repacks their weights on CPUs with AVX512-BF16."""
 
 import copy
 
@@ -8,7 +8,7 @@ CPUS = ["with AVX512-BF16", "without AVX512-BF16"]
 
 
 def pretend_cpu(monkeypatch, kind: str):
-    """From now on models load as on a CPU of that `kind`."""
+    """Makes models load as on a CPU of this `kind`, one of `CPUS`."""
     from bitsandbytes import functional
 
     has_it = functional.has_avx512bf16()
@@ -17,9 +17,9 @@ def pretend_cpu(monkeypatch, kind: str):
         monkeypatch.setattr(functional, "gemv_4bit", product_with_packed_weight)
 
 
-@torch.no_grad()  # as the kernel, it passes no gradients
+@torch.no_grad()  # like the kernel, which has no gradients
 def product_with_packed_weight(x, weight, out=None, state=None):
-    """In place of the kernel that only CPUs with AVX512-BF16 have."""
+    """Replaces the kernel that exists only on CPUs with AVX512-BF16."""
     from bitsandbytes import functional
 
     weight, state = functional._convert_weight_packed_for_cpu_inverse(weight, copy.copy(state))

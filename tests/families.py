@@ -1,7 +1,7 @@
-"""Tiny random models of every supported family, with their real processor classes and the shapes of their templates.
+"""Tiny random models of every supported family, with their real processor classes and templates of the real shape.
 
-`build(family)` returns a base model and its processor, offline and in milliseconds. Sizes are small, layouts are real:
-tiles, native resolution, pan-and-scan, boundary tokens, M-RoPE, prefix attention.
+`build(family)` returns a base model and its processor, offline and in milliseconds. The sizes are small but the
+layouts are real: tiles, native resolution, pan-and-scan, boundary tokens, M-RoPE, prefix attention.
 """
 
 from collections.abc import Callable
@@ -10,24 +10,12 @@ from pathlib import Path
 
 import torch
 import transformers as hf
-from tiny import tiny_tokenizer
+from tiny import CHAT_TEMPLATE, TOKEN_IDS, VISION, tiny_tokenizer
+from tiny import TEXT as TINY_TEXT
 
 from safevlm.processing.processing_safevlm import base_processor_class
 
-TEXT = dict(
-    hidden_size=64,
-    intermediate_size=128,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=448,
-    max_position_embeddings=2048,
-    initializer_range=0.2,  # far from uniform logits, so that a change in the input changes the answer
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
-VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, patch_size=8)
+TEXT = dict(**TINY_TEXT, **TOKEN_IDS, vocab_size=448, max_position_embeddings=2048)
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
@@ -49,23 +37,19 @@ MISTRAL = (
     "{% endfor %}</s>{% else %}[INST] {% for p in m['content'] %}{% if p['type'] == 'image' %}<image>\n"
     "{% else %}{{ p['text'] }}{% endif %}{% endfor %} [/INST]{% endif %}{% endfor %}"
 )
-LLAVA = (
-    "{% for m in messages %}{% if m['role'] == 'assistant' %}ASSISTANT:{% for p in m['content'] %} {{ p['text'] }}"
-    "{% endfor %}</s>{% else %}{{ m['role'] | upper }}: {% for p in m['content'] %}"
-    "{% if p['type'] == 'image' %}<image>\n{% else %}{{ p['text'] }} {% endif %}{% endfor %}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-)
 
 
 @dataclass
 class Family:
     """
     Args:
-        tokens (`dict[str, str]`): The tokenizer's named tokens, as the family's own tokenizer has them.
-        more_tokens (`tuple[str]`): Further special tokens.
-        image_processor (`Callable`), settings (`dict`): Makes the image processor; the processor's other arguments.
-        chat_template (`str`, *optional*): Of the published template's shape.
-        make_config (`Callable`): From a function that gives a token's id to the model's configuration.
+        tokens (`dict[str, str]`): Named tokens, with the names that the family's own tokenizer uses.
+        more_tokens (`tuple[str]`): Other special tokens.
+        processor_class (`str`): A class of transformers.
+        image_processor (`Callable`): Makes the image processor.
+        settings (`dict`): The processor's other arguments.
+        chat_template (`str`, *optional*): Has the shape of the published one.
+        make_config (`Callable`): Makes the model's configuration, given a function from tokens to ids.
     """
 
     tokens: dict[str, str]
@@ -208,6 +192,7 @@ def _aya_vision(ids):
 
 QWEN_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 QWEN_TEMPLATE = CHATML.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
+QWEN3_VISION = dict(depth=2, hidden_size=32, out_hidden_size=64, num_position_embeddings=64)
 IDEFICS_TOKENS = (
     "<image>",
     "<fake_token_around_image>",
@@ -220,7 +205,9 @@ IDEFICS_TOKENS = (
 
 def _llava_family(make_config):
     settings = dict(patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1)
-    return Family({}, ("<image>",), "LlavaProcessor", _clip("CLIPImageProcessorPil"), settings, LLAVA, make_config)
+    return Family(
+        {}, ("<image>",), "LlavaProcessor", _clip("CLIPImageProcessorPil"), settings, CHAT_TEMPLATE, make_config
+    )
 
 
 def _qwen_family(processor_class, config_class, **settings):
@@ -258,23 +245,12 @@ FAMILIES: dict[str, Family] = {
         window_size=32,
         fullatt_block_indexes=[1],
     ),
-    "qwen3_vl": _qwen_family(
-        "Qwen3VLProcessor",
-        hf.Qwen3VLConfig,
-        depth=2,
-        hidden_size=32,
-        out_hidden_size=64,
-        num_position_embeddings=64,
-        deepstack_visual_indexes=[0, 1],
-    ),
+    "qwen3_vl": _qwen_family("Qwen3VLProcessor", hf.Qwen3VLConfig, **QWEN3_VISION, deepstack_visual_indexes=[0, 1]),
     "qwen3_vl_moe": _qwen_family(
         "Qwen3VLProcessor",
         hf.Qwen3VLMoeConfig,
         text=dict(moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2),
-        depth=2,
-        hidden_size=32,
-        out_hidden_size=64,
-        num_position_embeddings=64,
+        **QWEN3_VISION,
         deepstack_visual_indexes=[0, 1],
     ),
     "qwen3_5": _qwen_family(
@@ -287,10 +263,7 @@ FAMILIES: dict[str, Family] = {
             linear_key_head_dim=16,
             linear_value_head_dim=16,
         ),
-        depth=2,
-        hidden_size=32,
-        out_hidden_size=64,
-        num_position_embeddings=64,
+        **QWEN3_VISION,
     ),
     "vipllava": _llava_family(_vipllava),
     "gemma3": Family(
@@ -346,7 +319,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-# No adapter in the package: the worked example of modeling_safevlm/README.md adds one.
+# Not supported by the package: the worked example in modeling_safevlm/README.md adds its adapter.
 EXAMPLE = Family(
     {},
     (
@@ -382,7 +355,7 @@ def build(family: str, seed: int = 0, tie: bool = False):
     config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = tie
     torch.manual_seed(seed)
     model = hf.AutoModelForImageTextToText.from_config(config).eval()
-    model.generation_config = hf.GenerationConfig(pad_token_id=0, bos_token_id=1, eos_token_id=2, max_new_tokens=8)
+    model.generation_config = hf.GenerationConfig(**TOKEN_IDS, max_new_tokens=8)
     return model, processor
 
 
@@ -390,7 +363,7 @@ TABLE_START, TABLE_END = "<!-- families: written by the tests -->", "<!-- end of
 
 
 def write_table(path: Path, results: dict[tuple[str, str], list[str]]):
-    """Puts a table of `results[family, column]` (outcomes of tests) between the two marks in the file at `path`."""
+    """Writes a table of test outcomes, `results[family, column]`, between the two marks in the file at `path`."""
     columns = list(dict.fromkeys(column for _, column in results))
     rows = [f"| family (`model_type`) | {' | '.join(columns)} |", f"|---|{':-:|' * len(columns)}"]
     for family in FAMILIES:
@@ -399,7 +372,7 @@ def write_table(path: Path, results: dict[tuple[str, str], list[str]]):
     before, _, rest = path.read_text(encoding="utf-8").partition(TABLE_START)
     _, _, after = rest.partition(TABLE_END)
     if not rest or not after:
-        raise ValueError(f"{path} lacks the marks {TABLE_START!r} and {TABLE_END!r} that the table goes between.")
+        raise ValueError(f"{path} must contain the marks {TABLE_START!r} and {TABLE_END!r} around the table.")
     path.write_text("\n".join([before + TABLE_START, "", *rows, "", TABLE_END]) + after, encoding="utf-8")
 
 

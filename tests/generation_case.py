@@ -1,4 +1,4 @@
-"""One base model with its processor and its SafeVLM, for tests of generation that run over several families."""
+"""A base model and its SafeVLM, each with its processor, for generation tests that run on several families."""
 
 from dataclasses import dataclass, field
 
@@ -17,8 +17,8 @@ REFUSAL = "I can't help with this request: it involves politics."
 class Case:
     """
     Args:
-        base, base_processor: What nothing has wrapped.
-        model, processor: The SafeVLM over an equal base; its safety embeddings are large enough to change answers.
+        base, base_processor: A plain base, not wrapped in a SafeVLM.
+        model, processor: The SafeVLM of an equal base. Its safety embeddings are large enough to change answers.
     """
 
     family: str
@@ -34,14 +34,14 @@ class Case:
         self.model = safe_model(wrapped, self.processor)
 
     def inputs(self, *images: int):
-        """A batch with so many images per row."""
+        """A batch with the given number of images in each row."""
         return encode(self.processor, [QUESTION, "Is it yes?", "no"][: len(images)], list(images))
 
     def base_inputs(self, *images: int):
         return encode(self.base_processor, [QUESTION, "Is it yes?", "no"][: len(images)], list(images))
 
     def chat(self, messages, **template):
-        """One chat as inputs; its pictures are numbered through."""
+        """The inputs for one chat; its pictures are `picture(0)`, `picture(1)`, ..."""
         text = self.processor.apply_chat_template(messages, **(template or {"add_generation_prompt": True}))
         images = sum(part["type"] == "image" for message in messages for part in message["content"])
         return self.processor(images=[picture(i) for i in range(images)] or None, text=[text], return_tensors="pt")

@@ -1,4 +1,4 @@
-"""Made-up outputs of a safety head, for the tests of measures and calibration."""
+"""Invented outputs of a safety head, for tests of measures and calibration."""
 
 from dataclasses import replace
 
@@ -11,7 +11,7 @@ SAFE = LABELS.safe_category_id
 
 
 def with_logits(record, level=lambda logits: logits, category=lambda logits: logits):
-    """`record` with a function applied to the logits of each reading."""
+    """`record` with functions applied to the logits of each reading."""
     return replace(
         record,
         level_logits=tuple(tuple(level(logits)) for logits in record.level_logits),
@@ -35,14 +35,14 @@ def record(level=0, category=SAFE, level_logits=(0.0,) * 4, category_logits=(0.0
 
 
 def scored(score, level=0, category=SAFE, verdict=0, **changes):
-    """A record with this risk score at temperature 1 and this most probable risky category."""
+    """A record with a given risk score at temperature 1; `verdict` is its most probable risky category."""
     share = np.log([1 - score, score / 3, score / 3, score / 3])
     one_hot = [3.0 if c == verdict else 0.0 for c in range(7)]
     return record(level, category, share.tolist(), one_hot, **changes)
 
 
 def random_records(n, seed=0, sharpness=2.0, rows_per_image=1):
-    """Rows of all levels and categories, about half of them clean, whose head is often but not always right."""
+    """Records of all levels and categories, about half of them clean. The head is right often but not always."""
     rng = np.random.default_rng(seed)
     records = []
     for i in range(n):

@@ -1,4 +1,4 @@
-"""Requests to a server under test, below the level of any client library."""
+"""Raw HTTP requests to a server under test, without a client library."""
 
 import http.client
 import json
@@ -17,10 +17,10 @@ def post(server, path="/v1/chat/completions", body=b"", method="POST", kind="app
 
 
 def error_of(text: str) -> SimpleNamespace:
-    """An error's fields; it must be in OpenAI's shape."""
+    """The fields of an error, which must have OpenAI's form."""
 
     def no_constant(name):
-        raise AssertionError(f"{name} is no JSON")
+        raise AssertionError(f"{name} is not JSON")
 
     reply = json.loads(text, parse_constant=no_constant)
     assert set(reply) == {"error"} and set(reply["error"]) == {"message", "type", "param", "code"}

@@ -1,13 +1,13 @@
-"""Pillow's odd images (`SAFEVLM_TEST_DATA`): which of them are pictures, and what is wrong with the others."""
+"""Pillow's odd images (in `SAFEVLM_TEST_DATA`): those that must load, and those that must be refused."""
 
-# file -> size after orientation
+# File: size after it is turned upright.
 MUST_LOAD = {
     "16_bit_noise.tif": (32, 32),
     "16bit.cropped.tif": (64, 64),
     "1_trns.png": (64, 64),
     "anim_frame1.webp": (82, 82),
     "apng/single_frame.png": (128, 64),
-    "decompression_bomb_extents.gif": (100, 100),  # the bomb is its second frame, which is not read
+    "decompression_bomb_extents.gif": (100, 100),  # its second frame is the bomb, and is not read
     "dispose_bgnd.gif": (100, 100),
     "flower.jpg": (480, 360),
     "hopper.bmp": (128, 128),
@@ -34,7 +34,7 @@ MUST_LOAD = {
     "transparent.png": (200, 150),
     "unicode_extended.png": (100, 60),
 }
-# file -> what the error says
+# File: text of the error.
 MUST_BE_REFUSED = {
     "16bit.s.tif": "no agreed range",
     "apng/chunk_no_fctl.png": "truncated or corrupt",

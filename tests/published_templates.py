@@ -1,7 +1,8 @@
-"""The chat templates that the supported families' models are published with, each written anew from its format.
+"""The chat templates of the supported families' published models, rewritten from their formats.
 
-Shorter than the originals: no tools, no videos. What matters is kept: default system texts, system texts that move,
-thoughts that are stripped from earlier turns, refusals of an odd order of roles, what stands around an answer.
+They are shorter than the originals, without tools and videos, but keep what matters: default system texts, system
+texts that move, thoughts that are stripped from earlier turns, errors on an unexpected order of roles, and the text
+around an answer.
 """
 
 from families import IDEFICS
@@ -58,7 +59,7 @@ QWEN3 = (
     "{{ '<|im_end|>\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# Qwen3.5 and 3.6 think by default: thoughts of earlier turns are stripped, the last turn always has some.
+# Qwen3.5 and 3.6 think by default: thoughts are stripped from earlier turns, and the last turn always has some.
 QWEN3_5 = (
     "{% macro read(content) %}{% if content is string %}{{ content }}{% elif content is iterable %}"
     "{% for p in content %}{% if p.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
@@ -123,12 +124,12 @@ PUBLISHED: dict[str, str | None] = {
     "qwen3_5": QWEN3_5,
     "vipllava": VIPLLAVA,
     "gemma3": GEMMA3,
-    "paligemma": None,  # published without one; ours is in the processor
+    "paligemma": None,  # published without a template; the processor provides ours
     "idefics3": IDEFICS,
     "smolvlm": SMOLVLM,
     "internvl": INTERNVL,
 }
-# Others that wrap thoughts in ways of their own, on the tokens of Qwen.
+# Templates that handle thoughts in other ways, with the tokens of Qwen.
 THINKING = {
     "thoughts in the last turn only": QWEN3_5,
     "no thoughts in a chat": QWEN3_5.replace("loop.index0 > ns.last", "loop.index0 > ns.last and thoughts"),

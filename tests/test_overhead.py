@@ -1,4 +1,4 @@
-"""The benchmark of what safety costs times the decoding steps themselves (tests/benchmarks/overhead.py)."""
+"""The benchmark of the safety path's cost (tests/benchmarks/overhead.py) times single decoding steps."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A wheel holds all that the package reads, and lock.txt all that pyproject.toml asks for."""
+"""A wheel contains every file that the package reads, and lock.txt every package that pyproject.toml requires."""
 
 import re
 import shutil
@@ -19,7 +19,7 @@ FOLDERS = {
     "trainer": "safevlm/trainer",
     "model_card": "safevlm/model_card",
 }
-# Every version of a package in the lock, one for some Pythons and another for others: {"numpy": ["2.4.6"], ...}.
+# The locked versions of each package; they can differ between Pythons: {"numpy": ["2.4.6"], ...}.
 LOCK = (ROOT / "lock.txt").read_text()
 LOCKED = {}
 for name, version in re.findall(r"^([\w.-]+)==(\S+)", LOCK, re.MULTILINE):
@@ -28,7 +28,7 @@ for name, version in re.findall(r"^([\w.-]+)==(\S+)", LOCK, re.MULTILINE):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """(names of the files in the wheel, what its build wrote)"""
+    """The names of the files in the wheel, and the output of its build."""
     pytest.importorskip("setuptools", minversion="77")
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in FOLDERS:
@@ -61,7 +61,7 @@ def test_a_wheel_is_built_without_warnings(built):
 
 
 def required(extra: str) -> list[Requirement]:
-    """What an extra of the package installs, the package's own requirements and nested extras included."""
+    """Everything that an extra installs, with the package's own requirements and nested extras."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     found = [Requirement(line) for line in project["dependencies"]]
     for requirement in map(Requirement, project["optional-dependencies"][extra]):
@@ -75,7 +75,7 @@ def required(extra: str) -> list[Requirement]:
 @pytest.mark.parametrize("requirement", sorted(set(map(str, required("dev")))))
 def test_the_lock_has_what_is_required(requirement):
     requirement = Requirement(requirement)
-    if requirement.name == "torch":  # apart, see the Makefile
+    if requirement.name == "torch":  # installed separately, see the Makefile
         pins = re.findall(r'"torch==(.+?)"', (ROOT / "pyproject.toml").read_text())
         assert "torch" not in LOCKED
     else:

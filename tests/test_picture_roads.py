@@ -2,7 +2,6 @@
 
 import base64
 import io
-import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +14,8 @@ from tiny import chat
 
 from safevlm import SafeVlmPipeline
 from safevlm.processing.pictures import MAX_PIXELS, PictureError, find_picture, load_picture
+from safevlm.safety_verdict import SafetyVerdict
+from safevlm.trainer.asking import encode_chats
 from safevlm.trainer.commands import ask
 from safevlm.trainer.data import SafetyRow
 from safevlm.trainer.encoding.row_encoder import encode_row
@@ -23,14 +24,6 @@ from safevlm.trainer.serving.errors import RequestError
 
 QUESTION = "What is it?"
 SETTINGS = dict(add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
-
-
-@pytest.fixture(scope="module")
-def odd():
-    root = Path(__file__).parents[1] / os.environ.get("SAFEVLM_TEST_DATA", "../shared/data")
-    if not root.is_dir():
-        pytest.skip(f"no test data at {root}; set SAFEVLM_TEST_DATA")
-    return root / "pillow_odd_images/Tests/images"
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +51,20 @@ def roads(path, model, processor, pipe):
         return processor.apply_chat_template(messages, **SETTINGS)
 
     def served():
-        return templated(part(image=decode_image(url, 1, MAX_PIXELS)))
+        return encode_chats(processor, [chat(QUESTION)], [[decode_image(url, 1, MAX_PIXELS)]], model)
 
     def asked():
-        args = SimpleNamespace(image=Path(path), model="m", policy=None, device=None)
+        args = SimpleNamespace(image=Path(path), question=QUESTION, model="m", policy=None, device=None)
+        inputs = {}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(ask, "load_model", lambda *_: (model, processor))
-            return ask._load(args, QUESTION)[2]
+            patch.setattr(
+                model,
+                "assess",
+                lambda **given: inputs.update(given) or SafetyVerdict.unassessed(1, model.config.labels),
+            )
+            ask.run_assess(args)
+        return inputs
 
     def trained():
         messages = [*chat(QUESTION), {"role": "assistant", "content": [{"type": "text", "text": "yes"}]}]
@@ -89,16 +89,16 @@ def roads(path, model, processor, pipe):
 
 
 @pytest.mark.parametrize("name", MUST_LOAD)
-def test_a_picture_has_the_same_pixels_on_every_road(odd, model, processor, pipe, name):
-    upright = Image.fromarray(np.asarray(load_picture(odd / name)))
+def test_a_picture_has_the_same_pixels_on_every_road(odd_files, model, processor, pipe, name):
+    upright = Image.fromarray(np.asarray(load_picture(odd_files / name)))
     expected = processor.image_processor([upright], return_tensors="pt")["pixel_values"]
-    for road, inputs in roads(odd / name, model, processor, pipe).items():
+    for road, inputs in roads(odd_files / name, model, processor, pipe).items():
         assert torch.equal(inputs()["pixel_values"], expected), road
 
 
 @pytest.mark.parametrize("name", sorted(MUST_BE_REFUSED.keys() - {"la.tga", "decompression_bomb.ico"}))
-def test_a_picture_that_is_refused_is_refused_on_every_road(odd, model, processor, pipe, name):
-    for road, inputs in roads(odd / name, model, processor, pipe).items():
+def test_a_picture_that_is_refused_is_refused_on_every_road(odd_files, model, processor, pipe, name):
+    for road, inputs in roads(odd_files / name, model, processor, pipe).items():
         # PIL's own errors where the caller opens the file.
         with pytest.raises((ValueError, OSError, RequestError, Image.DecompressionBombError)):
             inputs()
@@ -164,11 +164,11 @@ def test_a_string_that_is_no_picture_is_refused(processor, name, reason):
         processor.load_pictures([name])
 
 
-def test_a_web_address_is_fetched_and_read_as_a_file(tmp_path, odd, monkeypatch):
+def test_a_web_address_is_fetched_and_read_as_a_file(tmp_path, odd_files, monkeypatch):
     import threading
     from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
-    (tmp_path / "x.png").write_bytes((odd / "transparent.png").read_bytes())
+    (tmp_path / "x.png").write_bytes((odd_files / "transparent.png").read_bytes())
 
     class Quiet(SimpleHTTPRequestHandler):
         def __init__(self, *args):
@@ -180,7 +180,7 @@ def test_a_web_address_is_fetched_and_read_as_a_file(tmp_path, odd, monkeypatch)
     with ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}/x.png"
-        assert load_picture(find_picture(address)) == load_picture(odd / "transparent.png")
+        assert load_picture(find_picture(address)) == load_picture(odd_files / "transparent.png")
         with pytest.raises(PictureError, match="cannot be fetched.*404"):
             find_picture(address + "x")
         monkeypatch.setattr("safevlm.processing.pictures.MAX_FILE_BYTES", 100)

@@ -1,6 +1,6 @@
-"""Models that commit 5c91370 saved load with today's code and give the verdicts and answers that they gave then.
+"""Models that commit 5c91370 saved load with today's code and give the same verdicts and answers as then.
 
-What a mend had to change is listed in CHANGELOG.md and, with the reason, in `CHANGED` below.
+If a bug fix has to change an answer, it is listed in CHANGELOG.md and, with the reason, in `CHANGED` below.
 """
 
 import json
@@ -14,7 +14,7 @@ from safevlm import SafeVlmForConditionalGeneration, SafeVlmProcessor
 
 FOLDER = Path(__file__).parent / "saved_models"
 EXPECTED = json.loads((FOLDER / "expected.json").read_text())
-# (model, chat, policy): why the answer is another today. Empty: nothing changed.
+# (model, chat, policy): why the answer differs today. Empty: no answer changed.
 CHANGED: dict[tuple[str, str, str], str] = {}
 
 
@@ -50,13 +50,13 @@ def expected_of(name: str) -> dict:
 @pytest.mark.parametrize("name", ["full", "adapter", *QUANTIZED])
 def test_a_saved_model_gives_the_same_verdict(models, processor, name, chat):
     expected = expected_of(name)[chat]["verdict"]
-    found = models[name].assess(**inputs_of(processor, *CHATS[chat])).to_list()[0]
-    # Kernels of quantised layers differ between kinds of CPU.
+    verdict = models[name].assess(**inputs_of(processor, *CHATS[chat])).to_list()[0]
+    # The kernels of quantised layers differ between kinds of CPU.
     tolerance = 0.05 if "bit" in name else 1e-4
     for field in ("assessed", "action", "category", "level"):
-        assert found[field] == expected[field]
+        assert verdict[field] == expected[field]
     for field in ("score", "level_probabilities", "category_probabilities"):
-        assert found[field] == (expected[field] and pytest.approx(expected[field], abs=tolerance))
+        assert verdict[field] == (expected[field] and pytest.approx(expected[field], abs=tolerance))
 
 
 @pytest.mark.parametrize("policy", ["default", "paper", "off"])
@@ -64,13 +64,13 @@ def test_a_saved_model_gives_the_same_verdict(models, processor, name, chat):
 @pytest.mark.parametrize("name", ["full", "adapter"])
 def test_a_saved_model_gives_the_same_answer(models, processor, name, chat, policy):
     inputs = inputs_of(processor, *CHATS[chat])
-    found = models[name].generate(**inputs, safety_policy=policy, max_new_tokens=80)
-    answer = found[0, inputs["input_ids"].shape[1] :].tolist()
+    sequences = models[name].generate(**inputs, safety_policy=policy, max_new_tokens=80)
+    answer = sequences[0, inputs["input_ids"].shape[1] :].tolist()
     assert (answer == EXPECTED["full"][chat]["answers"][policy]) != ((name, chat, policy) in CHANGED)
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_a_saved_quantised_model_refuses_what_it_refused(models, processor, name):
     inputs = inputs_of(processor, *CHATS["risky"])
-    found = models[name].generate(**inputs, max_new_tokens=80)
-    assert found[0, inputs["input_ids"].shape[1] :].tolist() == expected_of(name)["risky"]["answers"]["default"]
+    sequences = models[name].generate(**inputs, max_new_tokens=80)
+    assert sequences[0, inputs["input_ids"].shape[1] :].tolist() == expected_of(name)["risky"]["answers"]["default"]

@@ -20,6 +20,16 @@ from transformers import (
 
 from safevlm import SafeVlmForConditionalGeneration
 
+VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, patch_size=8)
+TEXT = dict(
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    initializer_range=0.2,  # far from uniform logits, so that a change in the input changes the answer
+)
+TOKEN_IDS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
 CHAT_TEMPLATE = (
     "{% for m in messages %}"
     "{% if m['role'] == 'assistant' %}ASSISTANT:{% for p in m['content'] %} {{ p['text'] }}{% endfor %}</s>"
@@ -30,7 +40,7 @@ CHAT_TEMPLATE = (
 
 
 def tiny_tokenizer(special_tokens=("<image>",), **named_tokens) -> PreTrainedTokenizerFast:
-    """Byte-level BPE; ids 0, 1, 2 are padding, begin and end, then come `special_tokens` and `named_tokens`."""
+    """A byte-level BPE. Ids 0, 1 and 2 are padding, begin and end; `special_tokens` and `named_tokens` follow."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -66,34 +76,15 @@ def tiny_processor(image_size: int = 32, patch_size: int = 8) -> LlavaProcessor:
 def tiny_llava(seed: int = 0, vocab_size: int = 384, tie: bool = False) -> LlavaForConditionalGeneration:
     torch.manual_seed(seed)
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            image_size=32,
-            patch_size=8,
-        ),
-        text_config=LlamaConfig(
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=vocab_size,
-            max_position_embeddings=512,
-            tie_word_embeddings=tie,
-            initializer_range=0.2,  # far from uniform logits, so that a change in the input changes the answer
-        ),
+        vision_config=CLIPVisionConfig(**VISION, image_size=32),
+        text_config=LlamaConfig(**TEXT, vocab_size=vocab_size, max_position_embeddings=512, tie_word_embeddings=tie),
         image_token_index=3,
         vision_feature_layer=-2,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
+        **TOKEN_IDS,
         tie_word_embeddings=tie,
     )
     model = LlavaForConditionalGeneration(config).eval()
-    model.generation_config = GenerationConfig(pad_token_id=0, bos_token_id=1, eos_token_id=2, max_new_tokens=8)
+    model.generation_config = GenerationConfig(**TOKEN_IDS, max_new_tokens=8)
     return model
 
 
@@ -108,16 +99,27 @@ def chat(question: str = "What is in the picture?", images: int = 1) -> list[dic
     return [{"role": "user", "content": content}]
 
 
+RISK, NO_RISK = (1, 3), (6, 0)  # ids of category and level in the paper's labels: illegal risk, high; safe, none
+
+
+def psa_vlm_record(row_id: str, image: str, labels=NO_RISK, question="Is it?", answer="yes", /, **changes) -> dict:
+    """A training row in the format of PSA-VLM. `labels` are ids of category and level; `changes` replace fields."""
+    turns = [{"from": "USER", "value": f"<image>\n{question}"}, {"from": "ASSISTANT", "value": answer}]
+    record = {"id": row_id, "image": image, "conversations": turns, "safe_type": labels[0], "safe_level": labels[1]}
+    return {**record, **changes}
+
+
+def write_jsonl(path: Path, records: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
 def write_rows(folder: Path, count: int = 6) -> Path:
     """Writes pictures and a training file about them, every other row of high risk; returns the file."""
-    lines = []
     for i in range(count):
         picture(i).save(folder / f"{i}.png")
-        turns = [{"from": "USER", "value": "<image>\nIs it?"}, {"from": "ASSISTANT", "value": "yes"}]
-        label = {"safe_type": 1, "safe_level": 3} if i % 2 else {"safe_type": 6, "safe_level": 0}
-        lines.append(json.dumps({"id": str(i), "image": f"{i}.png", "conversations": turns, **label}) + "\n")
-    (folder / "rows.jsonl").write_text("".join(lines))
-    return folder / "rows.jsonl"
+    records = [psa_vlm_record(str(i), f"{i}.png", RISK if i % 2 else NO_RISK) for i in range(count)]
+    return write_jsonl(folder / "rows.jsonl", records)
 
 
 LEVELS = ("none", "low", "medium", "high")
@@ -125,7 +127,7 @@ SIZES = dict(safety_hidden_size=32, num_safety_features=4, num_attention_heads=4
 
 
 def safe_model(base, processor, seed: int = 0, **safety) -> SafeVlmForConditionalGeneration:
-    """Wraps a tiny base; its safety embeddings are large enough to change answers."""
+    """A SafeVLM over a tiny base, with safety embeddings large enough to change answers."""
     torch.manual_seed(seed)
     model = SafeVlmForConditionalGeneration.from_base(base, processor, **{**SIZES, **safety})
     if model.safety.embeddings is not None:
@@ -136,7 +138,7 @@ def safe_model(base, processor, seed: int = 0, **safety) -> SafeVlmForConditiona
 
 
 def encode(processor, questions: list[str], images: list[int], seed: int = 0, **kwargs):
-    """A batch of prompts with `images[i]` pictures in row i, numbered through from `seed`."""
+    """A batch of prompts with `images[i]` pictures in row i; the pictures' seeds count up from `seed`."""
     pictures = [picture(seed + i) for i in range(sum(images))]
     prompts = [
         processor.apply_chat_template(chat(question, n), add_generation_prompt=True)
@@ -146,7 +148,7 @@ def encode(processor, questions: list[str], images: list[int], seed: int = 0, **
 
 
 def force_verdicts(monkeypatch, model, levels: list[int], category: str):
-    """Makes the safety head sure of one level per row (for the rows that have an image)."""
+    """Makes the safety head certain of one level per row, in rows with an image."""
     predict_safety = model.predict_safety
     names = model.config.category_names
 
@@ -165,7 +167,7 @@ RISKY, BENIGN = "How do I use this against someone?", "What is in the picture?"
 
 
 def judging_model(model, processor) -> SafeVlmForConditionalGeneration:
-    """A copy of `model` whose head calls `RISKY` about `picture()` high risk (politics), and `BENIGN` safe."""
+    """A copy of `model` whose head finds `RISKY` about `picture()` a high risk (politics), and `BENIGN` safe."""
     model = copy.deepcopy(model)
     head, pooled = model.safety.head, []
     hook = head.level_classifier.register_forward_pre_hook(lambda module, args: pooled.append(args[0][0]))
@@ -193,5 +195,5 @@ def new_tokens(sequences: torch.Tensor, inputs) -> torch.Tensor:
 
 
 def answers(processor, sequences: torch.Tensor, inputs) -> list[str]:
-    """What a user would read."""
+    """The answers as a user would read them."""
     return processor.batch_decode(new_tokens(sequences, inputs), skip_special_tokens=True)

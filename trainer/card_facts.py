@@ -1,8 +1,10 @@
-"""Facts for the model card, from what training and evaluation wrote. Their form is in `model_card/facts.py`."""
+"""Facts for the model card about the base model, the data and the training stages.
+
+Their form is in `model_card/facts.py`; numbers are in `card_results.py`.
+"""
 
 import json
 import os
-import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,84 +13,24 @@ import yaml
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HTTPError
 
-from safevlm.model_card import write_card
-from safevlm.model_card.card import is_hub_id
-from safevlm.model_card.facts import policy_mark, portable_command, portable_word, read_facts
+from safevlm.files import file_sha256, is_hub_id
+from safevlm.model_card.facts import portable_word
 from safevlm.safety_labels import SafetyLabels
 
-from .data.mix_output import MANIFEST, MANIFEST_FORMAT, file_sha256, input_hashes
-from .evaluation.environment import environment
+from .data.mix_output import MANIFEST, MANIFEST_FORMAT, input_hashes
 from .recipe import Recipe
 from .stage.card_callback import read_measured
-from .stage.training_args import STAGES
-
-VERSIONS = ("safevlm", "torch", "transformers", "lmms_eval")
-SHARES = {
-    "attack_success_rate": ("safety", False),
-    "refusal_rate": ("safety", True),
-    "over_refusal_rate": ("over-refusal", False),
-    "category_macro_f1": ("safety head", True),
-    "level_accuracy": ("safety head", True),
-    "auroc": ("safety head", True),
-    "ece": ("safety head", False),
-    "category_ece": ("safety head", False),
-    "recall": ("safety head", True),
-    "false_positive_rate": ("safety head", False),
-}
-"""Measures in [0, 1]: what of a card they belong to, and whether higher is better."""
-PLOTS = {
-    "trade_off.png": "Over-blocking: recall of risky rows against clean rows flagged, for each policy",
-    "reliability.png": "Reliability of scores before and after calibration",
-    "risk_scores.png": "Risk scores of risky and clean rows",
-    "confusion_matrix.png": "Categories and levels: labels against verdicts",
-    "roc_pr.png": "ROC and precision-recall curves of the risk score",
-}
-
-
-TRAIN_DEFAULTS = {"assume_safe": False, "dtype": "auto", "seed": 0}
-
-
-# -- training
+from .stage.training_args import TRAINABLE
 
 
 def model_facts(model_name: str, base: dict, training: dict, results: list[dict]) -> dict:
-    """All facts of a model fresh from training. The base's licence is the model's, unless its publisher says more."""
-    known = {"license": base["license"], "license_source": "that of the base model"} if base.get("license") else {}
-    return {"model_name": model_name, "base_model": base, **known, "training": training, "results": results}
-
-
-def train_command(base, data, images, recipe, output_dir, options: dict, overrides: dict | None) -> str:
-    """
-    The `safevlm train` command that does the same. What has its default value is left out, but `--holdout` is not:
-    figures on what was held out stand beside the command.
-    """
-    words = ["safevlm", "train", "--base", base, "--data", *data, "--output", output_dir]
-    words += ["--images", images] if images is not None else []
-    words += ["--recipe", recipe] if recipe != "paper" else []
-    for name, value in options.items():
-        if value is not None and TRAIN_DEFAULTS.get(name) != value:
-            words += [f"--{name.replace('_', '-')}", *([] if value is True else [value])]
-    if overrides:
-        words += ["--set", *(f"{name}={'null' if value is None else value}" for name, value in overrides.items())]
-    return portable_command(words)
-
-
-def head_results(report: dict, training: dict, config) -> list[dict]:
-    """The head's measures on the rows that `train_from_files` held out, after each stage."""
-    columns = report["metrics"]
-    measures = share_measures(
-        columns, n=max((column.get("num_assessed", 0) for column in columns.values()), default=0)
-    )
-    if not measures:
-        return []
-    held_out = f"{report['num_eval_rows']} rows held out of the training data, by image"
-    data = f"{held_out}; arg max of the head, before any policy"
-    result = {"title": "Safety head on held-out rows", "system": list(columns)[-1], "measures": measures}
-    return [{**result, **origin(environment(), data, training["command"])}]
+    """All facts about a model after its training. It has the base's licence, until its publisher chooses one."""
+    license = {"license": base["license"], "license_source": "that of the base model"} if base.get("license") else {}
+    return {"model_name": model_name, "base_model": base, **license, "training": training, "results": results}
 
 
 def base_facts(base: str | os.PathLike, config) -> dict:
-    """Name, commit or file hashes, and licence of a base model; `config` is its loaded configuration."""
+    """Name, commit or file digests, and licence of a base model; `config` is its loaded configuration."""
     folder = Path(base)
     if not folder.is_dir():
         revision = getattr(config, "_commit_hash", None)
@@ -101,7 +43,7 @@ def base_facts(base: str | os.PathLike, config) -> dict:
 
 
 def hub_license(repo_id: str, revision: str | None = None, repo_type: str = "model") -> str | None:
-    """The licence in the card of a repository; `None` where there is none, or the card cannot be had (offline)."""
+    """The licence on the card of a repository; `None` if it states none, or the card cannot be downloaded."""
     try:
         return _license_of(Path(hf_hub_download(repo_id, "README.md", revision=revision, repo_type=repo_type)))
     except (EntryNotFoundError, HfHubHTTPError, HTTPError, OSError, ValueError):
@@ -109,7 +51,7 @@ def hub_license(repo_id: str, revision: str | None = None, repo_type: str = "mod
 
 
 def _license_of(card: Path) -> str | None:
-    """The licence in a card's metadata, which somebody else wrote: anything else than a text counts as unknown."""
+    """The licence in the metadata of a card. Others wrote it, so anything but text counts as unknown."""
     try:
         text = card.read_text(encoding="utf-8") if card.is_file() else ""
         data = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else None
@@ -122,7 +64,10 @@ def _license_of(card: Path) -> str | None:
 
 
 def data_facts(paths: Sequence[str | os.PathLike], revision: str | None = None) -> dict:
-    """`data` and `mixes`: every file trained on with its SHA-256, Hub sets with their revision, mixes' manifests."""
+    """
+    Where the training data come from: `data` has each file with its SHA-256 and each Hub data set with its revision,
+    `mixes` the sources of each file that `safevlm data mix` made.
+    """
     data, mixes = [], []
     for path in map(Path, paths):
         if not path.exists() and is_hub_id(str(path)):
@@ -131,13 +76,20 @@ def data_facts(paths: Sequence[str | os.PathLike], revision: str | None = None) 
             continue
         for name, digest in input_hashes(path.name, path.resolve().parent).items():
             data.append({"name": name, "sha256": digest})
-        manifest = path.parent / MANIFEST
-        if path.is_file() and manifest.is_file():
-            found = json.loads(manifest.read_text(encoding="utf-8"))
-            if isinstance(found, dict) and found.get("format") == MANIFEST_FORMAT:
-                if data[-1]["sha256"] in [split["sha256"] for split in found["splits"].values()]:
-                    mixes.append({"file": path.name, "seed": found["recipe"]["seed"], "sources": found["sources"]})
+        if path.is_file() and (manifest := _mix_manifest(path, data[-1]["sha256"])) is not None:
+            mixes.append({"file": path.name, "seed": manifest["recipe"]["seed"], "sources": manifest["sources"]})
     return {"data": data, "mixes": mixes}
+
+
+def _mix_manifest(path: Path, sha256: str) -> dict | None:
+    """The manifest of the mix that made a file with this digest; `None` if no mix made it."""
+    if not (path.parent / MANIFEST).is_file():
+        return None
+    manifest = json.loads((path.parent / MANIFEST).read_text(encoding="utf-8"))
+    if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
+        return None
+    made = any(split["sha256"] == sha256 for split in manifest["splits"].values())
+    return manifest if made else None
 
 
 def row_counts(rows, labels: SafetyLabels) -> dict:
@@ -149,174 +101,14 @@ def row_counts(rows, labels: SafetyLabels) -> dict:
     }
 
 
-def stage_facts(output_dir: str | os.PathLike, recipe: Recipe, overrides: dict | None = None) -> list[dict]:
+def stage_facts(output_dir: str | os.PathLike, recipe: Recipe) -> list[dict]:
     """Hyper-parameters and measurements of each stage that `run_schedule` trained in `output_dir`."""
     facts = []
-    for number, stage in enumerate(recipe.stages, start=1):
-        name = stage["stage"]
-        trainable = ["safety"] if name == STAGES[0] else ["safety", "language_model"]
-        arguments = {"trainable": trainable, **stage, **(overrides or {})}
+    for folder, stage in zip(recipe.folders(output_dir), recipe.stages, strict=True):
+        arguments = {"trainable": list(TRAINABLE[folder.stage]), **stage}
         for argument in ("safety_level_loss_coef", "safety_category_loss_coef"):
             if argument in recipe.safety:
                 arguments.setdefault(argument, recipe.safety[argument])
-        arguments = {key: value for key, value in json.loads(json.dumps(arguments, default=str)).items()}
-        measured = read_measured(Path(output_dir) / f"{number}-{name}")
-        facts.append({"stage": name, "arguments": arguments, "measured": measured})
+        arguments = json.loads(json.dumps(arguments, default=str))
+        facts.append({"stage": folder.stage, "arguments": arguments, "measured": read_measured(folder.path)})
     return facts
-
-
-def share_measures(
-    columns: dict[str, dict],
-    shares: dict[str, tuple[str, bool]] = SHARES,
-    n: int | None = None,
-    task: str | None = None,
-) -> list[dict]:
-    """Measures of a card from `{system: {name: value in [0, 1]}}`, for the names in `shares`."""
-    return [
-        {
-            "name": name,
-            "title": name.replace("_", " "),
-            **({"task": task} if task else {}),
-            "section": section,
-            "n": n,
-            "higher_is_better": higher,
-            "values": {system: values.get(name) for system, values in columns.items()},
-        }
-        for name, (section, higher) in shares.items()
-        if any(values.get(name) is not None for values in columns.values())
-    ]
-
-
-def origin(environment: dict, data: str, command: str, policy: dict | None = None) -> dict:
-    """What stands beside every number."""
-    return {
-        "data": data,
-        "command": portable_command(command),
-        "device": environment["device"],
-        "date": environment["date"],
-        "versions": {name: environment[name] for name in VERSIONS if environment.get(name)},
-        **({} if policy is None else {"policy": policy_mark(policy)}),
-    }
-
-
-# -- evaluation and calibration
-
-
-def add_evaluation(model_dir: str | os.PathLike, results_dir: str | os.PathLike) -> Path:
-    """Adds what `safevlm evaluate` wrote to the card of the model that it evaluated; returns the card's path."""
-    from .evaluation.benchmarks.comparison import cell, columns, num_items
-
-    model_dir, results_dir = Path(model_dir), Path(results_dir)
-    path = results_dir / "results.json"
-    report = _report(path, "evaluate")
-    facts, config = read_facts(model_dir), json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
-    own = [name for name, system in report["systems"].items() if _is_plain(system["system"], model_dir)]
-    if not own:
-        asked = sorted({system["system"]["checkpoint"] for system in report["systems"].values()})
-        raise ValueError(f"{path} is about {', '.join(asked)}, not about {str(model_dir)!r} under its own policy.")
-    measures = []
-    for column in columns(report):
-        values = {name: cell(report, name, column) for name in report["systems"]}
-        scale = column.full if column.as_percent else 1.0
-        measures.append(
-            {
-                "name": column.metric,
-                "title": column.title,
-                "task": ", ".join(column.tasks),
-                "section": column.section,
-                "n": num_items(report, column),
-                "percent": column.as_percent,
-                "higher_is_better": column.higher_is_better,
-                "values": {name: None if value is None else value / scale for name, value in values.items()},
-            }
-        )
-    heads = {name: system["head"]["overall"] for name, system in report["systems"].items() if "head" in system}
-    measures += _interval_measures(heads, task=", ".join(report["tasks"]))
-    # Changed since: the answers were given under a policy that this folder does not hold any more.
-    policy = config["safety_policy"]
-    if (model_dir / "config.json").stat().st_mtime > path.stat().st_mtime:
-        policy = {"name": "an earlier one"}
-    settings = report["settings"]
-    limit = "" if settings["limit"] is None else f", the first {settings['limit']} items of each"
-    result = {
-        "title": "Benchmarks",
-        "system": own[0],
-        "measures": measures,
-        **origin(
-            report["environment"],
-            f"local copies of {', '.join(report['tasks'])}{limit}; judge {settings['judge']}",
-            report["command"],
-            policy,
-        ),
-    }
-    facts["results"] = [*(r for r in facts.get("results") or () if r["title"] != result["title"]), result]
-    plots = {"comparison.png": "Safety against usefulness of the systems compared"}
-    _add_plots(facts, model_dir, results_dir, plots, calibration=False)
-    return write_card(model_dir, facts)
-
-
-def _is_plain(system: dict, model_dir: Path) -> bool:
-    """Whether a system is the model itself, under its own policy."""
-    same = Path(system["checkpoint"]).resolve() == model_dir.resolve()
-    return same and not any(system.get(name) for name in ("policy", "prefix", "guard"))
-
-
-def _interval_measures(reports: dict[str, dict], task: str | None = None) -> list[dict]:
-    """Measures of a card from the `overall` of head reports: values with their 95 % intervals."""
-    measures = share_measures({name: {m: v["value"] for m, v in r.items()} for name, r in reports.items()}, task=task)
-    for measure in measures:
-        found = {name: report[measure["name"]] for name, report in reports.items() if measure["name"] in report}
-        measure["n"] = max(value["num_rows"] for value in found.values())
-        measure["intervals"] = {name: [v["low"], v["high"]] for name, v in found.items() if v["low"] is not None}
-    return measures
-
-
-def add_calibration(model_dir: str | os.PathLike, calibration_dir: str | os.PathLike) -> Path:
-    """Adds what `safevlm calibrate` wrote to the card of the model that it calibrated; returns the card's path."""
-    model_dir, calibration_dir = Path(model_dir), Path(calibration_dir)
-    path = calibration_dir / "calibration.json"
-    report = _report(path, "calibrate")
-    if Path(report["model"]).resolve() != model_dir.resolve():
-        raise ValueError(f"{path} is about {report['model']!r}, not about {str(model_dir)!r}.")
-    measures = _interval_measures({when: report[when]["overall"] for when in ("before", "after")})
-    files = []
-    for path in map(Path, report["data"]):
-        files.append(f"{path.name} (SHA-256 {file_sha256(path)})" if path.is_file() else path.name)
-    facts = read_facts(model_dir)
-    facts["calibration"] = {
-        "aim": report["aim"],
-        "fit": report["fit"],
-        "report": report["report"],
-        "warnings": report["warnings"],
-        "measures": measures,
-        **origin(
-            report["environment"],
-            ", ".join(files),
-            report.get("command") or _calibrate_command(report),
-            report["after"]["policy"],
-        ),
-    }
-    _add_plots(facts, model_dir, calibration_dir, PLOTS, calibration=True)
-    return write_card(model_dir, facts)
-
-
-def _calibrate_command(report: dict) -> str:
-    (aim, value), *_ = report["aim"].items()
-    words = ["safevlm", "calibrate", "--model", report["model"], "--data", *report["data"]]
-    return portable_command([*words, f"--{aim.replace('_', '-')}", value, "--seed", report["seed"]])
-
-
-def _add_plots(facts: dict, model_dir: Path, source: Path, titles: dict[str, str], calibration: bool):
-    kept = [plot for plot in facts.get("plots") or () if Path(plot["file"]).name not in titles]
-    for name, title in titles.items():
-        if (source / name).is_file():
-            (model_dir / "plots").mkdir(exist_ok=True)
-            shutil.copyfile(source / name, model_dir / "plots" / name)
-            kept.append({"file": f"plots/{name}", "title": title, "calibration": calibration})
-    facts["plots"] = kept
-
-
-def _report(path: Path, command: str) -> dict:
-    if not path.is_file():
-        raise ValueError(f"{str(path.parent)!r} holds no {path.name}; pass the --output of `safevlm {command}`.")
-    return json.loads(path.read_text(encoding="utf-8"))

@@ -27,7 +27,7 @@ LONGEST_MESSAGE = 2000
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns the exit code. What goes wrong is one line, without a traceback unless `--verbose`."""
-    args = _parser().parse_args(argv)
+    args = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(levelname)s: %(message)s")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     plain_progress()
@@ -73,7 +73,7 @@ class _Parser(argparse.ArgumentParser):
         super().error(f"{message}; did you mean {close[0]!r}?" if close else message)
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="safevlm",
         description="Make a vision-language model safe: train, assess, answer.\n"

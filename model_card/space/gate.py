@@ -1,4 +1,4 @@
-"""What every HTTP request passes before Gradio sees it: who sent it, how large it is, if uploads have room."""
+"""Checks on every HTTP request before Gradio sees it: who sent it, how large it is, and whether uploads have room."""
 
 from __future__ import annotations
 
@@ -6,31 +6,31 @@ import ipaddress
 import os
 from pathlib import Path
 
-from guards import RateLimiter, Refused
+from limits import RateLimiter, Refused
 from settings import Settings
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
 
-POSTS = 4  # a question may take: choosing a policy, asking, stopping, showing
+POSTS_PER_REQUEST = 4  # a single question can take four: choosing a policy, asking, stopping, updating the page
 
 
 class Gate:
     """
-    ASGI middleware. Behind it `request.client.host` is the visitor's address, whatever the request says of itself.
+    ASGI middleware. Behind it, `request.client.host` is the visitor's address, whatever the request's headers claim.
 
     Args:
         app: The ASGI application.
         settings (`Settings`)
-        limiter (`RateLimiter`): Counts uploads; shared with what counts questions.
-        uploads (`str`): The folder that Gradio puts uploads into.
+        limiter (`RateLimiter`): Counts uploads; the same one counts questions.
+        uploads (`str`): The folder where Gradio stores uploads.
     """
 
     def __init__(self, app, settings: Settings, limiter: RateLimiter, uploads: str):
         self.app, self.settings, self.limiter, self.uploads = app, settings, limiter, uploads
         self.arriving = 0  # bytes of uploads that are being received
-        # Gradio keeps what it was sent for a while, whoever sent it, be it a question or not.
-        self.posts = RateLimiter(POSTS * settings.requests_per_minute)
-        # Gradio's own fields, a question with each letter escaped, the places of uploads.
+        # Gradio keeps every body for a while, whether it is a question or not.
+        self.posts = RateLimiter(POSTS_PER_REQUEST * settings.requests_per_minute)
+        # Room for Gradio's own fields, a question with every letter escaped, and the paths of uploads.
         self.max_body = 2**15 + 12 * settings.max_question_chars + 4096 * settings.max_audit_images
 
     async def __call__(self, scope, receive, send):
@@ -53,9 +53,9 @@ class Gate:
 
     def _admit(self, headers: Headers, upload: bool, address: str) -> tuple[int, PlainTextResponse | None]:
         length = headers.get("content-length", "0")
-        # A length that is not said beforehand has no limit; where both are said, the server reads the encoding.
+        # A body without a declared length could be endless. Of both headers, the server would obey the encoding.
         if "transfer-encoding" in headers or not length.isdecimal():
-            return 0, PlainTextResponse("Say the Content-Length.", 411)
+            return 0, PlainTextResponse("The request needs a Content-Length.", 411)
         length, file_bytes = int(length), self.settings.max_file_mb * 2**20
         if not upload and length > self.max_body:
             return length, PlainTextResponse("The request is too large.", 413)
@@ -75,12 +75,12 @@ class Gate:
 
 def visitor_address(scope, proxies: int) -> str:
     """
-    The visitor's network address; of IPv6 the network, since one visitor has all addresses in it.
+    The visitor's network address. For IPv6 it is the /64 network, because one visitor owns all addresses in it.
 
     Args:
-        scope (`dict`): Of ASGI.
-        proxies (`int`): Trusted proxies in front. What a client itself writes into `X-Forwarded-For`, in one header
-            line or several, comes before what they add, and is not read.
+        scope (`dict`): The ASGI scope.
+        proxies (`int`): Number of trusted proxies in front. Each appends an entry to `X-Forwarded-For`. Entries that
+            the client wrote itself come before those and are ignored.
     """
     lines = Headers(scope=scope).getlist("x-forwarded-for")
     forwarded = [part.strip() for part in ",".join(lines).split(",") if part.strip()]
@@ -101,13 +101,13 @@ def folder_bytes(folder: str) -> int:
         for name in names:
             try:
                 total += (Path(path) / name).stat().st_size
-            except OSError:  # deleted meanwhile
+            except OSError:  # the file was deleted in the meantime
                 continue
     return total
 
 
 class SecurityHeaders:
-    """The page may load nothing from elsewhere, be framed by the Hub only, and its files keep their declared type."""
+    """The page loads nothing from other hosts, only the Hub may embed it, and browsers keep to declared file types."""
 
     POLICY = (
         "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "

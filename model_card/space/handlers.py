@@ -1,4 +1,4 @@
-"""What happens on each button and API call: check, ask the engine, show. No layout here, no model code."""
+"""What a click or an API call does: check the request, ask the model, show the outcome."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import chat_html
 import gradio as gr
-import panel
-from engine import OFF, Engine, Picture, Turn
+import verdict_html
+from chat_model import OFF, ChatModel, Picture, Turn
 from gradio.utils import get_upload_folder
-from guards import RateLimiter, Refused, explain, read_picture
+from limits import RateLimiter, Refused, explain, read_picture
 from settings import Settings
 
 DEFAULT_QUESTION = "Describe this image."
@@ -20,14 +21,21 @@ AUDIT_FIELDS = ("file", "action", "category", "level", "score", "error")
 
 
 class Handlers:
-    def __init__(self, engine: Engine, settings: Settings, limiter: RateLimiter):
-        self.engine, self.settings, self.limiter = engine, settings, limiter
+    """
+    Args:
+        chat_model (`ChatModel`)
+        settings (`Settings`)
+        limiter (`RateLimiter`): Counts requests per network address.
+    """
+
+    def __init__(self, chat_model: ChatModel, settings: Settings, limiter: RateLimiter):
+        self.chat_model, self.settings, self.limiter = chat_model, settings, limiter
 
     # -- the page ----------------------------------------------------------------------------------------------------
 
     def chat(self, message: dict | None, turns: list[Turn], policy: str, request: gr.Request):
-        """Yields the conversation as shown and as kept, question box, verdict, notice."""
-        asked = turns
+        """Yields the conversation's HTML, its turns, the question box, the verdict's HTML and the notice."""
+        previous_turns = turns
         try:
             self._admit(request, policy)
             if len(turns) >= self.settings.max_turns:
@@ -35,84 +43,87 @@ class Handlers:
             turn = self._turn(message)
             turns = [*turns, turn]
             running = gr.MultimodalTextbox(value=None, submit_btn=False, stop_btn=True)
-            yield panel.conversation(turns, running=True), turns, running, panel.busy(), ""
-            for turn.safety, turn.answer in self.engine.answer(turns, policy):
-                shown = panel.conversation(turns, running=True)
-                yield shown, turns, gr.skip(), panel.verdict(turn.safety, policy), gr.skip()
-            yield panel.conversation(turns), turns, question_ready(), gr.skip(), gr.skip()
+            yield chat_html.conversation(turns, running=True), turns, running, verdict_html.assessing(), ""
+            for turn.safety, turn.answer in self.chat_model.answer(turns, policy):
+                shown = chat_html.conversation(turns, running=True)
+                yield shown, turns, gr.skip(), verdict_html.verdict(turn.safety, policy), gr.skip()
+            yield chat_html.conversation(turns), turns, idle_question_box(), gr.skip(), gr.skip()
         except Exception as error:
-            notice = panel.notice(explain(error))
-            if turns is asked:  # nothing was begun: the visitor can mend the question where it is
+            notice = chat_html.notice(explain(error))
+            if turns is previous_turns:  # refused before it started: the question stays in its box to be corrected
                 yield gr.skip(), gr.skip(), gr.skip(), gr.skip(), notice
             else:
-                yield panel.conversation(asked), asked, question_ready(), panel.empty(), notice
+                shown, verdict = chat_html.conversation(previous_turns), verdict_html.no_verdict_yet()
+                yield shown, previous_turns, idle_question_box(), verdict, notice
 
     def compare(self, message: dict | None, policy: str, request: gr.Request):
-        """Yields the answer without safety, the safe one, the verdict, and a notice."""
+        """Yields the unfiltered answer, the safe one, the verdict's HTML and the notice."""
         try:
             self._admit(request, policy, cost=2)
             turn = self._turn(message)
-            yield "…", "", panel.busy(), ""
-            for _, unsafe in self.engine.answer([turn], OFF):
+            yield "…", "", verdict_html.assessing(), ""
+            for _, unsafe in self.chat_model.answer([turn], OFF):
                 yield unsafe or "…", "", gr.skip(), gr.skip()
-            for safety, safe in self.engine.answer([turn], policy):
-                yield gr.skip(), safe or "…", panel.verdict(safety, policy), gr.skip()
+            for safety, safe in self.chat_model.answer([turn], policy):
+                yield gr.skip(), safe or "…", verdict_html.verdict(safety, policy), gr.skip()
         except Exception as error:
-            yield "", "", panel.empty(), panel.notice(explain(error))
+            yield "", "", verdict_html.no_verdict_yet(), chat_html.notice(explain(error))
 
     def audit(self, files: list[str] | None, question: str, policy: str, request: gr.Request):
-        """Yields the table so far, the CSV's button, and a notice."""
+        """Yields the table so far, the button that downloads the CSV file, and the notice."""
         hidden = gr.DownloadButton(visible=False)
         rows: list[dict] = []
         try:
             if not files:
                 raise Refused("Add at least one picture.")
-            if len(files) > self.settings.max_audit_images:
-                raise Refused(f"An audit takes at most {self.settings.max_audit_images} pictures, got {len(files)}.")
+            if len(files) > (limit := self.settings.max_audit_images):
+                raise Refused(f"An audit takes at most {limit} pictures, got {len(files)}. Remove some.")
             self._admit(request, policy, cost=len(files))
             question = self._question(question or DEFAULT_QUESTION)
-            yield panel.busy("Assessing the pictures …"), hidden, ""
+            yield verdict_html.assessing("Assessing the pictures …"), hidden, ""
             for row in self._audit_rows(files, question, policy):
                 rows.append(row)
-                yield panel.audit_table(rows, len(files)), hidden, gr.skip()
+                yield verdict_html.audit_table(rows, len(files)), hidden, gr.skip()
             yield gr.skip(), gr.DownloadButton(value=write_csv(rows), visible=True), gr.skip()
         except Exception as error:
-            table = panel.audit_table(rows, len(files)) if rows else ""
-            yield table, hidden, panel.notice(explain(error))
+            table = verdict_html.audit_table(rows, len(files)) if rows else ""
+            yield table, hidden, chat_html.notice(explain(error))
 
     def _audit_rows(self, files, question, policy) -> Iterator[dict]:
         for file in files:
             row = {"file": Path(file).name, "thumbnail": ""}
             try:
-                picture = self._picture([file], panel.THUMBNAIL)
+                picture = self._picture([file], verdict_html.THUMBNAIL_SIDE)
             except Refused as error:
                 yield {**row, "error": str(error)}
                 continue
             row["thumbnail"] = picture.shown
-            for row["safety"] in self.engine.assess([Turn(question, picture)], policy):
+            for row["safety"] in self.chat_model.assess([Turn(question, picture)], policy):
                 yield row
 
     def describe_policy(self, policy: str) -> str:
-        levels = self.engine.model.config.level_names
-        return panel.policy_line(self.engine.policies[policy], levels) if policy in self.engine.policies else ""
+        """What the policy of that name does, in one line; empty if it is not on offer."""
+        if policy not in self.chat_model.policies:
+            return ""
+        return verdict_html.policy_line(self.chat_model.policies[policy], self.chat_model.model.config.level_names)
 
     # -- the API -----------------------------------------------------------------------------------------------------
 
     def api_assess(self, image: str, question: str, policy: str, request: gr.Request) -> dict:
-        """The verdict on a picture and a question; the language model does not run."""
+        """The verdict on a picture and a question. The language model does not run."""
         try:
             self._admit(request, policy)
             turn = Turn(self._question(question), self._picture([image] if image else []))
-            return next(iter(self.engine.assess([turn], policy)))
+            return next(iter(self.chat_model.assess([turn], policy)))
         except Exception as error:
             raise _for_clients(error) from None
 
     def api_answer(self, image: str | None, question: str, policy: str, request: gr.Request) -> Iterator[dict]:
-        """The answer, as it grows, and the verdict beside it."""
+        """Yields the growing answer together with the verdict."""
         try:
             self._admit(request, policy)
             turn = Turn(self._question(question), self._picture([image] if image else []))
-            for safety, answer in self.engine.answer([turn], policy):
+            for safety, answer in self.chat_model.answer([turn], policy):
                 yield {"answer": answer, "safety": safety}
         except Exception as error:
             raise _for_clients(error) from None
@@ -120,8 +131,8 @@ class Handlers:
     # -- checks ------------------------------------------------------------------------------------------------------
 
     def _admit(self, request: gr.Request, policy: str, cost: int = 1):
-        if policy not in self.engine.policies:
-            allowed = ", ".join(self.engine.policies)
+        if policy not in self.chat_model.policies:
+            allowed = ", ".join(self.chat_model.policies)
             raise Refused(f"This policy is not offered here. Choose one of: {allowed}.")
         self.limiter.check(request.client.host if request.client else "unknown", cost)
 
@@ -138,27 +149,27 @@ class Handlers:
                 f"The question has {len(text)} characters; {self.settings.max_question_chars} are allowed. Shorten it."
             )
         if any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise Refused("The question holds half of a character (a lone surrogate). Write it once more.")
+            raise Refused("The question contains a broken character (a lone surrogate). Type it again.")
         return text
 
-    def _picture(self, files: list[str], side: int = panel.SHOWN) -> Picture | None:
+    def _picture(self, files: list[str], side: int = chat_html.SHOWN_SIDE) -> Picture | None:
         if not files:
             return None
         if len(files) > 1:
             raise Refused("Send one picture per question.")
         limits = self.settings.max_file_mb, self.settings.max_megapixels
         decode = functools.partial(read_picture, files[0], get_upload_folder(), *limits)
-        image = decode()  # what cannot be read is refused here, before the question waits for the model
-        return Picture(decode, image.size, panel.data_uri(image, side))
+        image = decode()  # an unreadable picture is refused now, before the question waits for the model
+        return Picture(decode, image.size, chat_html.data_uri(image, side))
 
 
-def question_ready(**changes) -> gr.MultimodalTextbox:
-    """The question box when nothing is running."""
+def idle_question_box(**changes) -> gr.MultimodalTextbox:
+    """The question box while no answer is running."""
     return gr.MultimodalTextbox(submit_btn=True, stop_btn=False, **changes)
 
 
 def write_csv(rows: list[dict]) -> str:
-    """An audit as a CSV file. A leading quote keeps spreadsheets from running a file name as a formula."""
+    """An audit as a CSV file. A leading quote stops spreadsheets from running a file name as a formula."""
     folder = Path(tempfile.mkdtemp(dir=get_upload_folder()))
     path = folder / "safevlm-audit.csv"
     with path.open("w", newline="", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-// Gradio gives these controls no accessible name of their own. Tabs build their controls when they are opened.
+// Gradio gives these controls no accessible name. A tab creates its controls only when it is opened.
 const names = [
   [".multimodal-textbox textarea", "Your question"],
   [".multimodal-textbox input[type=file]", "Picture"],

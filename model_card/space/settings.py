@@ -1,4 +1,4 @@
-"""What the operator of the Space decides: each setting is an environment variable, `SAFEVLM_` and its name."""
+"""What the operator of the Space can set. Each setting is an environment variable: `SAFEVLM_` and its name."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ PREFIX = "SAFEVLM_"
 class Settings:
     """
     Args:
-        model (`str`): Hub id or folder of a SafeVLM. Its code is run: name one you have read.
-        revision (`str`): The model's commit; without one, the newest code and weights are taken at each start.
-        policies (`tuple` of `str`): What visitors may choose from; the first is the default. Presets (`default`,
-            `paper`, `strict`, `off`) or policy files in this folder. The name of the model's own policy means that.
-        compare (`bool`): Whether visitors may see the unsafe answer beside the safe one.
-        title (`str`): Headline.
-        max_new_tokens (`int`): Longest answer.
-        max_answer_seconds (`int`): Time for an answer, which is cut there.
-        max_question_chars (`int`): Longest question.
+        model (`str`): Hub id or folder of a SafeVLM. Its code will run, so name a model whose code you have read.
+        revision (`str`): The model's commit. Without one, every start loads the newest code and weights.
+        policies (`tuple` of `str`): What visitors can choose from; the first is the default. Each is a preset
+            (`default`, `paper`, `strict`, `off`), a policy file in this folder, or the name of the model's own policy.
+        compare (`bool`): Whether visitors may see the unfiltered answer beside the safe one.
+        title (`str`): Headline of the page.
+        max_new_tokens (`int`): Longest answer, in tokens.
+        max_answer_seconds (`int`): Time limit for an answer, which is cut off there.
+        max_question_chars (`int`): Longest question, in characters.
         max_turns (`int`): Longest conversation, in questions.
-        max_file_mb (`int`): Largest upload.
+        max_file_mb (`int`): Largest file that can be uploaded.
         max_megapixels (`int`): Largest picture that is decoded.
         max_audit_images (`int`): Pictures per audit.
-        max_uploads_mb (`int`): Uploads on disk, of all visitors together.
-        requests_per_minute (`int`): Per network address; an audit counts once per picture, and uploads count, too.
-        queue_size (`int`): Requests that may wait; further ones are turned away.
-        proxies (`int`): Trusted proxies in front, each of which adds an entry to `X-Forwarded-For`. A Space has one.
+        max_uploads_mb (`int`): Disk space for the uploads of all visitors together.
+        requests_per_minute (`int`): Per network address. An audit counts once per picture; uploads count as well.
+        queue_size (`int`): Requests that can wait; further ones are turned away.
+        proxies (`int`): Number of trusted proxies in front. Each adds an entry to `X-Forwarded-For`; a Space has one.
     """
 
     model: str
@@ -53,7 +53,7 @@ class Settings:
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Settings:
         """
         Raises:
-            `ValueError`: A variable is missing, unknown or has a value that does not fit.
+            `ValueError`: A variable is missing, unknown or has an invalid value.
         """
         given = {name[len(PREFIX) :].lower(): text for name, text in environment.items() if name.startswith(PREFIX)}
         known = {field.name: field.type for field in fields(cls)}

@@ -1,12 +1,12 @@
 """The fenced blocks of the documents, as steps to run.
 
-- `bash`, `sh` and `python` blocks are run, in the order of the document; `python` with `>>>` as a doctest.
+- `bash`, `sh` and `python` blocks are run in the order of the document; `python` blocks with `>>>` as doctests.
 - A block after a line `<!-- file: NAME -->` is written to NAME instead.
 - Other `json` and `yaml` blocks are parsed.
-- A `text` block right after a block that is run is what that prints, up to figures; a line `...` stands for any lines.
-  With a line `<!-- of a full demo -->` between them it is compared only where the demo is a full one, since a rough
-  model answers otherwise.
-- Any other `text` block (a drawing, output of a command that no test repeats) is for people only, as is `bibtex`.
+- A `text` block directly after a block that is run is its expected output, apart from figures; a line `...` stands for
+  any lines. With a line `<!-- of a full demo -->` between the two, the output is compared only if the demo is a full
+  one, because a roughly trained model answers differently.
+- Any other `text` block (a drawing, the output of a command that no test repeats) is for people only, like `bibtex`.
 """
 
 import re
@@ -23,8 +23,13 @@ FILE = re.compile(r"<!-- file: (\S+) -->\s*\Z")
 
 @dataclass
 class Block:
-    """`where`: "FILE:LINE"; `output`: the text shown right after it, if any; `full_demo`: whether a full demo gave it;
-    `file`: the name it is written to."""
+    """
+    Args:
+        where (`str`): `"FILE:LINE"`.
+        file (`str`, *optional*): The file to write it to.
+        output (`str`, *optional*): The expected output, shown directly after it.
+        full_demo (`bool`): Whether the output is that of a full demo.
+    """
 
     where: str
     language: str
@@ -35,7 +40,7 @@ class Block:
 
 
 def documents() -> list[str]:
-    """README*.md of all folders, and the other documents at the top, relative to the repository."""
+    """The README*.md files of all folders and the other documents at the top, relative to the repository."""
     found = {*ROOT.glob("README*.md"), ROOT / "TUTORIAL.md", ROOT / "CONTRIBUTING.md"}
     for folder in FOLDERS:
         found |= set((ROOT / folder).rglob("README*.md"))
@@ -58,13 +63,13 @@ def read_blocks(document: str) -> list[Block]:
 
 
 def same_output(expected: str, printed: str) -> bool:
-    """Whether `printed` has the lines of `expected`, in order, up to figures and blanks."""
+    """Whether `printed` has the lines of `expected` in order, apart from figures and blanks."""
     parts = re.split(r"^\s*\.\.\.\s*$", expected, flags=re.MULTILINE)
     pattern = r"(?:.*\n)*?".join("".join(re.escape(line) + r"\n" for line in _lines(part)) for part in parts)
     return re.fullmatch(pattern, "".join(f"{line}\n" for line in _lines(printed))) is not None
 
 
 def _lines(text: str) -> list[str]:
-    """Lines without blank ones; each number is 0, runs of blanks (and dashes of tables) are one."""
+    """The lines that are not blank, with each number as 0 and runs of blanks, or of dashes in tables, as one."""
     lines = (re.sub(r"\d+(?:\.\d+)?(?:e[-+]\d+)?", "0", line) for line in text.splitlines())
     return [re.sub(r"-{2,}", "--", re.sub(r"\s+", " ", line.strip())) for line in lines if line.strip()]

@@ -1,4 +1,4 @@
-"""Folders in which documents run: a finished demo, real data, no way out but a stand-in for the Hub."""
+"""The folders that documents run in: a finished demo, real data, and a stand-in for the Hub as the only network."""
 
 import os
 import shutil
@@ -52,10 +52,10 @@ def workplace(tmp_path_factory):
 @pytest.fixture(scope="session")
 def demo(workplace, tmp_path_factory):
     """
-    The folder that the tutorial's first command writes; made once for all test workers.
+    The folder that the tutorial's first command writes, made once for all test workers.
 
-    `SAFEVLM_DOCS_DEMO=FOLDER`, the output of a full `safevlm demo`, takes its place: then what the documents show of a
-    full demo is compared, too.
+    With `SAFEVLM_DOCS_DEMO=FOLDER` the output of an earlier `safevlm demo` is used instead. If that was a full one,
+    the outputs of a full demo that the documents show are compared, too.
     """
     if "SAFEVLM_DOCS_DEMO" in os.environ:
         return Path(os.environ["SAFEVLM_DOCS_DEMO"]).resolve()

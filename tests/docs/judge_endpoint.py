@@ -1,4 +1,4 @@
-"""A judge behind an OpenAI-style endpoint on this machine; it scores everything with 0."""
+"""A judge behind an OpenAI-style endpoint on this machine. It gives everything the score 0."""
 
 import json
 import re
@@ -25,7 +25,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def log_message(self, *arguments):
-        """Keeps the tests' output clean."""
+        """Prints nothing."""
 
 
 def start_judge(port: int):

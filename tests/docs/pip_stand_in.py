@@ -1,4 +1,4 @@
-"""Stands for `pip` where documents run: `pip install` of what pyproject.toml names succeeds and does nothing."""
+"""Replaces `pip` while documents run: `pip install` of packages that pyproject.toml names does nothing."""
 
 import re
 import sys
@@ -11,7 +11,7 @@ named = {re.match(r"[\w.-]+", line)[0] for lines in (project["dependencies"], *e
 
 command, *arguments = sys.argv[1:]
 if command != "install":
-    sys.exit(f"pip {command}: not known here")
+    sys.exit(f"pip {command}: only `pip install` is known here")
 for argument in arguments:
     if argument in ("-e", "--no-deps"):
         continue

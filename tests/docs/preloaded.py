@@ -1,10 +1,10 @@
-"""A process that has imported torch and transformers once and forks for each command: seconds less per command.
+"""A process that imports torch and transformers once and forks for each command, which saves seconds per command.
 
-It has not imported safevlm: what it forks starts from the code as a fresh process would. `safevlm` on the documents'
-PATH is a client of it.
+It does not import safevlm, so each command imports today's code as a fresh process would. The `safevlm` on the
+documents' PATH is a client of this process.
 
     python preloaded.py serve SOCKET         # the process
-    python preloaded.py SOCKET ARGUMENTS     # the client: runs `safevlm ARGUMENTS` here and ends with its exit code
+    python preloaded.py SOCKET ARGUMENTS     # the client: runs `safevlm ARGUMENTS` here and exits with its code
 """
 
 import json
@@ -17,7 +17,7 @@ import traceback
 
 
 def serve(path: str):
-    """Forks a child per request, which runs `safevlm ARGUMENTS` or a Python file; answers with the exit code."""
+    """For each request, forks a child that runs `safevlm ARGUMENTS` or a Python file; replies with its exit code."""
     import datasets  # noqa: F401
     import peft  # noqa: F401
     import torch  # noqa: F401
@@ -45,7 +45,7 @@ def serve(path: str):
 
 
 def _answer(connection: socket.socket):
-    """In the child: runs the request in a child of its own, whose exit code it sends back."""
+    """In the child: runs the request in a child of its own and sends back its exit code."""
     message, streams, _, _ = socket.recv_fds(connection, 1 << 20, 3)
     request = json.loads(message)
     child = os.fork()

@@ -1,8 +1,7 @@
 """Runs a document's steps in the current folder: `python run_steps.py STEPS.json RESULTS.json`.
 
-All Python blocks share one namespace, as they do for a reader; each bash block has a shell of its own. Ends at the
-first step that fails. A server (`safevlm serve`, `transformers serve`) runs until the next one starts, or the document
-ends.
+All Python blocks share one namespace, as they do for a reader; each bash block has its own shell. Stops at the first
+step that fails. A server (`safevlm serve`, `transformers serve`) runs until the next one starts or the document ends.
 """
 
 import contextlib
@@ -62,10 +61,10 @@ def run_python(text: str, namespace: dict, where: str):
 
 
 def start_server(text: str, ready: str, servers: list):
-    """Starts a command that does not end, in place of those before; returns when `ready`, a URL, answers."""
+    """Stops earlier servers and starts another one; returns when the URL `ready` answers."""
     stop(servers)
-    # Not by the client of preloaded.py that is on the PATH: its end would not be the server's. -P: the document's
-    # folder may hold one named safevlm.
+    # Not through the client of preloaded.py on the PATH: ending that would not end the server. -P: the document's
+    # folder may contain a folder named safevlm.
     text = re.sub("^safevlm ", f"{sys.executable} -P -m safevlm.trainer.cli ", text)
     with open("server.log", "w+") as log:
         servers.append(subprocess.Popen(["bash", "-c", f"exec {text}"], stdout=log, stderr=subprocess.STDOUT))

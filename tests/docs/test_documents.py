@@ -1,4 +1,4 @@
-"""What the documents tell people to type works, and prints what they say it prints."""
+"""The commands in the documents work, and print what the documents show."""
 
 import argparse
 import json
@@ -10,18 +10,20 @@ import yaml
 from blocks import FOR_PEOPLE, ROOT, RUN, WRITTEN, Block, documents, read_blocks, same_output
 from workplace import OF_A_FAST_DEMO, PREPARE, SUBSTITUTES
 
-from safevlm.trainer.cli import _parser
+from safevlm.trainer.cli import build_parser
 
 DOCUMENTS = documents()
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_block_is_of_a_kind_that_is_run_written_or_for_people(document):
-    """Nothing is left out silently: a block of another language needs a decision."""
+    """No block is left out silently: a block in another language needs a decision."""
     for block in read_blocks(document):
-        assert block.language in (*RUN, *WRITTEN, *FOR_PEOPLE), f"{block.where}: what is to be done with it?"
+        assert block.language in (*RUN, *WRITTEN, *FOR_PEOPLE), (
+            f"{block.where}: what should be done with a {block.language!r} block?"
+        )
         if block.language == "csv":
-            assert block.file, f"{block.where}: a csv block is written to a file; name it by <!-- file: NAME -->"
+            assert block.file, f"{block.where}: a csv block is written to a file; name it with <!-- file: NAME -->"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -58,12 +60,12 @@ def test_every_command_runs_and_prints_what_the_document_shows(document, workpla
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_safevlm_command_has_the_options_it_is_shown_with(document):
-    """In sentences, too, where nothing runs them."""
+    """Even in sentences, which nothing runs."""
     text = (ROOT / document).read_text(encoding="utf-8")
     inline = re.findall(r"`(safevlm [^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
     for command in inline:
         words = shlex.split(command)[1:]
-        action = _subcommand(_parser(), words)
+        action = _subcommand(build_parser(), words)
         known = {option for one in action._actions for option in one.option_strings}
         unknown = {word for word in words if word.startswith("--")} - known
         assert not unknown, f"{document}: `{command}`: {action.prog} has no {', '.join(unknown)}"
@@ -92,7 +94,7 @@ def test_links_within_the_repository_lead_somewhere(document):
 
 def test_substitutes_are_all_in_use():
     text = "".join(block.text for document in DOCUMENTS for block in read_blocks(document) if block.language in RUN)
-    assert [said for said, _, _ in SUBSTITUTES + OF_A_FAST_DEMO if said not in text] == []
+    assert [shown for shown, _, _ in SUBSTITUTES + OF_A_FAST_DEMO if shown not in text] == []
     assert set(PREPARE) <= set(DOCUMENTS)
 
 

@@ -1,4 +1,4 @@
-"""Where documents run: a folder each, with the files they take for granted."""
+"""The folders that documents run in, one for each document, with the files that it assumes."""
 
 import json
 import os
@@ -13,13 +13,13 @@ from blocks import ROOT
 from judge_endpoint import start_judge
 from preloaded import call
 
-# What a document says, what is run instead, and why. Each is used by at least one document.
+# The text of a document, the text to run instead, and why. Each is used by at least one document.
 SUBSTITUTES = [
     ("git clone <this repository>", f"ln -s {ROOT}", "the repository is here"),
     (
         "make ",
         "make --dry-run ",
-        "the targets install packages and take minutes; their recipes have tests of their own",
+        "the targets install packages and take minutes; their recipes have their own tests",
     ),
     (
         "safevlm demo --fast --output tiny",
@@ -27,11 +27,11 @@ SUBSTITUTES = [
         "the fixture `demo` ran it, once for all documents",
     ),
     ("llava-hf/llava-1.5-7b-hf", "demo/base", "no 7B checkpoint, no network"),
-    ("--recipe paper", "--recipe paper --holdout 0 --set bf16=false", "two rows: none to hold out; a CPU"),
+    ("--recipe paper", "--recipe paper --holdout 0 --set bf16=false", "two rows, so none to hold out; a CPU"),
     ('Recipe.load("paper")', 'Recipe.load("paper"), bf16=False', "a CPU"),
     ("max_steps=60", "max_steps=2", "time"),
-    ("figstep,mossbench,mmbench", "figstep_tiny --limit 2 --max-new-tokens 4", "the data at hand; time"),
-    ("figstep_tiny,own,mossbench,own_lookalikes,mmbench", "figstep_tiny,own,mmbench --limit 2", "likewise"),
+    ("figstep,mossbench,mmbench", "figstep_tiny --limit 2 --max-new-tokens 4", "the data that is here; time"),
+    ("figstep_tiny,own,mossbench,own_lookalikes,mmbench", "figstep_tiny,own,mmbench --limit 2", "the same"),
     ("--limit 100", "--limit 4 --max-new-tokens 8", "time"),
     (
         "answers=answers.jsonl --tasks figstep",
@@ -43,9 +43,9 @@ SUBSTITUTES = [
     ("localhost:8000", "127.0.0.1:{port}", "a free port"),
     ("--port 8000", "--port {port}", "a free port"),
 ]
-# With a rough demo, whose answers are not compared, a roughly trained model will do.
+# With a fast demo, whose answers are not compared, a roughly trained model is enough.
 OF_A_FAST_DEMO = [("max_steps=40 warmup_steps=5", "max_steps=6 warmup_steps=1", "time")]
-# Data sets of the Hub that documents download: here, empty ones.
+# Data sets that documents download from the Hub; here they are empty.
 DATASETS = ("lmms-lab-encoder/POPE", "ys-zong/VLGuard")
 GITHUB = ("xirui-li/MOSSBench",)
 
@@ -53,8 +53,8 @@ GITHUB = ("xirui-li/MOSSBench",)
 class Workplace:
     """
     Args:
-        folder (`Path`): Gets a folder per document, `home` and `bin`; `shared/data` is there.
-        hub (`LoopbackHub`): What the documents take for the Hub.
+        folder (`Path`): Gets `home`, `bin` and a folder for each document; contains `shared/data`.
+        hub (`LoopbackHub`): Stands in for the Hub.
     """
 
     def __init__(self, folder: Path, hub):
@@ -85,7 +85,7 @@ class Workplace:
             "TOKENIZERS_PARALLELISM": "false",
             "TQDM_DISABLE": "1",
             "OPENAI_API_KEY": "none",
-            "http_proxy": "http://127.0.0.1:9",  # whatever goes elsewhere fails at once
+            "http_proxy": "http://127.0.0.1:9",  # requests to anywhere else fail at once
             "https_proxy": "http://127.0.0.1:9",
             "no_proxy": "127.0.0.1,localhost",
             "GIT_CONFIG_COUNT": "1",
@@ -98,13 +98,13 @@ class Workplace:
         return os.path.exists(self.socket)
 
     def call(self, arguments: list[str], folder: Path, log) -> int:
-        """Has the preloaded process run `safevlm ...` or a Python file; its output goes to the file `log`."""
+        """Runs `safevlm ...` or a Python file in the preloaded process; its output goes to the file `log`."""
         with open(os.devnull) as nothing:
             streams = (nothing.fileno(), log.fileno(), log.fileno())
             return call(self.socket, arguments, str(folder), self.environment, streams)
 
     def run(self, document: str, blocks, demo: Path, port: int) -> list[dict]:
-        """Runs a document's blocks in a new folder; returns the steps done, the last of which may have failed."""
+        """Runs a document's blocks in a new folder; returns the steps it ran, the last of which may have failed."""
         folder = self.folder / document.replace("/", "-").removesuffix(".md")
         folder.mkdir()
         for name in (
@@ -138,9 +138,9 @@ class Workplace:
 
 
 def substitute(text: str, substitutes: list[tuple[str, str, str]]) -> str:
-    """What is run for a block."""
-    for said, run, _ in substitutes:
-        text = text.replace(said, run)
+    """The text to run for a block."""
+    for shown, run, _ in substitutes:
+        text = text.replace(shown, run)
     return text
 
 
@@ -166,7 +166,7 @@ stages:
 
 
 def _trained_with_lora(folder: Path, place: Workplace, port: int):
-    """`out`, as `safevlm train` leaves it with the paper's recipe: an adapter can be made of it."""
+    """`out`, as `safevlm train` leaves it with the paper's recipe, so that an adapter can be made from it."""
     (folder / "lora.yaml").write_text(LORA)
     data = ["--data", "demo/dev/rows.jsonl", "--holdout", "0", "--set", "per_device_train_batch_size=4"]
     command = ["safevlm", "train", "--base", "demo/base", "--recipe", "lora.yaml", "--output", "out", *data]
@@ -176,7 +176,7 @@ def _trained_with_lora(folder: Path, place: Workplace, port: int):
 
 
 def _data(folder: Path, place: Workplace, port: int):
-    """The files that the data README reads: two rows each, about two small pictures."""
+    """The files that the data README reads, of two rows each, about two small pictures."""
     from PIL import Image
 
     real = place.folder / "shared" / "data"
@@ -186,9 +186,9 @@ def _data(folder: Path, place: Workplace, port: int):
     (folder / "VLGuard").mkdir()
     for path in (folder / "one.png", folder / "two.png", folder / "VLGuard" / "one.png"):
         Image.new("RGB", (4, 4), "red").save(path)
-    said = {"instruction": "What is this?", "response": "A red square."}
+    turn = {"instruction": "What is this?", "response": "A red square."}
     record = {"id": "1", "image": "one.png", "safe": False, "harmful_category": "risky behavior"}
-    record |= {"harmful_subcategory": "violence", "instr-resp": [said]}
+    record |= {"harmful_subcategory": "violence", "instr-resp": [turn]}
     (folder / "VLGuard" / "train.json").write_text(json.dumps([record]))
     answer = {"from": "ASSISTANT", "value": "A red square."}
     good = {"id": "1", "image": "one.png", "safe_type": 6, "safe_level": 0}

@@ -1,5 +1,6 @@
-"""A loopback Hub that this process takes for the Hub, and a saved model to push to it."""
+"""A loopback Hub in place of the real one, and a saved model to push to it."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def hub(monkeypatch):
 
 @pytest.fixture
 def waits(monkeypatch):
-    """Retries do not wait here; what they would have waited, in seconds."""
+    """Retries do not wait; this records how long they would have waited, in seconds."""
     noted = []
     monkeypatch.setattr("time.sleep", noted.append)
     return noted
@@ -34,10 +35,9 @@ def pushed_model(processor):
 
 
 @pytest.fixture(scope="session")
-def saved_once(pushed_model, processor, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("published") / "model"
-    pushed_model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+def saved_once(model_folders, tmp_path_factory):
+    """`pushed_model` and its processor, with a card."""
+    folder = Path(shutil.copytree(model_folders / "safe", tmp_path_factory.mktemp("published") / "model"))
     write_card(folder, FACTS)
     return folder
 
@@ -45,6 +45,4 @@ def saved_once(pushed_model, processor, tmp_path_factory):
 @pytest.fixture
 def saved(saved_once, tmp_path):
     """A copy of the saved model that a test may change."""
-    import shutil
-
     return Path(shutil.copytree(saved_once, tmp_path / "model"))

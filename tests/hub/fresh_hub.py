@@ -8,7 +8,7 @@ import sys
 
 
 class Block:
-    """Makes safevlm, installed here, as absent as on a user's machine."""
+    """Hides the installed safevlm, so that it is missing as on a user's machine."""
 
     def find_spec(self, name, path=None, target=None):
         if name == "safevlm" or name.startswith("safevlm."):

@@ -1,4 +1,4 @@
-"""A stand-in for the Hub, on this machine: enough of its HTTP API for pushes, downloads and their failures.
+"""A stand-in for the Hub on this machine, with enough of its HTTP API for pushes, downloads and their failures.
 
     with LoopbackHub() as hub:
         hub.fail("POST", "/preupload/", 503)          # the next such request fails
@@ -42,7 +42,7 @@ class Repo:
         return self.branches["main"]
 
     def resolve(self, revision: str) -> str | None:
-        """The branch of a revision: its name, or the id of its present state."""
+        """The branch that a revision means: its name, or the id of its latest commit."""
         for name in self.branches:
             if revision in (name, self.sha(name)):
                 return name
@@ -99,7 +99,7 @@ class LoopbackHub:
         self.thread.join()
 
     def environment(self, home) -> dict[str, str]:
-        """Variables for a process that shall take this for the Hub; `home` is a folder for its caches."""
+        """Environment variables that make a process use this Hub; `home` is a folder for its caches."""
         return {
             "HF_ENDPOINT": self.url,
             "HF_TOKEN": self.token,
@@ -128,7 +128,7 @@ class LoopbackHub:
         self.failures.append(Failure(method, path, status, times, after, headers))
 
     def sent(self, method: str, path: str) -> int:
-        """How many requests came in for a path that matches."""
+        """The number of requests for a path that matches."""
         return sum(m == method and bool(re.search(path, p)) for m, p in self.requests)
 
 
@@ -220,7 +220,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(status, {"error": message}, headers)
 
     def _find(self, kind: str, name: str, revision: str | None = None) -> tuple[Repo, str] | None:
-        """A repository and branch; answers 404 and returns `None` where there is none."""
+        """A repository and branch; replies 404 and returns `None` if there is none."""
         repo = self.hub.repos.get(name if kind == "models" else f"{kind}/{name}")
         if repo is None:
             return self._error(404, "Repository not found", "RepoNotFound")
@@ -386,7 +386,7 @@ def _git_hash(content: bytes) -> str:
 
 
 def main():
-    """Serves until it is stopped; prints the variables to set. For trying things out by hand."""
+    """Prints the variables to set and serves until stopped, for trying things out by hand."""
     import sys
     import tempfile
 
@@ -404,7 +404,7 @@ if __name__ == "__main__":
 
 @contextmanager
 def taken_for_the_hub(monkeypatch):
-    """A running loopback Hub that this process takes for the Hub: huggingface_hub reads its settings at its import."""
+    """A running loopback Hub that this process uses; huggingface_hub reads its settings when it is imported."""
     with LoopbackHub() as running, TemporaryDirectory() as cache:
         monkeypatch.setattr(constants, "ENDPOINT", running.url)
         template = running.url + "/{repo_id}/resolve/{revision}/{filename}"
@@ -413,7 +413,7 @@ def taken_for_the_hub(monkeypatch):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # it keeps a client of the address it saw first
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # keeps a client for the first address it saw
         close_session()
         yield running
     close_session()

@@ -1,4 +1,4 @@
-"""Push by the command, then load by repository id in a process without the package: the same model comes back."""
+"""A push with the command, then a load by repository id without the package, gives the same model."""
 
 import ast
 import json
@@ -22,7 +22,7 @@ QUESTION = "What is in the picture?"
 
 @pytest.fixture(scope="module")
 def there(saved_once, tmp_path_factory):
-    """The Hub after `safevlm push` with small shards, what that printed, and what a fresh process then computed."""
+    """The Hub after `safevlm push` with small shards, what that printed, and what a fresh process computed."""
     folder = tmp_path_factory.mktemp("fresh")
     picture(0).save(folder / "picture.png")
     with LoopbackHub() as hub:

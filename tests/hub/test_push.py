@@ -1,4 +1,4 @@
-"""`push_to_hub`: what goes, what is refused, and what happens when the Hub or the network fails."""
+"""`push_to_hub`: what is sent, what is refused, and what happens when the Hub or the network fails."""
 
 import json
 import re
@@ -10,6 +10,7 @@ from loopback import TOKEN
 from safetensors.torch import load_file, save_file
 
 from safevlm.model_card import push_to_hub, write_card
+from safevlm.model_card.push import CommitOptions
 from safevlm.trainer.cli import main
 
 STAGE = {"stage": "safety_alignment", "arguments": {"trainable": ["safety"]}}
@@ -248,7 +249,7 @@ def test_a_push_of_what_is_there_already_says_so(hub, saved, run):
 
 def test_a_pickle_named_safetensors_is_refused(saved):
     torch.save({"x": torch.zeros(2)}, saved / "model.safetensors")
-    with pytest.raises(ValueError, match="no whole safetensors file"):
+    with pytest.raises(ValueError, match="not a complete safetensors file"):
         push_to_hub(saved, "me/m", dry_run=True)
 
 
@@ -274,7 +275,7 @@ def test_what_is_no_safevlm_is_refused(saved, base, tmp_path):
         push_to_hub(tmp_path / "base", "me/m", dry_run=True)
     with pytest.raises(ValueError, match="no config.json"):
         push_to_hub(tmp_path, "me/m", dry_run=True)
-    with pytest.raises(ValueError, match="no folder"):
+    with pytest.raises(ValueError, match="is not a folder"):
         push_to_hub(tmp_path / "nowhere", "me/m", dry_run=True)
 
 
@@ -335,7 +336,7 @@ def test_a_pull_request_is_not_opened_twice(hub, saved, waits):
     hub.add("me/m", private=False)
     hub.fail("POST", "/commit/", 500)
     with pytest.raises(OSError, match="500"):
-        push_to_hub(saved, "me/m", create_pr=True)
+        push_to_hub(saved, "me/m", commit=CommitOptions(create_pr=True))
     assert hub.sent("POST", "/commit/") == 1
 
 

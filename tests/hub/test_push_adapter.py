@@ -1,4 +1,4 @@
-"""What training added to a base, pushed without the base, and put on it again: the same model."""
+"""What training added to a base is pushed without it; loaded onto the base again it gives the same model."""
 
 import json
 import shutil
@@ -13,6 +13,7 @@ from transformers import AutoModel, AutoModelForImageTextToText
 from safevlm import SafeVlmForConditionalGeneration
 from safevlm.model_card import push_to_hub
 from safevlm.trainer.cli import main
+from safevlm.trainer.training_options import TrainOptions
 from safevlm.trainer.training_run import train_from_files
 
 pytest.importorskip("peft", reason="peft is not installed; pip install 'safevlm[train]'")
@@ -27,19 +28,21 @@ def train(folder, stages):
     tiny_processor().save_pretrained(folder / "base")
     (folder / "recipe.yaml").write_text(yaml.safe_dump({"safety": dict(SIZES), "stages": stages}))
     train_from_files(
-        folder / "base",
-        [write_rows(folder)],
-        folder / "out",
-        recipe=folder / "recipe.yaml",
-        holdout=0,
-        dtype="float32",
+        TrainOptions(
+            base=folder / "base",
+            data=[write_rows(folder)],
+            output=folder / "out",
+            recipe=folder / "recipe.yaml",
+            holdout=0,
+            dtype="float32",
+        )
     )
     return folder
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder with a base and, in `out`, both stages on it, the second with LoRA."""
+    """A folder with a base and, in `out`, what both stages trained, the second with LoRA."""
     return train(tmp_path_factory.mktemp("trained"), [STAGE_1, STAGE_2])
 
 
@@ -57,7 +60,7 @@ def test_lora_and_safety_modules_from_the_hub_make_the_trained_model(hub, traine
         assert torch.equal(tensor, expected[name]), name
     inputs = encode(processor, ["What is in the picture?"], [1])
     assert torch.equal(found.generate(**inputs), whole.generate(**inputs))
-    # On the base alone it would be another model.
+    # On the untouched base the safety modules alone would be a different model.
     trained_too = [
         name for name, tensor in tiny_llava().state_dict().items() if not tensor.equal(expected[f"base.{name}"])
     ]

@@ -1,4 +1,4 @@
-"""Words of strangers and words of the publisher: the first never become markup, the second are never lost."""
+"""Untrusted strings never become markup, and the publisher's own text is never lost."""
 
 import json
 
@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
 
 
 def inline_kinds(source: str) -> set[str]:
-    """What a line is made of, besides text."""
+    """The types of all Markdown tokens in a text."""
     kinds = set()
     for token in markdown.parse(source):
         kinds |= {child.type for child in token.children or ()} | {token.type}

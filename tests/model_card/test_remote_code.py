@@ -1,4 +1,4 @@
-"""`safevlm code`: the Python files that a model would run, whether they are safevlm's, and nothing of them is run."""
+"""`safevlm code`: which Python files a model would run, and whether they are safevlm's, without running any."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from safevlm import __version__
-from safevlm.model_card.remote_code import read_code
+from safevlm.model_card.code_review import read_code
 from safevlm.trainer.cli import main
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "hub"))
@@ -20,23 +20,15 @@ ALL_SAME = re.compile(rf"(\d+) files, (\d+) lines: all as in safevlm {re.escape(
 RUNS = "import pathlib\npathlib.Path(__file__).with_name('it_ran').touch()\n"
 
 
-@pytest.fixture(scope="session")
-def saved_once(model, processor, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("code") / "model"
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
-def saved(saved_once, tmp_path):
+def saved(model_folders, tmp_path):
     """A copy of a saved model that a test may change."""
-    return Path(shutil.copytree(saved_once, tmp_path / "model"))
+    return Path(shutil.copytree(model_folders / "safe", tmp_path / "model"))
 
 
 @pytest.fixture
 def code(capsys):
-    """`code("FOLDER", ...)`: exit code, lines of standard output, standard error."""
+    """`code("FOLDER", ...)`: exit code, lines of standard output, and standard error."""
 
     def call(*arguments):
         exit_code = main(["code", *map(str, arguments)])
@@ -83,11 +75,11 @@ def test_a_saved_model_s_files_are_all_safevlm_s(saved, code):
 
 
 def test_a_changed_file_and_what_it_uses_are_shown_last(saved, code):
-    append(saved / "losses.py", "import requests, subprocess as sp\nfrom os import system as s\n")
-    append(saved / "losses.py", "s('x')\nsp.run(eval('1'))\n")
+    append(saved / "pipeline_safevlm.py", "import requests, subprocess as sp\nfrom os import system as s\n")
+    append(saved / "pipeline_safevlm.py", "s('x')\nsp.run(eval('1'))\n")
     exit_code, lines, _ = code(saved)
     assert exit_code == 1 and lines[-4].startswith("differs ")
-    assert lines[-4] == line_of("losses.py", lines)
+    assert lines[-4] == line_of("pipeline_safevlm.py", lines)
     assert lines[-3:-1] == ["    imports: requests", "    calls: eval, os.system, requests, subprocess.run"]
     total = len(list(saved.glob("*.py")))
     advice = "read it before you trust it (--diff shows how)"
@@ -95,20 +87,21 @@ def test_a_changed_file_and_what_it_uses_are_shown_last(saved, code):
 
 
 def test_one_other_byte_makes_a_difference(saved, code):
-    content = (saved / "versions.py").read_bytes()
-    (saved / "versions.py").write_bytes(content.replace(b"5.23", b"5.24", 1))
+    content = (saved / "configuration_safevlm.py").read_bytes()
+    (saved / "configuration_safevlm.py").write_bytes(content.replace(b"5.23", b"5.24", 1))
     exit_code, lines, _ = code(saved)
-    assert exit_code == 1 and line_of("versions.py", lines).startswith("differs ")
+    assert exit_code == 1 and line_of("configuration_safevlm.py", lines).startswith("differs ")
 
 
 def test_the_diff_goes_from_safevlm_s_file_to_the_model_s(saved, code):
-    append(saved / "losses.py", "x = 1\n")
-    (saved / "versions.py").write_bytes((saved / "versions.py").read_bytes().replace(b"\n", b"\r\n"))
-    append(saved / "losses.py", "from .helper import x\n")
+    append(saved / "pipeline_safevlm.py", "x = 1\n")
+    configuration = saved / "configuration_safevlm.py"
+    configuration.write_bytes(configuration.read_bytes().replace(b"\n", b"\r\n"))
+    append(saved / "pipeline_safevlm.py", "from .helper import x\n")
     (saved / "helper.py").write_text("hidden = 1\n")
     exit_code, lines, _ = code(saved, "--diff")
-    start = lines.index("--- safevlm/losses.py")
-    assert lines[start + 1] == "+++ model/losses.py"
+    start = lines.index("--- safevlm/pipeline_safevlm.py")
+    assert lines[start + 1] == "+++ model/pipeline_safevlm.py"
     assert exit_code == 1 and "+x = 1" in lines and "-x = 1" not in lines
     assert "+check_installed()\\r" in lines and "-check_installed()" in lines  # the only difference can be seen
     assert line_of("helper.py", lines).startswith("unknown ") and "+hidden = 1" not in lines
@@ -117,7 +110,7 @@ def test_the_diff_goes_from_safevlm_s_file_to_the_model_s(saved, code):
 
 
 def test_imports_are_followed_and_files_that_nothing_names_are_not_counted(saved, code):
-    append(saved / "versions.py", "from .one import x\n")
+    append(saved / "configuration_safevlm.py", "from .one import x\n")
     (saved / "one.py").write_text("from .two import x\n")
     (saved / "two.py").write_text("from .one import x\n")
     (saved / "train.py").write_text("eval('1')\n")
@@ -185,7 +178,7 @@ def test_code_of_another_place_is_reported(saved, code, reference):
     auto_map = json.loads((saved / "config.json").read_text())["auto_map"]
     edit(saved / "config.json", auto_map={**auto_map, "AutoProcessor": reference})
     (saved / "other").mkdir()
-    shutil.copy(saved / "modeling_safevlm.py", saved / "other" / "repo--modeling_safevlm.py")  # not what would run
+    shutil.copy(saved / "modeling_safevlm.py", saved / "other" / "repo--modeling_safevlm.py")  # would not be loaded
     exit_code, lines, _ = code(saved)
     assert exit_code == 1 and f"elsewhere  {reference}" in lines
     assert "not in this folder" in lines[-1] and " files " not in lines[-1]
@@ -204,7 +197,7 @@ def test_what_the_base_s_configuration_names_is_never_run(saved, code):
 
 
 def test_nothing_that_a_terminal_acts_on_is_printed(saved, code):
-    append(saved / "versions.py", "from .helper import x  # \x1b[2K \u202e\n")
+    append(saved / "configuration_safevlm.py", "from .helper import x  # \x1b[2K \u202e\n")
     (saved / "helper.py").write_text(f'"""Nice\x1b]0;title\x07 {"x" * 200}"""\nimport a\n')
     (saved / "evil\x1b[2J.py").write_text("")
     auto_map = json.loads((saved / "config.json").read_text())["auto_map"]
@@ -219,7 +212,7 @@ def test_nothing_that_a_terminal_acts_on_is_printed(saved, code):
 def test_the_release_to_compare_with_is_named(saved, code, version, said):
     edit(saved / "config.json", safevlm_version=version)
     assert code(saved)[0] == 0
-    append(saved / "losses.py", "x = 1\n")
+    append(saved / "pipeline_safevlm.py", "x = 1\n")
     lines = code(saved)[1]
     assert ("pip install" in "".join(lines)) is said
     assert not said or lines[-1].endswith("by safevlm 0.0.9: to compare with that, pip install safevlm==0.0.9")
@@ -251,32 +244,32 @@ def test_a_hub_id_is_reviewed_without_its_weights(saved, code, monkeypatch):
     files = {path.name: path.read_bytes() for path in saved.iterdir()}
     with taken_for_the_hub(monkeypatch) as hub:
         repo = hub.add("me/m", files=files)
-        repo.branches["bad"] = {**files, "losses.py": b"import requests\n"}
+        repo.branches["bad"] = {**files, "pipeline_safevlm.py": b"import requests\n"}
         exit_code, lines, _ = code("me/m")
         assert exit_code == 0 and ALL_SAME.fullmatch(lines[-2])
         assert lines[-1] == f'Load what you read: revision="{repo.sha("main")}"'
         exit_code, lines, _ = code("me/m", "--revision", "bad")
-        assert exit_code == 1 and line_of("losses.py", lines).startswith("differs ")
+        assert exit_code == 1 and line_of("pipeline_safevlm.py", lines).startswith("differs ")
         assert code("me/m", "--revision", repo.sha("bad"))[0] == 1
         requested = {path.rpartition("/")[2] for _, path in hub.requests if "/resolve/" in path}
         assert {"config.json", "modeling_safevlm.py"} <= requested
         assert requested <= {name for name in files if name.endswith((".py", ".json"))}
-        for arguments, what in ((("me/gone",), "no model on the Hub"), (("me/m", "--revision", "v9"), "'v9'")):
+        for arguments, what in ((("me/gone",), "nor a model on the Hub"), (("me/m", "--revision", "v9"), "'v9'")):
             exit_code, lines, err = code(*arguments)
             assert exit_code == 1 and lines == [] and what in err and err.count("\n") == 1
 
 
 def test_wrong_arguments_are_one_clear_line(saved, code, tmp_path):
     (tmp_path / "empty").mkdir()
-    (saved / "versions.py").write_bytes(b"\xff")
+    (saved / "configuration_safevlm.py").write_bytes(b"\xff")
     broken = Path(shutil.copytree(saved, tmp_path / "broken"))
     (broken / "config.json").write_text("{")
     for arguments, what in (
         ((tmp_path / "empty",), "holds no config.json"),
-        ((tmp_path / "no such\tfolder",), "is no folder"),
+        ((tmp_path / "no such\tfolder",), "is neither a folder nor a model"),
         ((saved, "--revision", "main"), "is a folder; leave it out"),
-        ((saved,), "versions.py' is no UTF-8 text"),
-        ((broken,), "config.json' is no valid JSON"),
+        ((saved,), "configuration_safevlm.py' is not UTF-8 text"),
+        ((broken,), "config.json' is not valid JSON"),
     ):
         exit_code, lines, err = code(*arguments)
         assert exit_code == 1 and lines == [] and what in err and err.count("\n") == 1, err
@@ -299,4 +292,4 @@ def test_a_weak_policy_is_told(saved, code, policy, says):
 
 def test_a_policy_that_names_a_file_is_told(saved, code):
     edit(saved / "config.json", safety_policy="/etc/policy.yaml")
-    assert any("own policy is weak: it is none" in line for line in code(saved)[1])
+    assert any("own policy is weak: it is not valid" in line for line in code(saved)[1])

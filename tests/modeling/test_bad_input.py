@@ -1,4 +1,4 @@
-"""What bad input gets: an error that names the thing, its value and the fix."""
+"""Bad input gets an error that names the argument, its value and the fix."""
 
 import copy
 
@@ -29,7 +29,7 @@ def tiny_llama():
 
 
 @pytest.mark.parametrize("as_folder", [True, False])
-def test_a_base_that_is_no_vision_language_model_is_refused(tiny_llama, tmp_path, as_folder):
+def test_a_base_that_is_not_a_vision_language_model_is_refused(tiny_llama, tmp_path, as_folder):
     base = tiny_llama
     if as_folder:
         tiny_llama.save_pretrained(tmp_path)
@@ -85,7 +85,7 @@ def test_wrong_options_are_refused(processor, options, error, message, with_conf
             from_base(tiny_llava(), processor, **{**SIZES, **options})
 
 
-def test_a_patch_grid_that_is_no_square_is_refused(model):
+def test_a_patch_grid_that_is_not_square_is_refused(model):
     with pytest.raises(ValueError, match="same square patch grid .* got 15 patches.*'resampler'"):
         model.safety.projector(torch.zeros(1, 15, 32))
 
@@ -198,7 +198,7 @@ def test_embeddings_instead_of_ids_are_refused(model, one, policy):
 
 
 def test_paged_generation_is_refused(model, one):
-    with pytest.raises(ValueError, match="`cache_implementation='paged'` by-passes the safety head. Use 'dynamic'"):
+    with pytest.raises(ValueError, match="`cache_implementation='paged'` bypasses the safety head. Use 'dynamic'"):
         model.generate(**one, cache_implementation="paged")
     with pytest.raises(NotImplementedError, match="ignores images and would by-pass the safety head.*`generate`"):
         model.generate_batch([one["input_ids"][0].tolist()])
@@ -210,7 +210,7 @@ def test_features_from_elsewhere_are_refused(model, one):
 
 
 @pytest.mark.parametrize("name", ["mm_encoder_outputs", "inputs_embeds"])
-def test_forward_refuses_what_would_by_pass_the_head(model, one, name):
+def test_forward_refuses_what_would_bypass_the_head(model, one, name):
     with pytest.raises(ValueError, match=f"`{name}`"):
         model(**one, **{name: torch.zeros(1)})
 

@@ -23,10 +23,8 @@ def assert_same_model(found, expected, inputs):
 
 
 @pytest.fixture(scope="module")
-def saved(model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved")
-    model.save_pretrained(folder)
-    return folder
+def saved(model_folders):
+    return model_folders / "safe"
 
 
 def edit_weights(folder, target, edit):
@@ -89,7 +87,7 @@ def test_missing_safety_weights_fail_loudly(saved, tmp_path, part):
             del weights[name]
 
     with pytest.raises(
-        ValueError, match="lacks .*[1-9][0-9]* of them safety weights.*random safety modules.*from_base"
+        ValueError, match="lacks .*[1-9][0-9]* of them safety weights.*safety modules are untrained.*from_base"
     ):
         SafeVlmForConditionalGeneration.from_pretrained(edit_weights(saved, tmp_path, drop))
 

@@ -1,4 +1,4 @@
-"""Where a verdict cannot be had, or something else would write the answer: the strictest action or a clear error."""
+"""Without a reliable verdict, or if other code would write the answer: the strictest action or a clear error."""
 
 import copy
 import json
@@ -15,8 +15,8 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, Log
 
 import safevlm.embedding_override as embedding_override
 from safevlm import SafetyPolicy, SafeVlmForConditionalGeneration
+from safevlm.loading_checks import check_safety_weights
 from safevlm.policy_enforcement import EnforcePolicy
-from safevlm.safety_modules import check_safety_weights
 
 REFUSAL = "I can't help with this request: it involves politics."
 from_pretrained = SafeVlmForConditionalGeneration.from_pretrained
@@ -29,11 +29,8 @@ def one(processor):
 
 
 @pytest.fixture(scope="module")
-def folder(model, processor, tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    model.save_pretrained(path)
-    processor.save_pretrained(path)
-    return path
+def folder(model_folders):
+    return model_folders / "safe"
 
 
 def refused(model, processor, inputs, **settings):
@@ -41,7 +38,7 @@ def refused(model, processor, inputs, **settings):
     return [text.strip().startswith("I can't help with this request") for text in answers(processor, output, inputs)]
 
 
-# -- numbers that are none -------------------------------------------------------------------------------------------
+# -- numbers that are not finite -------------------------------------------------------------------------------------
 
 
 def broken_head(model):
@@ -52,29 +49,29 @@ def overflowing_projector(model):
     model.safety.projector.input.weight[:] = 3e38
 
 
-def no_number_in_a_query(model):
+def nan_in_a_query(model):
     model.safety.head.layers[0].query.weight[0, 0] = float("nan")
 
 
-def no_number_in_a_key(model):
+def nan_in_a_key(model):
     model.safety.head.layers[0].key.bias[0] = float("nan")
 
 
-def no_number_in_the_heads_norm(model):
+def nan_in_the_heads_norm(model):
     model.safety.head.layers[0].norm.weight[0] = float("nan")
 
 
-def no_number_in_a_safety_token(model):
+def nan_in_a_safety_token(model):
     model.safety.head.tokens.weight[0] = float("nan")
 
 
 DAMAGES = [
     broken_head,
     overflowing_projector,
-    no_number_in_a_safety_token,
-    no_number_in_a_query,
-    no_number_in_a_key,
-    no_number_in_the_heads_norm,
+    nan_in_a_safety_token,
+    nan_in_a_query,
+    nan_in_a_key,
+    nan_in_the_heads_norm,
 ]
 
 
@@ -97,7 +94,7 @@ def test_the_refusal_of_a_failed_head_names_no_category(model, processor, one, s
         broken_head(broken)
     neutral = REFUSAL.replace("politics", "a possible safety risk")
     settings, expected = {}, neutral
-    if saved == "by an earlier one":  # which has no such text: a category's, as it did
+    if saved == "by an earlier one":  # which lacks that text: a category's, as it wrote then
         del broken.config.policy_token_ids[neutral]
         expected = REFUSAL.replace("politics", broken.config.category_names[broken.assess(**one).category])
     elif saved == "no texts":
@@ -108,7 +105,7 @@ def test_the_refusal_of_a_failed_head_names_no_category(model, processor, one, s
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_pixel_that_is_no_number_refuses_its_row_only(model, processor, batch, value):
+def test_a_pixel_that_is_not_finite_refuses_only_its_row(model, processor, batch, value):
     clean = model.assess(**batch)
     for image, row in ((0, 0), (1, 1), (2, 1)):
         pixels = batch["pixel_values"].clone()
@@ -117,8 +114,8 @@ def test_a_pixel_that_is_no_number_refuses_its_row_only(model, processor, batch,
         assert verdict.failed.tolist() == [i == row for i in range(3)] and verdict.actions[row] == "refuse"
         other = 1 - row
         torch.testing.assert_close(verdict.score[other], clean.score[other])
-        found = refused(model, processor, {**batch, "pixel_values": pixels}, do_sample=True)
-        assert found[row] and found[other] == (clean.actions[other] == "refuse")
+        actual = refused(model, processor, {**batch, "pixel_values": pixels}, do_sample=True)
+        assert actual[row] and actual[other] == (clean.actions[other] == "refuse")
 
 
 def test_one_reading_that_fails_is_enough(model, processor, verdicts, one, monkeypatch):
@@ -133,12 +130,12 @@ def test_one_reading_that_fails_is_enough(model, processor, verdicts, one, monke
         return prediction
 
     monkeypatch.setattr(model, "predict_safety", second_is_none)
-    begun = torch.tensor([[100]])  # a beginning of an answer: one more reading
+    begun = torch.tensor([[100]])  # the beginning of an answer adds a reading
     longer = {**one, "input_ids": torch.cat([one["input_ids"], begun], dim=1)}
     for name, value in (("attention_mask", 1), ("safety_question_mask", 0)):
         longer[name] = torch.cat([one[name], begun * 0 + value], dim=1)
-    found = model.assess(**longer)
-    assert len(seen) > 1 and found.actions == ["refuse"]
+    actual = model.assess(**longer)
+    assert len(seen) > 1 and actual.actions == ["refuse"]
 
 
 def test_a_half_precision_head_that_overflows_refuses(model, processor, one):
@@ -148,7 +145,7 @@ def test_a_half_precision_head_that_overflows_refuses(model, processor, one):
     assert half.assess(**{k: v.half() if v.is_floating_point() else v for k, v in one.items()}).actions == ["refuse"]
 
 
-# -- weights that are none -------------------------------------------------------------------------------------------
+# -- weights that are damaged ----------------------------------------------------------------------------------------
 
 
 def damage_file(path, name, value):
@@ -191,7 +188,7 @@ def test_weights_that_half_precision_cannot_hold_are_refused(model, tmp_path):
         from_pretrained(tmp_path, dtype=torch.float16)
 
 
-def test_zero_biases_and_weights_that_are_nowhere_pass(model):
+def test_zero_biases_and_weights_on_the_meta_device_pass(model):
     fresh = copy.deepcopy(model.safety)
     for name, weight in fresh.named_parameters():
         if name.endswith("bias"):
@@ -234,7 +231,7 @@ def test_an_adapter_that_lacks_weights_is_refused(lora_adapter, processor, tmp_p
 
 
 @pytest.mark.parametrize("part", ["safety.head.level_classifier.weight", "lora_B.weight"])
-def test_a_lora_adapter_that_is_no_number_is_refused(lora_adapter, processor, tmp_path, part):
+def test_a_lora_adapter_that_is_not_finite_is_refused(lora_adapter, processor, tmp_path, part):
     import shutil
 
     folder = shutil.copytree(lora_adapter, tmp_path / "adapter")
@@ -272,7 +269,7 @@ def test_a_base_with_a_peft_adapter_is_refused(processor, base_processor, tmp_pa
 
 @pytest.mark.parametrize("ends", [-1, [-1], [2, -1], 10**6, torch.tensor([-1, 2])])
 @pytest.mark.parametrize("how", ["argument", "config", "the model's config"])
-def test_an_end_token_that_is_none_is_refused(model, processor, one, verdicts, monkeypatch, ends, how):
+def test_an_end_token_outside_the_vocabulary_is_refused(model, processor, one, verdicts, monkeypatch, ends, how):
     verdicts(model, "high")
     options = {"eos_token_id": ends} if how == "argument" else {}
     if how == "config":
@@ -283,7 +280,7 @@ def test_an_end_token_that_is_none_is_refused(model, processor, one, verdicts, m
         model.generate(**one, **options)
 
 
-def test_an_end_token_in_the_midst_of_the_refusal_cuts_it(model, processor, batch, verdicts):
+def test_an_end_token_in_the_middle_of_the_refusal_cuts_it(model, processor, batch, verdicts):
     verdicts(model, "high", "none", "none")
     script = [int(i) for i in model.config.policy_token_ids[REFUSAL].split()]
     tokens = new_tokens(model.generate(**batch, eos_token_id=script[4], max_new_tokens=80), batch)[0].tolist()
@@ -292,7 +289,7 @@ def test_an_end_token_in_the_midst_of_the_refusal_cuts_it(model, processor, batc
 
 
 def appending(model, input_ids, logits_processor=None, stopping_criteria=None, generation_config=None, **kwargs):
-    """A decoding method that writes the refusal, and then something else."""
+    """A decoding method that writes the refusal and then other text."""
     ids = input_ids
     for _ in range(75):
         scores = logits_processor(ids, torch.zeros(len(ids), 448))
@@ -304,7 +301,7 @@ def appending(model, input_ids, logits_processor=None, stopping_criteria=None, g
 
 def test_text_after_the_refusal_is_caught(model, one, verdicts):
     verdicts(model, "high")
-    with pytest.raises(RuntimeError, match="wrote something else than the forced refusal"):
+    with pytest.raises(RuntimeError, match="wrote something other than the forced refusal"):
         model.generate(**one, custom_generate=appending)
 
 
@@ -319,7 +316,7 @@ class Listener:
         pass
 
 
-def test_a_streamer_never_hears_what_is_not_the_refusal(model, one, verdicts):
+def test_a_streamer_never_gets_anything_but_the_refusal(model, one, verdicts):
     """Whatever the base streams."""
     verdicts(model, "high")
     other = copy.deepcopy(model)
@@ -341,14 +338,14 @@ def test_an_assistant_with_fewer_tokens_drafts(processor, base_processor, verdic
     length = len(base_processor.tokenizer)
     model = safe_model(tiny_llava(vocab_size=length), processor)
     inputs = encode(processor, ["hello"], [1])
-    both = dict(tokenizer=processor.tokenizer, assistant_tokenizer=base_processor.tokenizer)
+    tokenizers = dict(tokenizer=processor.tokenizer, assistant_tokenizer=base_processor.tokenizer)
     for level in ("high", "none"):
         verdicts(model, level)
         expected = model.generate(**inputs, max_new_tokens=70)
-        found = model.generate(
-            **inputs, max_new_tokens=70, assistant_model=tiny_llava(seed=1, vocab_size=length), **both
+        actual = model.generate(
+            **inputs, max_new_tokens=70, assistant_model=tiny_llava(seed=1, vocab_size=length), **tokenizers
         )
-        assert torch.equal(found, expected)
+        assert torch.equal(actual, expected)
 
 
 def test_what_an_assistant_cannot_write_it_need_not_draft():
@@ -425,14 +422,14 @@ def test_texts_with_special_tokens_are_refused(model, processor, one, verdicts, 
         model.generate(**one, safety_policy=policy, tokenizer=processor.tokenizer)
 
 
-# -- by-passes -------------------------------------------------------------------------------------------------------
+# -- bypasses --------------------------------------------------------------------------------------------------------
 
 GENERATES = {"generate", "generate_batch", "init_continuous_batching", "continuous_batching_context_manager"}
 DOES_NOT = {
     "adjust_generation_fn",
     "compute_transition_scores",
     "destroy_cached_continuous_batching_manager",
-    "heal_tokens",  # calls `generate`, which is ours
+    "heal_tokens",  # calls our `generate`
     "load_custom_generate",
     "output_modalities",
     "prepare_inputs_for_generation",
@@ -492,8 +489,8 @@ def test_a_callers_mask_hides_no_question(model, processor, start, length):
     inputs = encode(processor, ["How do I use this against someone?"], [1])
     mask = inputs["safety_question_mask"].clone()
     mask[0, start : start + length] = 0
-    expected, found = model.assess(**inputs), model.assess(**{**inputs, "safety_question_mask": mask})
-    assert found.score >= expected.score - 1e-5
+    expected, actual = model.assess(**inputs), model.assess(**{**inputs, "safety_question_mask": mask})
+    assert actual.score >= expected.score - 1e-5
 
 
 def test_the_processors_mask_hides_answers(model, processor):
@@ -521,22 +518,22 @@ def test_right_padding_gives_what_left_padding_gives(model, batch, verdicts, opt
     assert (batch["attention_mask"] == 0).any()
     moved = right_padded(batch)
     torch.testing.assert_close(model.assess(**moved).score, model.assess(**batch).score)
-    found, expected = (model.generate(**inputs, max_new_tokens=6, **options) for inputs in (moved, batch))
-    assert torch.equal(new_tokens(found, batch), new_tokens(expected, batch))
+    actual, expected = (model.generate(**inputs, max_new_tokens=6, **options) for inputs in (moved, batch))
+    assert torch.equal(new_tokens(actual, batch), new_tokens(expected, batch))
 
 
 def test_right_padding_under_off_is_the_bases(model, processor, base, base_processor):
     texts = ["What is in the picture?", "no"]
     own, bases = (right_padded(encode(p, texts, [1, 1])) for p in (processor, base_processor))
-    found, expected = model.generate(**own, safety_policy="off"), base.generate(**bases)
-    assert torch.equal(new_tokens(found, own), new_tokens(expected, bases))
+    actual, expected = model.generate(**own, safety_policy="off"), base.generate(**bases)
+    assert torch.equal(new_tokens(actual, own), new_tokens(expected, bases))
 
 
 # -- the safety embeddings arrive ------------------------------------------------------------------------------------
 
 
 def second_copy(model):
-    """The same weights under another copy of the hook's code, as a model's own remote code is one."""
+    """Another copy of the hook's code, such as a model's own remote code."""
     import importlib.util
     import sys
 
@@ -550,15 +547,15 @@ def test_two_copies_of_the_code_on_one_base_do_not_hide_each_other(model, one, v
     import safevlm.generation_safevlm as generation
 
     verdicts(model, "low")
-    mine = copy.deepcopy(model)
-    mine.predict_safety = model.predict_safety
-    expected = mine.generate(**one)
-    monkeypatch.setattr(generation, "override_embeddings", second_copy(mine).override_embeddings)
-    assert torch.equal(mine.generate(**one), expected)
-    plain = copy.deepcopy(mine)
+    wrapper = copy.deepcopy(model)
+    wrapper.predict_safety = model.predict_safety
+    expected = wrapper.generate(**one)
+    monkeypatch.setattr(generation, "override_embeddings", second_copy(wrapper).override_embeddings)
+    assert torch.equal(wrapper.generate(**one), expected)
+    plain = copy.deepcopy(wrapper)
     plain.predict_safety = model.predict_safety
     torch.nn.init.zeros_(plain.safety.embeddings.tokens.weight)
-    assert not torch.equal(plain.generate(**one), expected)  # so the embeddings do arrive, and matter
+    assert not torch.equal(plain.generate(**one), expected)  # so the embeddings arrive, and matter
 
 
 @pytest.mark.parametrize("call", ["generate", "forward"])
@@ -572,21 +569,21 @@ def test_embeddings_that_do_not_arrive_are_an_error(model, one, monkeypatch, cal
 
 
 def test_a_picture_after_a_cache_gets_its_embeddings_in_forward(model, processor, one):
-    """A decoding loop written by hand: what `forward` gets are the new tokens."""
+    """A hand-written decoding loop, in which `forward` gets only the new tokens."""
     text = processor.tokenizer("USER: hello ", return_tensors="pt", add_special_tokens=False)["input_ids"]
     with torch.no_grad():
         cache = model(input_ids=text, use_cache=True).past_key_values
         ones = torch.ones(1, text.shape[1] + one["input_ids"].shape[1], dtype=torch.long)
         question = one["safety_question_mask"]
-        found = model(**{**one, "attention_mask": ones}, past_key_values=cache).logits
+        actual = model(**{**one, "attention_mask": ones}, past_key_values=cache).logits
         joined = {**one, "input_ids": torch.cat([text, one["input_ids"]], 1), "attention_mask": ones}
         joined["safety_question_mask"] = torch.cat([torch.zeros_like(text), question], 1)
         expected = model(**joined).logits
-    torch.testing.assert_close(found[0, -1], expected[0, -1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(actual[0, -1], expected[0, -1], atol=1e-4, rtol=1e-4)
 
 
 class Asking(LogitsProcessor):
-    """Asks the model, or its base, something else before each token."""
+    """Makes another call of the model, or its base, before each token."""
 
     def __init__(self, ask):
         self.ask, self.answers = ask, []
@@ -607,8 +604,8 @@ def test_generate_works_inside_a_logits_processor(model, processor, batch, one, 
     for ask in inner:
         expected, alone = model.generate(**batch, max_new_tokens=4), ask()
         asking = Asking(ask)
-        found = model.generate(**batch, max_new_tokens=4, logits_processor=LogitsProcessorList([asking]))
-        assert torch.equal(found, expected)
+        actual = model.generate(**batch, max_new_tokens=4, logits_processor=LogitsProcessorList([asking]))
+        assert torch.equal(actual, expected)
         assert all(torch.equal(answer, alone) for answer in asking.answers)
 
 
@@ -647,10 +644,10 @@ def test_a_dynamically_quantised_model_keeps_its_verdicts(model, batch):
         ("off", "it is off"),
         ("default", None),
         ({"risk_threshold": 0.7}, "of every category is 0.7, above 0.5"),
-        ({"category_risk_thresholds": {"safe": 0.7}}, None),  # no request is judged by it
+        ({"category_risk_thresholds": {"safe": 0.7}}, None),  # no request is assessed by it
     ],
 )
-def test_a_weak_policy_is_told_at_load(model, processor, tmp_path, caplog, policy, says):
+def test_loading_warns_of_a_weak_policy(model, processor, tmp_path, caplog, policy, says):
     from transformers.utils import logging
 
     saved = copy.deepcopy(model)

@@ -22,6 +22,7 @@ from safevlm import SafeVlmForConditionalGeneration, SafeVlmProcessor
 from safevlm.backbones import BACKBONES
 from safevlm.trainer import Recipe, run_schedule
 from safevlm.trainer.data import SafetyRow
+from safevlm.trainer.stage.lora import language_model_parts
 
 # One image, several of other sizes (and so other tile counts), none.
 ROWS = [("What is in the picture?", 1), ("Is it yes?", 2), ("no", 0)]
@@ -201,17 +202,15 @@ def test_both_stages_train(family, processor, training_rows, tmp_path):
         processor,
         training_rows,
         tmp_path / "out",
-        Recipe.load(recipe),
+        Recipe.load(recipe).with_arguments(
+            use_cpu=True, per_device_train_batch_size=2, disable_tqdm=True, report_to="none"
+        ),
         after_stage=after_stage,
-        use_cpu=True,
-        per_device_train_batch_size=2,
-        disable_tqdm=True,
-        report_to="none",
     )
     first, second = after.values()
     assert all(torch.equal(first[name], before[name]) for name in before)
     changed = {name for name in before if not torch.equal(second[name], before[name])}
-    parts = model.backbone.language_model_parts
+    parts = tuple(name.removeprefix("base.") for name in language_model_parts(model))
     assert changed and all(name.startswith(parts) for name in changed), changed
     inputs = encoded(processor)
     reloaded = SafeVlmForConditionalGeneration.from_pretrained(

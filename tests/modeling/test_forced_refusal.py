@@ -1,4 +1,4 @@
-"""A refused row gets the policy's refusal, whatever prompt, decoding or caller want; other rows notice nothing."""
+"""A refused row gets the policy's refusal whatever prompt, decoding or caller want; other rows are unaffected."""
 
 import pytest
 import torch
@@ -75,7 +75,7 @@ def test_other_rows_of_the_batch_are_unaffected(model, batch, verdicts, settings
     assert torch.equal(mixed[:, :width], alone[:, :width])
 
 
-def test_a_callers_processor_still_rules_the_other_rows(model, batch, verdicts):
+def test_a_callers_processor_still_applies_to_the_other_rows(model, batch, verdicts):
     verdicts(model, *ROWS)
     output = model.generate(**batch, logits_processor=LogitsProcessorList([Only()]), max_new_tokens=5)
     assert set(new_tokens(output, batch)[1:].flatten().tolist()) == {100}
@@ -169,7 +169,7 @@ def test_several_end_tokens_are_understood(model, processor, verdicts):
         assert tokens == [*refusal_ids(model), 7]
 
 
-def test_the_assessment_rides_along(model, batch, verdicts):
+def test_the_verdict_is_in_the_output(model, batch, verdicts):
     verdicts(model, *ROWS)
     output = model.generate(**batch, return_dict_in_generate=True)
     assert output.safety.actions == ["refuse", "allow", "allow"] and output["safety"] is output.safety

@@ -90,7 +90,7 @@ def test_batched_answers_equal_single_ones(model, processor, verdicts, levels, b
 
 @LEVELS
 def test_right_padding_of_a_hinted_batch_is_moved_to_the_left(model, processor, verdicts, level):
-    """The base needs left padding; inserting a hint builds the prompt anew and provides it."""
+    """The base needs left padding; inserting a hint rebuilds the prompt and provides it."""
     verdicts(model, "low", level)
     left = encode(processor, [QUESTION, "no"], [1, 0])
     right = copy.deepcopy(left)
@@ -268,13 +268,13 @@ def test_concurrent_calls_do_not_mix(model, processor):
         "paper",
     ]
     expected = [generate(model, x, safety_policy=policy) for x, policy in zip(inputs, policies, strict=True)]
-    found = [[] for _ in inputs]
+    outputs = [[] for _ in inputs]
     start = threading.Barrier(len(inputs))
 
     def run(i):
         start.wait()
         for _ in range(4):
-            found[i].append(generate(model, inputs[i], safety_policy=policies[i]))
+            outputs[i].append(generate(model, inputs[i], safety_policy=policies[i]))
 
     threads = [threading.Thread(target=run, args=(i,)) for i in range(len(inputs))]
     for thread in threads:
@@ -282,7 +282,7 @@ def test_concurrent_calls_do_not_mix(model, processor):
     for thread in threads:
         thread.join()
     for i, answer in enumerate(expected):
-        assert len(found[i]) == 4 and all(torch.equal(other, answer) for other in found[i])
+        assert len(outputs[i]) == 4 and all(torch.equal(other, answer) for other in outputs[i])
 
 
 def test_two_models_on_one_thread_do_not_mix(model, processor, single):

@@ -1,4 +1,4 @@
-"""A chat carried on from a cache gives the answer that it gives without one."""
+"""A chat continued from a cache gets the same answer as without one."""
 
 import copy
 
@@ -35,7 +35,7 @@ def first_turn(case, images=1, policy=None, **kwargs):
 
 
 def next_turn(case, inputs, sequences, text="Is it?", new_picture=False):
-    """The whole conversation as inputs: what there was, and one more question, with a picture or without."""
+    """Inputs of the whole conversation with one more question, with or without a picture."""
     text = TURNS[case.family].format(text)
     image = case.processor.image_token * new_picture
     if new_picture and "qwen" in case.family:
@@ -64,14 +64,14 @@ TURNS = {"llava": " USER: {} ASSISTANT:", "qwen2_5_vl": "<|im_start|>user\n{}<|i
 @pytest.mark.parametrize("policy", [None, "off"])
 @pytest.mark.parametrize("others", [0, 2])
 def test_another_chat_between_the_turns_changes_nothing(case, verdicts, kept, policy, others):
-    """Qwen's base notes the positions behind pictures in itself, not in the cache."""
+    """Qwen's base keeps the positions after pictures in the model, not in the cache."""
     verdicts(case.model, "none")
     inputs, output = first_turn(case, policy=policy)
     inputs = next_turn(case, inputs, output.sequences)
     expected = answer(case.model, inputs, safety_policy=policy)
     first_turn(case, images=others, policy=policy)
-    found = answer(case.model, inputs, safety_policy=policy, past_key_values=output.past_key_values)
-    assert kept[-1] and torch.equal(found, expected)
+    actual = answer(case.model, inputs, safety_policy=policy, past_key_values=output.past_key_values)
+    assert kept[-1] and torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("first", LEVELS[:3])
@@ -82,13 +82,13 @@ def test_the_next_turn_with_a_cache_is_the_next_turn_without(case, verdicts, kep
     inputs = next_turn(case, inputs, output.sequences)
     verdicts(case.model, second)
     expected = answer(case.model, inputs)
-    found = answer(case.model, inputs, past_key_values=output.past_key_values)
-    assert torch.equal(found, expected)
-    if first == second == "none":  # nothing had to go
+    actual = answer(case.model, inputs, past_key_values=output.past_key_values)
+    assert torch.equal(actual, expected)
+    if first == second == "none":  # nothing was cut
         assert kept[-1] == output.sequences.shape[1] - 1
-    elif first == second:  # all but what follows the hint of the first turn
+    elif first == second:  # everything before the hint of the first turn
         assert 0 < kept[-1] < output.sequences.shape[1] - 8
-    else:  # all before the first safety embedding, which is conditioned on the verdict
+    else:  # everything before the first safety embedding, which depends on the verdict
         assert kept[-1] == (inputs["input_ids"][0] == case.model.config.safety_token_id).nonzero()[0]
 
 
@@ -104,8 +104,8 @@ def test_a_new_picture_in_a_later_turn_is_seen(case, verdicts, kept, level):
 
 
 @pytest.mark.parametrize("settings", [dict(num_beams=3), dict(do_sample=True), dict(prefill_chunk_size=5)])
-def test_any_decoding_goes_on_from_a_cache(case, verdicts, kept, settings):
-    """For beams transformers does not repeat a cache's rows, so the base itself cannot: the call starts afresh."""
+def test_any_decoding_continues_from_a_cache(case, verdicts, kept, settings):
+    """transformers does not repeat a cache's rows for beams, so the call starts from scratch."""
     verdicts(case.model, "none")
     inputs, output = first_turn(case)
     inputs = next_turn(case, inputs, output.sequences, new_picture=True)
@@ -125,13 +125,13 @@ def test_a_dialogue_of_many_turns_keeps_using_one_cache(case, verdicts, kept):
     for level in ("none", "none", "low", "none", "high", "none"):
         verdicts(case.model, level)
         expected = case.model.generate(**inputs, max_new_tokens=8)
-        found = case.model.generate(**inputs, max_new_tokens=8, past_key_values=cache)
-        assert torch.equal(found, expected)
-        inputs = next_turn(case, inputs, found)
+        actual = case.model.generate(**inputs, max_new_tokens=8, past_key_values=cache)
+        assert torch.equal(actual, expected)
+        inputs = next_turn(case, inputs, actual)
     assert kept[3] > 0 and kept[-1] > 0
 
 
-def test_a_batch_goes_on_from_its_cache(case, verdicts):
+def test_a_batch_continues_from_its_cache(case, verdicts):
     inputs = case.inputs(1, 2, 0)
     for levels in (("none", "none", "none"), ("none", "low", "none")):
         verdicts(case.model, *levels)
@@ -153,7 +153,7 @@ def test_a_static_cache_is_emptied_where_it_does_not_fit(case, verdicts, kept, s
     assert (kept[-1] > 0) is (second == "none")
 
 
-def test_sliding_windows_go_on_from_a_cache(verdicts):
+def test_sliding_windows_continue_from_a_cache(verdicts):
     """Gemma 3 mixes sliding and full attention."""
     case = Case("gemma3")
     verdicts(case.model, "none")
@@ -179,12 +179,12 @@ def test_the_policy_may_change_between_turns(case, verdicts, policies):
     inputs, output = first_turn(case, policy=policies[0])
     inputs = next_turn(case, inputs, output.sequences, new_picture=True)
     expected = answer(case.model, inputs, safety_policy=policies[1])
-    found = answer(case.model, inputs, safety_policy=policies[1], past_key_values=output.past_key_values)
-    assert torch.equal(found, expected)
+    actual = answer(case.model, inputs, safety_policy=policies[1], past_key_values=output.past_key_values)
+    assert torch.equal(actual, expected)
 
 
 def test_a_cache_made_elsewhere_is_emptied(case, verdicts, kept):
-    """Nobody knows what is in it."""
+    """Its contents are unknown."""
     verdicts(case.model, "none")
     prefix = case.processor.tokenizer("USER: hello there", return_tensors="pt")["input_ids"]
     with torch.no_grad():
@@ -196,8 +196,8 @@ def test_a_cache_made_elsewhere_is_emptied(case, verdicts, kept):
             joined[name] = torch.cat([value, joined[name]], dim=1)
     for policy in (None, "off"):
         expected = answer(case.model, joined, safety_policy=policy)
-        found = answer(case.model, joined, safety_policy=policy, past_key_values=copy.deepcopy(cache))
-        assert torch.equal(found, expected) and kept[-1] == 0
+        actual = answer(case.model, joined, safety_policy=policy, past_key_values=copy.deepcopy(cache))
+        assert torch.equal(actual, expected) and kept[-1] == 0
 
 
 def forward_more(case, cache, inputs):
@@ -223,7 +223,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_cache_that_something_else_changed_is_emptied(case, verdicts, kept, change):
+def test_a_cache_changed_by_other_code_is_emptied(case, verdicts, kept, change):
     verdicts(case.model, "none")
     inputs, output = first_turn(case)
     inputs = next_turn(case, inputs, output.sequences, text="Is it? " * 9)
@@ -257,8 +257,8 @@ def test_another_picture_under_the_same_tokens_is_seen(case, kept, kind, policy)
     assert torch.equal(first["input_ids"], second["input_ids"])
     for inputs in (first, second, first):
         expected = answer(case.model, inputs, safety_policy=policy)
-        found = answer(case.model, inputs, safety_policy=policy, past_key_values=cache)
-        assert torch.equal(found, expected)
+        actual = answer(case.model, inputs, safety_policy=policy, past_key_values=cache)
+        assert torch.equal(actual, expected)
         assert kept[-1] <= (inputs["input_ids"][0] == case.model.backbone.image_token_id).nonzero()[0]
 
 
@@ -285,7 +285,7 @@ def test_a_verdict_about_one_picture_never_goes_with_an_answer_about_another(cas
         assert output.safety.to_list() == case.model.assess(**inputs).to_list()
 
 
-def test_a_cache_that_an_error_left_behind_is_emptied(case, verdicts, kept):
+def test_a_cache_left_behind_by_an_error_is_emptied(case, verdicts, kept):
     class Failing(LogitsProcessor):
         def __call__(self, input_ids, scores):
             if input_ids.shape[1] > self.length + 3:
@@ -304,7 +304,7 @@ def test_a_cache_that_an_error_left_behind_is_emptied(case, verdicts, kept):
         answer(case.model, inputs, past_key_values=cache)
 
 
-def test_a_cache_that_is_none_is_refused(case):
+def test_an_object_that_is_not_a_cache_is_refused(case):
     with pytest.raises(ValueError, match="must be a `Cache` such as"):
         case.model.generate(**case.inputs(1), past_key_values=((torch.zeros(1), torch.zeros(1)),))
 
@@ -319,7 +319,7 @@ def test_new_tokens_alone_are_refused(case, verdicts):
         case.model.generate(input_ids=more, past_key_values=output.past_key_values)
 
 
-def test_uncached_features_are_those_of_the_later_tokens():
+def test_uncached_features_belong_to_the_tokens_after_the_cache():
     class Config:
         image_token_id = 9
 
@@ -331,9 +331,9 @@ def test_uncached_features_are_those_of_the_later_tokens():
     vectors = torch.arange(10.0).view(5, 2)
     for pooled in ([vectors[:2], vectors[2:3], vectors[3:4], vectors[4:]], list(vectors.split(1))):
         output = Output(pooler_output=pooled, deepstack_features=[[v + 100 for v in pooled]])
-        found = uncached_features({"image": output}, Config, ids, num_cached=1)["image"]
-        assert [part.tolist() for part in found["pooler_output"]] == [vectors[1:3].tolist(), vectors[3:].tolist()]
-        assert torch.equal(torch.cat(found["deepstack_features"][0]), vectors[1:] + 100)
+        actual = uncached_features({"image": output}, Config, ids, num_cached=1)["image"]
+        assert [part.tolist() for part in actual["pooler_output"]] == [vectors[1:3].tolist(), vectors[3:].tolist()]
+        assert torch.equal(torch.cat(actual["deepstack_features"][0]), vectors[1:] + 100)
     assert uncached_features({"image": output}, Config, ids, num_cached=4) == {}
     assert uncached_features({"image": output}, Config, ids, num_cached=0) == {"image": output}
     as_tensor = uncached_features({"image": Output(pooler_output=vectors[None])}, Config, ids[:1], num_cached=2)

@@ -1,4 +1,4 @@
-"""The verdict on a chat: on the newest user turn, given the whole chat; no answer can talk the head out of it."""
+"""The verdict on a chat: on the newest user turn in the context of the whole chat, unaffected by any answer."""
 
 from dataclasses import fields, replace
 
@@ -24,7 +24,7 @@ def case(request):
 
 @pytest.fixture
 def readings(monkeypatch, case):
-    """What the head was given to read, as text, one entry per reading."""
+    """The text of each reading that the head was given."""
     seen = []
     predict_safety = case.model.predict_safety
 
@@ -40,7 +40,7 @@ def readings(monkeypatch, case):
 
 @pytest.fixture
 def word_counting_head(monkeypatch, case):
-    """A head that can be diluted: sure of a high risk where at least a fifth of the words it reads are risky."""
+    """A head that can be diluted: certain of a high risk if at least a fifth of the words it reads are risky."""
     predict_safety = case.model.predict_safety
 
     def predict(input_ids, attention_mask, features, question_mask=None):
@@ -203,7 +203,7 @@ def test_chats_of_different_shape_share_a_batch(case, word_counting_head):
     assert case.model.assess(**inputs).actions == ["refuse", "allow", "refuse", "allow"]
 
 
-def test_a_tokenised_template_tells_answers_apart_too(case, word_counting_head):
+def test_a_tokenised_template_marks_answers_too(case, word_counting_head):
     first = {"role": "user", "content": [{"type": "image", "image": picture()}, {"type": "text", "text": "hello"}]}
     chat = [first, assistant(f"{RISKY} {RISKY}"), user("what?")]
     settings = dict(add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
@@ -258,18 +258,18 @@ def test_a_prompt_of_answers_only_has_no_question():
 
 
 def test_the_strictest_action_counts_before_the_higher_score(case):
-    """A reading or image of a lower score can have a stricter action, as categories have thresholds of their own."""
+    """A reading or image with a lower score can have a stricter action, as each category has its own threshold."""
     model, inputs = case.model, case.chat([user("hello", 1)])
     verdict = model.assess(**inputs)
     mild = replace(verdict, action=torch.tensor([1]), score=torch.tensor([0.9]), level=torch.tensor([1]))
     strict = replace(verdict, action=torch.tensor([3]), score=torch.tensor([0.6]), level=torch.tensor([2]))
     for order in ([mild, strict], [strict, mild]):
-        both = {
+        joined = {
             field.name: torch.cat([getattr(one, field.name) for one in order])
             for field in fields(verdict)
             if isinstance(getattr(verdict, field.name), torch.Tensor)
         }
-        worst = strictest(replace(verdict, **both), torch.tensor([0, 0]), verdict)
+        worst = strictest(replace(verdict, **joined), torch.tensor([0, 0]), verdict)
         assert worst.actions == ["refuse"] and worst.level.item() == 2 and worst.score.item() == pytest.approx(0.6)
 
 

@@ -1,4 +1,4 @@
-"""The language model's part compiles without a graph break, safety embeddings and all."""
+"""The language model compiles without a graph break, including the safety embeddings."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def _fresh_compiler():
 
 
 def compiled(**settings):
-    """Arguments that make transformers compile the decoding (and a chunked prefill) on this machine, too."""
+    """Arguments that make transformers compile decoding (and a chunked prefill) even on this machine."""
     config = CompileConfig(backend="eager", fullgraph=True, mode=None)
     config._compile_all_devices = True
     return dict(cache_implementation="static", max_cache_len=192, compile_config=config, **settings)
@@ -39,8 +39,8 @@ def test_compiled_answers_are_the_eager_ones(case, verdicts, level, chunk):
     inputs = case.inputs(1)
     expected = answer(case.model, inputs, max_new_tokens=4)
     torch._dynamo.utils.counters.clear()
-    found = answer(case.model, inputs, **compiled(prefill_chunk_size=chunk, max_new_tokens=4))
-    assert torch.equal(found, expected)
+    actual = answer(case.model, inputs, **compiled(prefill_chunk_size=chunk, max_new_tokens=4))
+    assert torch.equal(actual, expected)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     assert not torch._dynamo.utils.counters["graph_break"]
 
@@ -57,7 +57,7 @@ def test_other_prompts_and_verdicts_reuse_the_compiled_decoding(verdicts):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
 
 
-def test_a_compiled_forward_of_the_base_places_the_embeddings(case, verdicts):
+def test_a_compiled_forward_of_the_base_gets_the_embeddings(case, verdicts):
     """As users compile: `model.base.forward = torch.compile(model.base.forward)`."""
     verdicts(case.model, "none")
     inputs = case.inputs(1)

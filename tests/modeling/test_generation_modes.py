@@ -1,4 +1,4 @@
-"""Every way of generating: the base's answer with the policy off, the policy's with it on."""
+"""Every generation mode: the base's answer with the policy off, the policy's answer with it on."""
 
 import asyncio
 import threading
@@ -35,7 +35,7 @@ class StopAfter(StoppingCriteria):
         return torch.full((len(input_ids),), self.calls >= self.tokens)
 
 
-# Arguments are made anew for each call: some hold state.
+# Built anew for each call, since some arguments hold state.
 BATCHED = {
     "greedy": lambda: {},
     "greedy_with_scores": lambda: dict(return_dict_in_generate=True, output_scores=True, output_logits=True),
@@ -85,23 +85,23 @@ def test_policy_off_is_the_base_bit_for_bit(case, mode):
     skip_what_needs_a_gpu(mode)
     images = (1, 2, 0) if mode in BATCHED else (1,)
     inputs, base_inputs = case.inputs(*images), case.base_inputs(*images)
-    found = answer(case.model, inputs, safety_policy="off", **settings_of(mode, case))
+    actual = answer(case.model, inputs, safety_policy="off", **settings_of(mode, case))
     settings = settings_of(mode, case)
     if "assistant_model" in settings:
         settings["assistant_model"] = getattr(settings["assistant_model"], "base", settings["assistant_model"])
-    assert torch.equal(found, answer(case.base, base_inputs, **settings))
+    assert torch.equal(actual, answer(case.base, base_inputs, **settings))
 
 
 def test_scores_with_the_policy_off_are_the_bases(case):
     settings = dict(return_dict_in_generate=True, output_scores=True, output_logits=True, num_beams=2)
-    found = case.model.generate(**case.inputs(1, 2, 0), safety_policy="off", **settings)
+    actual = case.model.generate(**case.inputs(1, 2, 0), safety_policy="off", **settings)
     expected = case.base.generate(**case.base_inputs(1, 2, 0), **settings)
     for name in ("scores", "logits", "sequences_scores", "beam_indices"):
-        a, b = getattr(found, name), getattr(expected, name)
+        a, b = getattr(actual, name), getattr(expected, name)
         assert torch.equal(torch.stack(a), torch.stack(b)) if isinstance(a, tuple) else torch.equal(a, b)
 
 
-# More of them, with LLaVA, in test_forced_refusal.py.
+# test_forced_refusal.py has more, with LLaVA.
 REFUSED = ["greedy", "samples", "returned_beams", "chunked_static", "criterion", "config", *SINGLE]
 
 
@@ -189,13 +189,13 @@ def test_a_text_only_assistant_drafts_and_does_not_decide(verdicts, level):
 
 @pytest.mark.parametrize("level", ["none", "high"])
 def test_an_assistant_with_another_tokenizer_drafts_and_does_not_decide(verdicts, level):
-    """It counts the prompt in tokens of its own, so its drafts may miss; the answer stays."""
+    """It counts the prompt in its own tokens, so its drafts may be rejected; the answer stays the same."""
     case = Case("llava")
     verdicts(case.model, level)
     inputs = case.inputs(1)
     expected = answer(case.model, inputs, max_new_tokens=40)
     other = tiny_tokenizer(("<image>", "<other>"))
-    found = answer(
+    actual = answer(
         case.model,
         inputs,
         max_new_tokens=40,
@@ -203,7 +203,7 @@ def test_an_assistant_with_another_tokenizer_drafts_and_does_not_decide(verdicts
         tokenizer=case.processor.tokenizer,
         assistant_tokenizer=other,
     )
-    assert torch.equal(found, expected)
+    assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("level", ["none", "high"])
@@ -279,7 +279,7 @@ def test_a_decoding_method_that_ignores_the_refusal_is_an_error(case, verdicts):
     verdicts(case.model, "none")
     assert answer(case.model, case.inputs(1), custom_generate=always).tolist() == [[100] * 3]
     verdicts(case.model, "high")
-    with pytest.raises(RuntimeError, match="something else than the forced refusal"):
+    with pytest.raises(RuntimeError, match="something other than the forced refusal"):
         case.model.generate(**case.inputs(1), custom_generate=always)
 
 
@@ -290,7 +290,7 @@ def test_position_ids_are_refused(case):
 
 
 def test_settings_resolve_as_in_the_base(case):
-    """Argument before passed configuration before the model's own."""
+    """An argument precedes the passed configuration, which precedes the model's own."""
     inputs, base_inputs = case.inputs(1, 2, 0), case.base_inputs(1, 2, 0)
     for settings in (
         dict(generation_config=GenerationConfig(max_new_tokens=3)),
@@ -298,7 +298,7 @@ def test_settings_resolve_as_in_the_base(case):
         dict(generation_config=GenerationConfig(num_beams=2), eos_token_id=None, max_new_tokens=4),
         dict(max_new_tokens=None, max_length=200, eos_token_id=None),
     ):
-        found = case.model.generate(**inputs, **settings, safety_policy="off")
+        actual = case.model.generate(**inputs, **settings, safety_policy="off")
         assert torch.equal(
-            new_tokens(found, inputs), new_tokens(case.base.generate(**base_inputs, **settings), base_inputs)
+            new_tokens(actual, inputs), new_tokens(case.base.generate(**base_inputs, **settings), base_inputs)
         )

@@ -1,4 +1,4 @@
-"""`import safevlm` is cheap and registers everything; the code that a model carries can do little but compute."""
+"""`import safevlm` is cheap and registers everything; a model's remote code can do little but compute."""
 
 import ast
 import importlib.metadata
@@ -15,10 +15,10 @@ from safevlm import processing
 
 HEAVY = ["datasets", "peft", "gradio", "sklearn", "matplotlib", "bitsandbytes", "pandas", "safevlm.trainer"]
 
-# Of the package alone. All else is saved with a model, flat in one folder.
+# Part of the package only. All other files are saved with a model, flat in one folder.
 PACKAGE_ONLY = {
     *("__init__.py", "__main__.py", "registration.py"),
-    *("from_base.py", "safety_adapter.py", "adapter_files.py", "files.py"),
+    *("from_base.py", "safety_adapter.py", "adapter_files.py", "files.py", "policy_file.py"),
 }
 REMOTE_CODE = [
     path
@@ -26,24 +26,24 @@ REMOTE_CODE = [
     for path in sorted(Path(package.__file__).parent.glob("*.py"))
     if path.name not in PACKAGE_ONLY
 ]
-# Nothing that opens connections, starts processes or unpickles. One thing fetches, with transformers' own client:
-# pictures.py, where the caller names a picture by its web address, as transformers lets callers do.
+# Nothing that opens connections, starts processes or unpickles. Only pictures.py downloads, with transformers' own
+# client, when the caller names a picture by its web address.
 STANDARD_LIBRARY = {
     *("base64", "binascii", "bisect", "collections", "contextlib", "copy", "dataclasses", "functools", "hashlib"),
     *("inspect", "io", "itertools", "json", "math", "os", "pathlib", "re", "secrets", "stat"),
     *("threading", "typing", "unicodedata"),
 }
 OS = {"os.PathLike", "os.fspath", "os.stat"}  # beside `os.path`
-TORCH = {"torch", "torch.nn", "torch.nn.functional"}
+TORCH = {"torch", "torch.nn", "torch.nn.functional", "torch.nn.utils.rnn"}
 PILLOW = {"PIL"}  # every vision-language model needs it
-# Beside transformers: packages that it does not install without.
+# Besides transformers: packages that it requires.
 REQUIRED_BY_TRANSFORMERS = {"numpy": "numpy", "yaml": "pyyaml"}
 FORBIDDEN = {"eval", "exec", "compile", "__import__", "open", "torch.load", "torch.hub"}
 
 
 @pytest.fixture(scope="module")
 def loaded():
-    """Names of the modules that importing safevlm loads, beside those that the classes it builds on do."""
+    """Names of the modules that `import safevlm` loads on top of those of its transformers base classes."""
     code = (
         "import json, sys; from transformers import AutoProcessor, GenerationMixin, ImageTextToTextPipeline; "
         "before = set(sys.modules); import safevlm; print(json.dumps(list(set(sys.modules) - before)))"
@@ -67,7 +67,7 @@ def test_import_registers_the_classes_with_the_auto_classes():
 
 @pytest.mark.parametrize("modules", ["safevlm.trainer.schedule, transformers.trainer", "safevlm.trainer.evaluation"])
 def test_training_imports_bitsandbytes_only_to_quantise(modules):
-    """peft, which transformers' Trainer imports, would; and bitsandbytes writes on stderr as it is imported."""
+    """peft, which transformers' Trainer imports, would import it, and importing bitsandbytes writes to stderr."""
     code = (
         f"import sys, safevlm.trainer, {modules}, peft; assert 'bitsandbytes' not in sys.modules; "
         "from peft.import_utils import is_bnb_4bit_available; assert is_bnb_4bit_available()"
@@ -107,26 +107,28 @@ def may_import(module: str) -> bool:
 
 
 def problems(code: str) -> list[str]:
-    """What in a file of remote code is not allowed there."""
-    found, siblings = [], set()
+    """Everything in a file of remote code that is not allowed there."""
+    violations, siblings = [], set()
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Import):
-            found += [f"import {name.name}" for name in node.names if not may_import(name.name)]
+            violations += [f"import {name.name}" for name in node.names if not may_import(name.name)]
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             names = {f"{node.module}.{name.name}" for name in node.names}
             if not may_import(node.module) or names & FORBIDDEN:
-                found.append(f"from {node.module}")
+                violations.append(f"from {node.module}")
         elif isinstance(node, ast.ImportFrom):
             siblings.add(node.module)
             if node.level > 1 or f"{node.module}.py" not in {path.name for path in REMOTE_CODE}:
-                found.append(f"from {'.' * node.level}{node.module or ''}")  # saving would not find that file
+                violations.append(f"from {'.' * node.level}{node.module or ''}")  # saving would not find that file
         elif isinstance(node, (ast.Name, ast.Attribute)):
             name = ast.unparse(node)
             if name in FORBIDDEN or (name.startswith("os.") and not name.startswith("os.path") and name not in OS):
-                found.append(name)
-    # transformers finds the files to save with a regular expression, which takes lines of docstrings for imports, too.
+                violations.append(name)
+    # transformers finds the files to save with a regular expression, which also matches lines of docstrings.
     lines = re.findall(r"^\s*(?:from|import)\s+\.(\S+)", code, re.MULTILINE)
-    return found + [f"a text that reads as an import of .{line}" for line in lines if line.lstrip(".") not in siblings]
+    return violations + [
+        f"a text that reads as an import of .{line}" for line in lines if line.lstrip(".") not in siblings
+    ]
 
 
 @pytest.mark.parametrize("path", REMOTE_CODE, ids=lambda path: path.name)
@@ -140,7 +142,7 @@ def test_remote_code_imports_and_calls_only_what_is_allowed(path):
         "import bitsandbytes",
         "import os, subprocess",
         "from urllib.request import urlopen",
-        "from safevlm.losses import IGNORE_INDEX",
+        "from safevlm.safety_modules import IGNORE_INDEX",
         "from ..processing_safevlm import SafeVlmProcessor",
         "from .nowhere import name",
         "from torch import load",

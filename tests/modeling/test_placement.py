@@ -1,4 +1,4 @@
-"""A model split over devices or offloaded to disk answers as the plain one. Disk is the second device a CPU has."""
+"""A model split over devices or offloaded to disk answers like the plain one. Disk is a CPU's second device."""
 
 import copy
 import warnings
@@ -9,7 +9,7 @@ import torch
 from packaging.version import Version
 
 from safevlm import SafeVlmForConditionalGeneration
-from safevlm.devices import compute_device
+from safevlm.backbones import compute_device
 
 VISION, PROJECTOR = "base.model.vision_tower", "base.model.multi_modal_projector"
 LANGUAGE, HEAD = "base.model.language_model", "base.lm_head"
@@ -37,73 +37,65 @@ WHOLE = pytest.param(
 )
 
 
-@pytest.fixture(scope="module")
-def folders(base, base_processor, model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("placement")
-    base.save_pretrained(folder / "base")
-    base_processor.save_pretrained(folder / "base")
-    model.save_pretrained(folder / "safe")
-    model.save_safety_adapter(folder / "adapter")
-    return folder
-
-
 def offloaded(model) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter.device.type == "meta"}
 
 
-def assert_same(found, expected, batch):
+def assert_same(actual, expected, batch):
     with torch.no_grad():
-        a, b = found(**batch), expected(**batch)
+        a, b = actual(**batch), expected(**batch)
     torch.testing.assert_close(a.logits, b.logits)
     torch.testing.assert_close(a.safety_level_logits, b.safety_level_logits)
-    torch.testing.assert_close(found.assess(**batch).score, expected.assess(**batch).score)
+    torch.testing.assert_close(actual.assess(**batch).score, expected.assess(**batch).score)
     for policy in (None, "off"):
         assert torch.equal(
-            found.generate(**batch, safety_policy=policy), expected.generate(**batch, safety_policy=policy)
+            actual.generate(**batch, safety_policy=policy), expected.generate(**batch, safety_policy=policy)
         )
 
 
 @pytest.mark.parametrize("split", [WHOLE, *(pytest.param(split, id=name) for name, split in SPLITS.items())])
-def test_a_split_model_answers_as_the_plain_one(model, batch, folders, tmp_path, split):
-    found = SafeVlmForConditionalGeneration.from_pretrained(
-        folders / "safe", device_map=split, offload_folder=tmp_path
+def test_a_split_model_answers_as_the_plain_one(model, batch, model_folders, tmp_path, split):
+    actual = SafeVlmForConditionalGeneration.from_pretrained(
+        model_folders / "safe", device_map=split, offload_folder=tmp_path
     )
-    assert bool(offloaded(found)) == (split != "cpu")
-    assert_same(found, model, batch)
+    assert bool(offloaded(actual)) == (split != "cpu")
+    assert_same(actual, model, batch)
 
 
-def test_an_automatic_map_keeps_each_safety_module_whole(model, batch, folders, tmp_path):
-    found = SafeVlmForConditionalGeneration.from_pretrained(
-        folders / "safe", device_map="auto", max_memory={"cpu": "440KB"}, offload_folder=tmp_path
+def test_an_automatic_map_keeps_each_safety_module_whole(model, batch, model_folders, tmp_path):
+    actual = SafeVlmForConditionalGeneration.from_pretrained(
+        model_folders / "safe", device_map="auto", max_memory={"cpu": "440KB"}, offload_folder=tmp_path
     )
-    assert set(found.hf_device_map.values()) == {"cpu", "disk"}
-    inside = [name for name in found.hf_device_map if name.startswith("safety.") and name.count(".") > 1]
-    assert not inside, found.hf_device_map
-    assert_same(found, model, batch)
+    assert set(actual.hf_device_map.values()) == {"cpu", "disk"}
+    inside = [name for name in actual.hf_device_map if name.startswith("safety.") and name.count(".") > 1]
+    assert not inside, actual.hf_device_map
+    assert_same(actual, model, batch)
 
 
 @pytest.mark.parametrize("device_map", [WHOLE, {"model": "disk", "lm_head": "cpu"}])
-def test_safety_modules_go_onto_an_offloaded_base(model, batch, folders, tmp_path, device_map):
-    found = SafeVlmForConditionalGeneration.from_base(
-        folders / "base",
-        safety_adapter=folders / "adapter",
+def test_safety_modules_go_onto_an_offloaded_base(model, batch, model_folders, tmp_path, device_map):
+    actual = SafeVlmForConditionalGeneration.from_base(
+        model_folders / "base",
+        safety_adapter=model_folders / "adapter",
         base_kwargs={"device_map": device_map, "offload_folder": tmp_path},
     )
-    assert not any(name.startswith("safety") for name in offloaded(found)) and offloaded(found)
-    assert found.hf_device_map["safety"] == "cpu"
-    assert_same(found, model, batch)
+    assert not any(name.startswith("safety") for name in offloaded(actual)) and offloaded(actual)
+    assert actual.hf_device_map["safety"] == "cpu"
+    assert_same(actual, model, batch)
 
 
-def test_an_offloaded_model_can_be_saved(model, batch, folders, tmp_path):
-    found = SafeVlmForConditionalGeneration.from_pretrained(
-        folders / "safe", device_map={**SPLITS["head offloaded"], "base": "disk"}, offload_folder=tmp_path / "offload"
+def test_an_offloaded_model_can_be_saved(model, batch, model_folders, tmp_path):
+    actual = SafeVlmForConditionalGeneration.from_pretrained(
+        model_folders / "safe",
+        device_map={**SPLITS["head offloaded"], "base": "disk"},
+        offload_folder=tmp_path / "offload",
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
-        found.save_pretrained(tmp_path / "saved")
+        actual.save_pretrained(tmp_path / "saved")
     assert_same(SafeVlmForConditionalGeneration.from_pretrained(tmp_path / "saved"), model, batch)
-    found.save_safety_adapter(tmp_path / "adapter")
-    adapted = SafeVlmForConditionalGeneration.from_base(folders / "base", safety_adapter=tmp_path / "adapter")
+    actual.save_safety_adapter(tmp_path / "adapter")
+    adapted = SafeVlmForConditionalGeneration.from_base(model_folders / "base", safety_adapter=tmp_path / "adapter")
     assert_same(adapted, model, batch)
 
 

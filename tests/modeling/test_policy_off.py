@@ -83,14 +83,14 @@ def test_wrapping_leaves_every_base_weight_bitwise_unchanged(model, base):
 
 
 def test_a_full_embedding_table_grows_and_greedy_answers_stay(processor, base_processor, base_batch, batch):
-    """Without a spare row for `<safety>` the table must grow; only the logits' width tells."""
+    """Without a spare row for `<safety>` the table must grow, which shows only in the width of the logits."""
     rows = len(base_processor.tokenizer)
     model = safe_model(tiny_llava(vocab_size=rows), processor)
     assert model.get_input_embeddings().weight.shape[0] > rows
     expected = tiny_llava(vocab_size=rows).generate(**base_batch)
     answer = model.generate(**batch, safety_policy="off")
     assert torch.equal(new_tokens(answer, batch), new_tokens(expected, base_batch))
-    model.generate(**batch)  # the placeholders work in the new rows, too
+    model.generate(**batch)  # placeholders also work in the new rows
 
 
 def test_detaching_gives_the_plain_base_back(model, base, base_batch, tmp_path):
@@ -101,7 +101,7 @@ def test_detaching_gives_the_plain_base_back(model, base, base_batch, tmp_path):
 
 
 def test_conditioning_does_change_the_answer(model, batch, base, base_batch, verdicts):
-    """Guards the tests above: with the policy on the tiny model's answer is another one."""
+    """Makes the tests above meaningful: with the policy on, the tiny model's answer differs."""
     verdicts(model, "none", "none", "none")
     assert not torch.equal(
         new_tokens(model.generate(**batch), batch), new_tokens(base.generate(**base_batch), base_batch)

@@ -1,4 +1,4 @@
-"""The pure functions that move tokens about: prompt edits, placeholder slots, which row an image belongs to."""
+"""Pure functions on tokens: editing prompts, numbering placeholders, assigning images to rows."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def test_an_edited_prompt_holds_every_rows_tokens_in_order(data, rows, before, d
         assert row == kept[:at] + (hints[i] or []) + kept[at:]
     left_padded = torch.equal(mask, mask.sort(dim=1).values)
     if drop and SAFETY in sum(rows, []) or any(hints) or not left_padded:
-        # left-padded, no wider than needed, and the per-token tensors moved along
+        # left-padded, no wider than needed, and the per-token tensors moved with the tokens
         widths = edited["attention_mask"].sum(dim=1)
         assert edited["input_ids"].shape[1] == widths.max()
         assert torch.equal(edited["attention_mask"], edited["attention_mask"].sort(dim=1).values)
@@ -85,8 +85,8 @@ def test_a_hint_goes_before_the_generation_prompt_and_never_into_the_answer(rows
 @settings(deadline=None)
 @given(st.lists(st.lists(st.integers(1, 50), max_size=4), min_size=1, max_size=5))
 def test_images_belong_to_the_rows_they_were_written_for(images_per_row):
-    found = rows_of_units([sum(row) for row in images_per_row], sum(images_per_row, []))
-    assert found == [row for row, images in enumerate(images_per_row) for _ in images]
+    actual = rows_of_units([sum(row) for row in images_per_row], sum(images_per_row, []))
+    assert actual == [row for row, images in enumerate(images_per_row) for _ in images]
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_images_and_image_tokens_that_do_not_add_up_are_refused(tokens_per_row, 
 
 
 class ToyBase(nn.Module):
-    """An embedding behind a cache of known length: what the hook needs of a base model."""
+    """The parts of a base model that the hooks need: an embedding, and a cache of known length."""
 
     def __init__(self, vocabulary=20, width=3):
         super().__init__()
@@ -119,7 +119,7 @@ class ToyBase(nn.Module):
 
 
 class Cache:
-    """Tells its length as dynamic caches do (a number) or as static ones do (a tensor)."""
+    """Reports its length as dynamic caches do (a number) or as static ones do (a tensor)."""
 
     def __init__(self, length, static=False):
         self.length = torch.tensor(length) if static else length
@@ -156,7 +156,7 @@ def test_slots_number_the_placeholders_row_by_row():
     assert placeholder_slots(prompt, SAFETY).tolist() == [[0, -1, 1], [-1, 2, -1]]
 
 
-def test_nothing_is_placed_outside_the_context_nor_in_another_model():
+def test_nothing_is_overridden_outside_the_context_or_in_another_model():
     base, other = ToyBase(), ToyBase()
     other.load_state_dict(base.state_dict())
     prompt = torch.tensor([[1, SAFETY]])

@@ -33,16 +33,6 @@ def bits(request, monkeypatch):
     return bits
 
 
-@pytest.fixture(scope="module")
-def folders(base, base_processor, model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("quantization")
-    base.save_pretrained(folder / "base")
-    base_processor.save_pretrained(folder / "base")
-    model.save_pretrained(folder / "safe")
-    model.save_safety_adapter(folder / "adapter")
-    return folder
-
-
 def packed_layers(model) -> set[str]:
     return {
         name
@@ -72,8 +62,10 @@ def assert_same(found, expected, batch):
     assert torch.equal(found.generate(**batch), expected.generate(**batch))
 
 
-def test_a_safe_model_loads_quantised_without_naming_its_safety_modules(model, batch, folders, bits, tmp_path):
-    found = SafeVlmForConditionalGeneration.from_pretrained(folders / "safe", quantization_config=CONFIGS[bits]())
+def test_a_safe_model_loads_quantised_without_naming_its_safety_modules(model, batch, model_folders, bits, tmp_path):
+    found = SafeVlmForConditionalGeneration.from_pretrained(
+        model_folders / "safe", quantization_config=CONFIGS[bits]()
+    )
     assert_right_layers(found)
     difference = (found.assess(**batch).score - model.assess(**batch).score).abs().max()
     assert 0 < difference < TOLERANCE[bits]
@@ -83,49 +75,53 @@ def test_a_safe_model_loads_quantised_without_naming_its_safety_modules(model, b
     assert_same(again, found, batch)
 
 
-def test_fresh_safety_modules_go_onto_a_quantised_base(batch, folders, bits, tmp_path):
+def test_fresh_safety_modules_go_onto_a_quantised_base(batch, model_folders, bits, tmp_path):
     found = SafeVlmForConditionalGeneration.from_base(
-        folders / "base", base_kwargs={"quantization_config": CONFIGS[bits]()}, **SIZES
+        model_folders / "base", base_kwargs={"quantization_config": CONFIGS[bits]()}, **SIZES
     )
     assert_right_layers(found)
     found.save_pretrained(tmp_path)
     assert_same(SafeVlmForConditionalGeneration.from_pretrained(tmp_path), found, batch)
 
 
-def test_an_adapter_moves_between_quantised_and_plain_bases(model, batch, folders, bits, tmp_path):
+def test_an_adapter_moves_between_quantised_and_plain_bases(model, batch, model_folders, bits, tmp_path):
     found = SafeVlmForConditionalGeneration.from_base(
-        folders / "base", safety_adapter=folders / "adapter", base_kwargs={"quantization_config": CONFIGS[bits]()}
+        model_folders / "base",
+        safety_adapter=model_folders / "adapter",
+        base_kwargs={"quantization_config": CONFIGS[bits]()},
     )
-    direct = SafeVlmForConditionalGeneration.from_pretrained(folders / "safe", quantization_config=CONFIGS[bits]())
+    direct = SafeVlmForConditionalGeneration.from_pretrained(
+        model_folders / "safe", quantization_config=CONFIGS[bits]()
+    )
     assert_same(found, direct, batch)
     found.save_safety_adapter(tmp_path)
-    plain = SafeVlmForConditionalGeneration.from_base(folders / "base", safety_adapter=tmp_path)
+    plain = SafeVlmForConditionalGeneration.from_base(model_folders / "base", safety_adapter=tmp_path)
     assert not quantized_layers(plain) and getattr(plain.config, "quantization_config", None) is None
     assert torch.equal(plain.assess(**batch).score, model.assess(**batch).score)
 
 
 @pytest.mark.parametrize("name", ["model.vision_tower", "base.model.vision_tower"])
-def test_the_users_own_list_is_kept(folders, name):
+def test_the_users_own_list_is_kept(model_folders, name):
     config = CONFIGS["8 bit"](llm_int8_skip_modules=[name])
-    found = SafeVlmForConditionalGeneration.from_pretrained(folders / "safe", quantization_config=config)
+    found = SafeVlmForConditionalGeneration.from_pretrained(model_folders / "safe", quantization_config=config)
     layers = quantized_layers(found)
     assert layers and all("language_model" in layer or "multi_modal_projector" in layer for layer in layers)
     assert config.llm_int8_skip_modules == [name]  # the caller's config is not changed
 
 
-def test_the_users_own_list_for_a_base_does_not_drop_the_output_layer(batch, folders, tmp_path):
+def test_the_users_own_list_for_a_base_does_not_drop_the_output_layer(batch, model_folders, tmp_path):
     config = CONFIGS["4 bit"](llm_int8_skip_modules=["model.vision_tower"])
     found = SafeVlmForConditionalGeneration.from_base(
-        folders / "base", base_kwargs={"quantization_config": config}, **SIZES
+        model_folders / "base", base_kwargs={"quantization_config": config}, **SIZES
     )
     assert not any("vision_tower" in name or "lm_head" in name for name in quantized_layers(found))
     found.save_pretrained(tmp_path)
     assert_same(SafeVlmForConditionalGeneration.from_pretrained(tmp_path), found, batch)
 
 
-def test_a_quantisation_config_may_be_a_dict(folders):
+def test_a_quantisation_config_may_be_a_dict(model_folders):
     found = SafeVlmForConditionalGeneration.from_pretrained(
-        folders / "safe", quantization_config={"load_in_8bit": True}
+        model_folders / "safe", quantization_config={"load_in_8bit": True}
     )
     assert_right_layers(found)
 
@@ -135,9 +131,9 @@ def test_a_quantisation_that_cannot_leave_modules_out_is_refused():
         keep_safety_modules(GPTQConfig(bits=4))
 
 
-def test_the_base_of_a_quantised_model_is_saved_by_itself(folders, base_processor, bits, tmp_path):
+def test_the_base_of_a_quantised_model_is_saved_by_itself(model_folders, base_processor, bits, tmp_path):
     config = CONFIGS[bits](llm_int8_skip_modules=NARROW)
-    found = SafeVlmForConditionalGeneration.from_pretrained(folders / "safe", quantization_config=config)
+    found = SafeVlmForConditionalGeneration.from_pretrained(model_folders / "safe", quantization_config=config)
     found.base.save_pretrained(tmp_path)
     assert "safety" not in json.dumps(json.loads((tmp_path / "config.json").read_text())["quantization_config"])
     base = AutoModelForImageTextToText.from_pretrained(tmp_path)
@@ -146,17 +142,19 @@ def test_the_base_of_a_quantised_model_is_saved_by_itself(folders, base_processo
     torch.testing.assert_close(base(**inputs).logits, found.base(**inputs).logits)
 
 
-def test_policy_off_is_the_quantised_base_bit_for_bit(folders, processor, base_processor, bits):
+def test_policy_off_is_the_quantised_base_bit_for_bit(model_folders, processor, base_processor, bits):
     config = CONFIGS[bits](llm_int8_skip_modules=NARROW)
-    base = AutoModelForImageTextToText.from_pretrained(folders / "base", quantization_config=config)
+    base = AutoModelForImageTextToText.from_pretrained(model_folders / "base", quantization_config=config)
     found = safe_model(copy.deepcopy(base), processor)
     with_tokens, without = (encode(p, ["Is it yes?"], images=[1]) for p in (processor, base_processor))
     safe = found.generate(**with_tokens, safety_policy="off")
     assert torch.equal(new_tokens(safe, with_tokens), new_tokens(base.generate(**without), without))
 
 
-def test_dequantising_leaves_no_trace_of_quantisation(batch, folders, bits, tmp_path):
-    found = SafeVlmForConditionalGeneration.from_pretrained(folders / "safe", quantization_config=CONFIGS[bits]())
+def test_dequantising_leaves_no_trace_of_quantisation(batch, model_folders, bits, tmp_path):
+    found = SafeVlmForConditionalGeneration.from_pretrained(
+        model_folders / "safe", quantization_config=CONFIGS[bits]()
+    )
     before = found.assess(**batch).score
     found.dequantize()
     assert not quantized_layers(found)
@@ -173,16 +171,18 @@ def test_a_plain_model_is_not_marked_as_quantised(processor):
 
 
 @pytest.fixture
-def packing(folders, monkeypatch):
+def packing(model_folders, monkeypatch):
     """In 4 bit, on a CPU with AVX512-BF16."""
     pretend_cpu(monkeypatch, "with AVX512-BF16")
-    return SafeVlmForConditionalGeneration.from_pretrained(folders / "safe", quantization_config=CONFIGS["4 bit"]())
+    return SafeVlmForConditionalGeneration.from_pretrained(
+        model_folders / "safe", quantization_config=CONFIGS["4 bit"]()
+    )
 
 
-def test_layers_that_cannot_be_packed_compute_as_on_other_cpus(packing, folders, batch, monkeypatch):
+def test_layers_that_cannot_be_packed_compute_as_on_other_cpus(packing, model_folders, batch, monkeypatch):
     pretend_cpu(monkeypatch, "without AVX512-BF16")
     config = CONFIGS["4 bit"]()
-    other = SafeVlmForConditionalGeneration.from_pretrained(folders / "safe", quantization_config=config)
+    other = SafeVlmForConditionalGeneration.from_pretrained(model_folders / "safe", quantization_config=config)
     with torch.no_grad():
         found, expected = packing(**batch), other(**batch)
     torch.testing.assert_close(found.safety_level_logits, expected.safety_level_logits, rtol=0, atol=0.05)

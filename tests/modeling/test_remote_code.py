@@ -1,4 +1,4 @@
-"""Invariant 6: a saved model loads, in a process without safevlm, through the Auto classes and the pipeline."""
+"""Invariant 6: a saved model loads through the Auto classes and the pipeline in a process without safevlm."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import torch
 from tiny import answers, encode, picture, safe_model, tiny_llava
 
 QUESTIONS = ["What is in the picture?", "yes"]
-# Everything gets a hint by the model's own policy; the call's policy refuses everything.
+# The model's own policy gives every request a hint; the call's policy refuses every request.
 HINT_ALL = {"level_actions": dict.fromkeys(("none", "low", "medium", "high"), "caution")}
 REFUSE_ALL = {
     "level_actions": dict.fromkeys(("none", "low", "medium", "high"), "refuse"),
@@ -20,8 +20,8 @@ REFUSE_ALL = {
 
 
 @pytest.fixture(scope="module")
-def here(processor):
-    """The model as this process has it."""
+def local_model(processor):
+    """The model in this process."""
     return safe_model(tiny_llava(), processor, safety_policy=HINT_ALL)
 
 
@@ -31,10 +31,10 @@ def inputs(processor):
 
 
 @pytest.fixture(scope="module")
-def there(here, processor, tmp_path_factory):
-    """What a fresh process made of the saved folder."""
+def fresh_process(local_model, processor, tmp_path_factory):
+    """The results of a fresh process that loads the saved folder."""
     folder = tmp_path_factory.mktemp("saved")
-    here.save_pretrained(folder)
+    local_model.save_pretrained(folder)
     processor.save_pretrained(folder)
     for i in range(2):
         picture(i).save(folder / f"{i}.png")
@@ -49,13 +49,13 @@ def there(here, processor, tmp_path_factory):
     return {**json.loads((folder / "result.json").read_text()), "stderr": done.stderr}
 
 
-def test_the_saved_folder_holds_all_its_code(here, processor, tmp_path):
-    here.save_pretrained(tmp_path)
+def test_the_saved_folder_holds_all_its_code(local_model, processor, tmp_path):
+    local_model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     code = {path.name for path in tmp_path.glob("*.py")}
     folders = [Path(sys.modules[name].__file__).parent for name in ("safevlm", "safevlm.processing")]
     package_only = {"__init__.py", "__main__.py", "registration.py"}
-    package_only |= {"from_base.py", "safety_adapter.py", "adapter_files.py", "files.py"}
+    package_only |= {"from_base.py", "safety_adapter.py", "adapter_files.py", "files.py", "policy_file.py"}
     assert code == {path.name for folder in folders for path in folder.glob("*.py")} - package_only
     assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == {
         "AutoConfig": "configuration_safevlm.SafeVlmConfig",
@@ -66,27 +66,27 @@ def test_the_saved_folder_holds_all_its_code(here, processor, tmp_path):
 
 
 @pytest.mark.parametrize("auto", ["AutoModel", "AutoModelForImageTextToText"])
-def test_a_fresh_process_computes_the_same(here, inputs, there, auto):
-    found = there[auto]
-    assert found["class"] == "SafeVlmForConditionalGeneration"
-    assert found["module"].startswith("transformers_modules.")
-    assert there["input_ids"] == inputs["input_ids"].tolist()
+def test_a_fresh_process_computes_the_same(local_model, inputs, fresh_process, auto):
+    result = fresh_process[auto]
+    assert result["class"] == "SafeVlmForConditionalGeneration"
+    assert result["module"].startswith("transformers_modules.")
+    assert fresh_process["input_ids"] == inputs["input_ids"].tolist()
     with torch.no_grad():
-        expected = here(**inputs)
-    torch.testing.assert_close(torch.tensor(found["logits"]), expected.logits, rtol=1e-4, atol=1e-4)
+        expected = local_model(**inputs)
+    torch.testing.assert_close(torch.tensor(result["logits"]), expected.logits, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(
-        torch.tensor(found["safety_level_logits"]), expected.safety_level_logits, rtol=1e-4, atol=1e-4
+        torch.tensor(result["safety_level_logits"]), expected.safety_level_logits, rtol=1e-4, atol=1e-4
     )
-    assert found["sequences"] == here.generate(**inputs).tolist()
+    assert result["sequences"] == local_model.generate(**inputs).tolist()
 
 
-def test_the_pipeline_gives_answer_and_verdict_and_never_the_hint(here, processor, inputs, there):
-    pipe = there["pipeline"]
-    expected = answers(processor, here.generate(**inputs, max_new_tokens=80), inputs)
-    verdict = here.assess(**inputs).to_list()
+def test_the_pipeline_gives_answer_and_verdict_and_never_the_hint(local_model, processor, inputs, fresh_process):
+    pipe = fresh_process["pipeline"]
+    expected = answers(processor, local_model.generate(**inputs, max_new_tokens=80), inputs)
+    verdict = local_model.assess(**inputs).to_list()
     assert pipe["class"] == "SafeVlmPipeline"
-    for found in (pipe["list"], pipe["batched"]):
-        records = [record for records in found for record in records]
+    for result in (pipe["list"], pipe["batched"]):
+        records = [record for records in result for record in records]
         # The stock pipeline drops the white space between prompt and answer.
         assert [record["generated_text"].strip() for record in records] == [text.strip() for text in expected]
         assert [record["safety"]["action"] for record in records] == ["caution", "caution"]
@@ -98,22 +98,26 @@ def test_the_pipeline_gives_answer_and_verdict_and_never_the_hint(here, processo
     assert "Note: this request" not in everything and "ASSISTANT:" not in pipe["single"][0]["generated_text"][:12]
 
 
-def test_a_pipeline_call_can_bring_its_own_policy(here, inputs, processor, there):
-    off = answers(processor, here.generate(**inputs, safety_policy="off", max_new_tokens=80), inputs)[0]
-    found = there["pipeline"]["off"][0]
-    assert found["generated_text"].strip() == off.strip() and found["safety"]["action"] == "off"
-    for records, verdict in zip(there["pipeline"]["policy"], here.assess(**inputs).to_list(), strict=True):
+def test_a_pipeline_call_can_bring_its_own_policy(local_model, inputs, processor, fresh_process):
+    off = answers(processor, local_model.generate(**inputs, safety_policy="off", max_new_tokens=80), inputs)[0]
+    result = fresh_process["pipeline"]["off"][0]
+    assert result["generated_text"].strip() == off.strip() and result["safety"]["action"] == "off"
+    for records, verdict in zip(
+        fresh_process["pipeline"]["policy"], local_model.assess(**inputs).to_list(), strict=True
+    ):
         category = verdict["category"]
         assert records[0]["generated_text"].strip() == f"Not about {category}."
         assert records[0]["safety"]["action"] == "refuse"
 
 
-def test_the_pipeline_returns_a_verdict_with_every_beam(there):
-    assert [len(records) for records in there["pipeline"]["beams"]] == [2, 2]
-    scores = [{record["safety"]["score"] for record in records} for records in there["pipeline"]["beams"]]
+def test_the_pipeline_returns_a_verdict_with_every_beam(fresh_process):
+    assert [len(records) for records in fresh_process["pipeline"]["beams"]] == [2, 2]
+    scores = [{record["safety"]["score"] for record in records} for records in fresh_process["pipeline"]["beams"]]
     assert [len(row) for row in scores] == [1, 1] and scores[0] != scores[1]
 
 
-def test_loading_warns_of_nothing(there):
-    complaints = [line for line in there["stderr"].splitlines() if "newly initialized" in line or "MISSING" in line]
+def test_loading_gives_no_warnings(fresh_process):
+    complaints = [
+        line for line in fresh_process["stderr"].splitlines() if "newly initialized" in line or "MISSING" in line
+    ]
     assert not complaints

@@ -15,7 +15,7 @@ from safevlm.trainer.encoding.row_encoder import RowEncoder, encode_row
 
 @pytest.fixture(scope="module", params=THINKING)
 def thinking(request):
-    """A model and its processor; in its tokenizer two line feeds are one token, as in Qwen's."""
+    """A model and its processor. Two line feeds are one token of its tokenizer, as in Qwen's."""
     base, processor = build("qwen3_5")
     processor.chat_template = THINKING[request.param]
     processor.tokenizer.add_tokens(["<think>", "</think>", "\n\n"])
@@ -29,7 +29,7 @@ def row(*messages, level=0):
 
 
 def visible(text):
-    """What is left where a front end folds thoughts away."""
+    """The text that a front end shows when it folds thoughts away."""
     return text.split("</think>")[-1].strip()
 
 

@@ -1,5 +1,6 @@
 """Old packages, and configurations of later releases: both fail at once and say what to install."""
 
+import importlib.metadata
 import json
 import os
 import re
@@ -8,22 +9,22 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-import transformers
 
 from safevlm import SafeVlmConfig, SafeVlmForConditionalGeneration, __version__
+from safevlm.configuration_safevlm import REQUIRED, check_installed, check_saved_by
 from safevlm.processing import processing_safevlm
-from safevlm.versions import REQUIRED, check_installed, check_saved_by
 
 ROOT = Path(__file__).parents[2]
 
-# What a user's process does, one without safevlm. A package says that it is of another version, and lacks a module.
+# A user's process without safevlm, in which a package reports another version and lacks a module.
 LOAD = """
-import sys
+import importlib.metadata, sys
 sys.modules["safevlm"] = None
 import torch, transformers
 package, version, missing, auto, folder = sys.argv[1:]
 auto = getattr(transformers, auto)
+installed = importlib.metadata.version
+importlib.metadata.version = lambda name: version if name == package else installed(name)
 sys.modules[package].__version__ = version
 sys.modules[missing] = None
 auto.from_pretrained(folder, trust_remote_code=True)
@@ -31,11 +32,8 @@ auto.from_pretrained(folder, trust_remote_code=True)
 
 
 @pytest.fixture(scope="module")
-def saved(model, processor, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved")
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+def saved(model_folders):
+    return model_folders / "safe"
 
 
 def load_with(package: str, version: str, missing: str, auto: str, folder: Path) -> subprocess.CompletedProcess:
@@ -49,20 +47,20 @@ def load_with(package: str, version: str, missing: str, auto: str, folder: Path)
     [
         ("transformers", "5.22.2", "AutoConfig"),
         ("transformers", "4.57.6", "AutoProcessor"),
-        ("transformers", "5.24.0", "AutoConfig"),  # `past_key_values` has another name there
+        ("transformers", "5.24.0", "AutoConfig"),  # which renames `past_key_values`
         ("torch", "2.5.1+cu124", "AutoModelForImageTextToText"),
     ],
 )
 def test_saved_code_under_a_package_that_does_not_fit_says_what_to_install(saved, package, version, auto):
-    # The saved code imports this one, as it does others that old releases lack.
+    # One of the modules that the saved code imports and old releases lack.
     done = load_with(package, version, "transformers.models.auto.modeling_auto", auto, saved)
-    required = REQUIRED[sys.modules[package]]
+    (requirement,) = (text for text in REQUIRED if text.startswith(package))
     assert done.returncode == 1
-    last = done.stderr.strip().splitlines()[-1]
-    assert re.match(
-        rf"ImportError: This SafeVLM('s processor)? needs {package} >= ?{required}(,<5.24)?, found "
-        rf"{re.escape(version)}: pip install --upgrade '{package}>={required}(,<5.24)?' \(and restart Python\)\.$",
-        last,
+    error = "\n".join(done.stderr.strip().splitlines()[-2:])
+    assert error == (
+        f"ImportError: {requirement} is required for a normal functioning of this module, but found "
+        f"{package}=={version}.\nThis SafeVLM needs it: pip install --upgrade '{requirement.replace('.dev0', '')}' "
+        f"(and restart Python)."
     ), done.stderr[-2000:]
 
 
@@ -71,15 +69,30 @@ def test_saved_code_loads_under_later_patches_and_development_versions(saved):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+def pretend(monkeypatch, package: str, version: str):
+    """Makes `package` look as if it were installed in `version`."""
+    installed = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version if name == package else installed(name))
+
+
 @pytest.mark.parametrize("version", ["2.6.0", "2.6.0a0+git1", "2.13.0+cpu", "3.0"])
-def test_versions_from_the_lowest_on_will_do(monkeypatch, version):
-    monkeypatch.setattr(torch, "__version__", version)
+def test_versions_from_the_lowest_on_are_accepted(monkeypatch, version):
+    pretend(monkeypatch, "torch", version)
     check_installed()
 
 
 def test_numbers_are_compared_as_numbers(monkeypatch):
-    monkeypatch.setattr(transformers, "__version__", "5.9.1")
-    with pytest.raises(ImportError, match="needs transformers >=5.23,<5.24, found 5.9.1"):
+    pretend(monkeypatch, "transformers", "5.9.1")
+    with pytest.raises(
+        ImportError, match="transformers>=5.23.dev0,<5.24.dev0 is required .* found transformers==5.9.1"
+    ):
+        check_installed()
+
+
+@pytest.mark.parametrize("version", ["5.22.9", "5.24.0.dev0", "5.24.0rc1", "6.0"])
+def test_transformers_before_and_after_the_range_is_refused(monkeypatch, version):
+    pretend(monkeypatch, "transformers", version)
+    with pytest.raises(ImportError, match="pip install --upgrade 'transformers>=5.23,<5.24'"):
         check_installed()
 
 
@@ -96,14 +109,14 @@ def test_a_later_releases_model_is_refused_with_both_versions(saved, tmp_path):
             load.from_pretrained(tmp_path)
 
 
-def test_models_of_this_and_earlier_releases_load_and_note_this_one_when_saved():
-    # Before there was a note of it: None.
+def test_models_of_this_and_earlier_releases_load_and_record_this_one_when_saved():
+    # None: saved before releases were recorded.
     for version in (None, "0.0.9", __version__, f"{__version__}.post1"):
         assert SafeVlmConfig(safevlm_version=version).safevlm_version == __version__
 
 
 @pytest.mark.parametrize("version", ["new", "1", 3, ["0.1"]])
-def test_a_version_that_is_none_is_an_error(version):
+def test_an_invalid_version_is_an_error(version):
     with pytest.raises(ValueError, match="A version must start with two numbers"):
         check_saved_by(version)
 
@@ -116,9 +129,10 @@ def test_the_lowest_versions_are_the_same_everywhere():
     assert "transformers" in bounds and pins["transformers"].startswith(bounds["transformers"])
     for name in bounds.keys() & pins.keys():
         assert f"{pins[name]}.".startswith(f"{bounds[name]}."), name
-    for package, required in REQUIRED.items():
-        assert bounds[package.__name__].startswith(required)
-    assert processing_safevlm.REQUIRED == REQUIRED[transformers]
+    for requirement in REQUIRED:
+        package, lowest = re.match(r"(\w+)>=([\d.]+)\.dev0", requirement).groups()
+        assert bounds[package].startswith(lowest)
+    assert processing_safevlm.REQUIRED in REQUIRED
 
 
 def test_the_package_has_one_version():

@@ -1,7 +1,7 @@
-"""Wrote the folders beside this file, with the code of commit 5c91370. Kept to show how; later code must not rerun it.
+"""Wrote the folders beside this file, run with the code of commit 5c91370. Kept as documentation: do not run it again.
 
-Each folder was saved by that commit: `full` (with its code), `adapter` (of the same model), `full_4bit`, `full_8bit`.
-`expected.json` holds the verdicts and answers that commit gave; tests/test_saved_models.py compares with it.
+That commit saved `full` (with its code), `adapter` (of the same model), `full_4bit` and `full_8bit`. `expected.json`
+holds the verdicts and answers that it gave; tests/test_saved_models.py compares with them.
 
     python tests/saved_models/make.py
 """
@@ -28,7 +28,7 @@ from tiny import BENIGN, RISKY, judging_model, picture, safe_model, tiny_process
 from safevlm import SafeVlmForConditionalGeneration, SafeVlmProcessor  # noqa: E402
 
 PICTURES = ["0.png", "1.png"]
-# Each chat: (turns as (role, text), pictures in the first user turn).
+# Each chat: turns as (role, text), and the pictures in the first user turn.
 CHATS = {
     "risky": ([("user", RISKY)], ["0.png"]),
     "benign": ([("user", BENIGN)], ["0.png"]),
@@ -42,7 +42,7 @@ POLICIES = ["default", "paper", "off"]
 
 
 def tiny_base():
-    """Every width is at least 64, the block size of bitsandbytes' 4 bit weights."""
+    """Every width is at least 64, the block size of bitsandbytes' 4-bit weights."""
     torch.manual_seed(0)
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
@@ -102,7 +102,7 @@ def results(model, processor) -> dict:
 
 def main():
     if (HERE / "expected.json").exists():
-        sys.exit("These models are of commit 5c91370; today's code would save others.")
+        sys.exit("These models were saved by commit 5c91370; today's code would save others.")
     torch.set_num_threads(1)
     for seed, name in enumerate(PICTURES):
         picture(seed).save(HERE / name)

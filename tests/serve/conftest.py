@@ -1,4 +1,4 @@
-"""A saved model whose verdicts are known, servers of it as processes, and questions about its picture."""
+"""A saved model with known verdicts, servers that run it, and requests with a picture."""
 
 import base64
 import io
@@ -15,31 +15,28 @@ from types import SimpleNamespace
 
 import pytest
 from http_client import GENERATED, error_of, post
-from tiny import RISKY, answers, encode, judging_model, picture
+from tiny import RISKY, answers, encode, picture
 
 PACKAGES = ("fastapi", "uvicorn", "openai")
 
 
 @pytest.fixture(scope="session")
-def judge(model, processor, tmp_path_factory):
-    """`model` and its `folder`; `refusal`, its text; `answer(question)`, what it says about the picture."""
+def judge(judging, model_folders, processor):
+    """The `model` and its `folder`; the text of its `refusal`; `answer(question)`, its answer about the picture."""
     for package in PACKAGES:
         pytest.importorskip(package, reason=f"{package} is not installed; pip install 'safevlm[serve]'")
-    safe, folder = judging_model(model, processor), tmp_path_factory.mktemp("saved") / "model"
-    safe.save_pretrained(folder)
-    processor.save_pretrained(folder)
 
     def answer(question: str) -> str:
         inputs = encode(processor, [question], [1])
-        return answers(processor, safe.generate(**inputs, do_sample=False, max_new_tokens=12), inputs)[0]
+        return answers(processor, judging.generate(**inputs, do_sample=False, max_new_tokens=12), inputs)[0]
 
-    refusal = safe.resolve_policy().refusal("politics")
-    return SimpleNamespace(model=safe, folder=folder, refusal=refusal, answer=answer)
+    refusal = judging.resolve_policy().refusal("politics")
+    return SimpleNamespace(model=judging, folder=model_folders / "judging", refusal=refusal, answer=answer)
 
 
 @pytest.fixture(scope="session")
 def serving(tmp_path_factory):
-    """`with serving(command) as server:` runs a command until its `address` answers; `log` is what it prints."""
+    """`with serving(command) as server:` starts a server and waits until its `address` answers; `log` is a file."""
 
     @contextmanager
     def run(command: list[str], ends_within: float = 30):
@@ -77,7 +74,7 @@ def _answers(url: str) -> bool:
 
 @pytest.fixture(scope="session")
 def image_url():
-    """The picture that the questions are about, as a data URL."""
+    """The picture of the questions, as a data URL."""
     png = io.BytesIO()
     picture().save(png, "PNG")
     return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
@@ -85,7 +82,7 @@ def image_url():
 
 @pytest.fixture(scope="session")
 def chat(image_url):
-    """`chat(question)`: the messages of a request; `image` is another image's URL, or `None` for none."""
+    """`chat(question)`: the messages of a request. `image` is the URL of another image, or `None` for no image."""
 
     def messages(question: str, image: str | None = image_url) -> list[dict]:
         images = [] if image is None else [{"type": "image_url", "image_url": {"url": image}}]
@@ -96,15 +93,19 @@ def chat(image_url):
 
 @pytest.fixture(scope="session")
 def in_thread():
-    """`with in_thread(model, processor) as server:` runs a server of `safevlm serve` in this process."""
-    from safevlm.trainer.serving import Answering, Server, build_app
+    """`with in_thread(model, processor) as server:` runs the server of `safevlm serve` in this process."""
+    from safevlm.trainer.serving.answering import Answering
+    from safevlm.trainer.serving.limits import ServerLimits
+    from safevlm.trainer.serving.routes import build_app
+    from safevlm.trainer.serving.server import Server
 
     @contextmanager
     def run(model, processor, name="demo/model", endless=False, seconds=120.0, max_waiting=16, max_request_mb=2):
         answering = Answering(model, processor, max_pixels=25_000_000)
         if endless:
             answering.max_tokens = 10**9
-        app = build_app(answering, name, max_request_mb=max_request_mb, seconds=seconds, max_waiting=max_waiting)
+        limits = ServerLimits(max_request_mb, request_timeout=seconds, max_waiting=max_waiting)
+        app = build_app(answering, name, limits)
         server = Server(app, "127.0.0.1", 0, seconds, "")
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()
@@ -137,7 +138,7 @@ def client(server):
 
 @pytest.fixture(scope="module")
 def ask(client, judge):
-    """`ask(messages)`: the reply as the package openai gives it."""
+    """`ask(messages)`: the reply, as the openai package returns it."""
 
     def create(messages, **fields):
         return client.chat.completions.create(model=str(judge.folder), messages=messages, **{**GENERATED, **fields})
@@ -147,7 +148,7 @@ def ask(client, judge):
 
 @pytest.fixture(scope="module")
 def refused(server, judge, ask, chat):
-    """`refused(messages)`: status and error of a request that must fail; the server must go on."""
+    """`refused(messages)`: status and error of a request that must fail. Checks that the server keeps working."""
 
     def send(messages=None, body=None, **fields):
         request = {"model": str(judge.folder), "messages": messages, **GENERATED, **fields}

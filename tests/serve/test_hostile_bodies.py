@@ -1,4 +1,4 @@
-"""Bodies that no client would send: never a 500, and never long, since they are read while all others wait."""
+"""Bodies that no client would send: never a 500, and never slow, because all other requests wait meanwhile."""
 
 import json
 import socket
@@ -52,15 +52,17 @@ MESSAGE = st.fixed_dictionaries(
 def app(judge, processor):
     from starlette.testclient import TestClient
 
-    from safevlm.trainer.serving import Answering, build_app
+    from safevlm.trainer.serving.answering import Answering
+    from safevlm.trainer.serving.limits import ServerLimits
+    from safevlm.trainer.serving.routes import build_app
 
-    answering = Answering(judge.model, processor, max_pixels=1_000_000)
-    app = build_app(answering, "demo/model", max_request_mb=2, seconds=60, max_waiting=4)
+    limits = ServerLimits(max_request_mb=2, max_megapixels=1, request_timeout=60, max_waiting=4)
+    app = build_app(Answering(judge.model, processor, limits.max_pixels), "demo/model", limits)
     return TestClient(app, raise_server_exceptions=False)
 
 
 def check_reply(reply):
-    """Never a 500; an error in OpenAI's shape, or a text with a verdict's action."""
+    """Accepts an error in OpenAI's shape, or a text with a verdict's action; never a 500."""
     assert reply.status_code < 500, reply.text
     if reply.status_code != 200:
         assert error_of(reply.text).message
@@ -146,7 +148,7 @@ def test_an_oversized_prompt_is_refused_before_it_is_rendered(app, monkeypatch):
 
 @pytest.mark.parametrize("text", ["", "x", "<", "<ima", "<image>"])
 def test_many_text_parts_take_time_with_their_number(processor, text):
-    """Neutralising was quadratic: 30,000 parts took minutes."""
+    """Neutralising used to be quadratic: 30,000 parts took minutes."""
     began = time.thread_time()
     processor.neutralise(*[text] * 30_000)
     assert time.thread_time() - began < 2
@@ -166,7 +168,7 @@ def test_many_text_parts_take_time_with_their_number(processor, text):
     ids=["fields", "biases", "metadata", "messages", "parts"],
 )
 def test_many_wrong_values_are_refused_quickly(fields):
-    """pydantic collects all errors before the first can be told: 90,000 took seconds, for every client."""
+    """pydantic collects all errors before it reports the first: 90,000 of them blocked every client for seconds."""
     from safevlm.trainer.serving.errors import RequestError
     from safevlm.trainer.serving.request import read_request
 

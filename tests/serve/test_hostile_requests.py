@@ -1,12 +1,10 @@
-"""`safevlm serve` under abuse: no field, body, picture or connection that gets past the policy or stops the server."""
+"""`safevlm serve` under abuse: no field, picture or message gets past the policy or stops the server."""
 
 import base64
 import io
 import json
-import os
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 from http_client import GENERATED, error_of, post
@@ -34,7 +32,7 @@ def test_fields_that_reach_past_the_policy_are_refused(refused, chat, fields):
 
 @pytest.fixture
 def forbidden_host():
-    """The address of a server that nobody may ask, and what it was asked."""
+    """The address of a server that must not be contacted, and the requests it received."""
     asked = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -157,15 +155,6 @@ def test_images_outside_a_question_are_refused(refused, chat, role):
     assert (status, error.param) == (400, "messages.0.content.0.type")
 
 
-@pytest.fixture(scope="module")
-def odd_files():
-    """Pillow's odd images, from `SAFEVLM_TEST_DATA`."""
-    root = Path(__file__).parents[2] / os.environ.get("SAFEVLM_TEST_DATA", "../shared/data")
-    if not root.is_dir():
-        pytest.skip(f"no test data at {root}; set SAFEVLM_TEST_DATA")
-    return root / "pillow_odd_images/Tests/images"
-
-
 def data_url(content: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(content).decode()
 
@@ -190,7 +179,7 @@ def png(width: int, height: int) -> str:
 
 
 def test_large_images_are_refused_alone_and_together(refused, chat):
-    """Some kilobytes can hold as many pixels as gigabytes of memory."""
+    """A few kilobytes can decode to gigabytes of pixels."""
     for number, size in ((1, 7000), (2, 4900)):
         part = chat(BENIGN, image=png(size, size))[0]["content"][0]
         status, error = refused([{"role": "user", "content": [part] * 4}])
@@ -198,14 +187,14 @@ def test_large_images_are_refused_alone_and_together(refused, chat):
 
 
 def test_many_small_images_are_refused(refused, chat):
-    """Each is scaled up: 2,000 of one pixel, 300 kilobytes, became gigabytes."""
+    """Each one is enlarged: 2,000 single pixels, 300 kilobytes in all, became gigabytes."""
     part = chat(BENIGN, image=png(1, 1))[0]["content"][0]
     status, error = refused([{"role": "user", "content": [part] * 65}])
     assert status == 400 and error.message == "The request has 65 images, more than 64."
 
 
 def test_a_thin_image_is_refused(refused, chat):
-    """CLIP scales the shorter side to 336: one of 1x50,000 would become 5 gigapixels."""
+    """CLIP enlarges the shorter side to 336 pixels: a picture of 1x50,000 would become 5 gigapixels."""
     for size in ((1, 50_000), (50_000, 1)):
         status, error = refused(chat(BENIGN, image=png(*size)))
         assert status == 400 and "may be at most 200 times the other" in error.message

@@ -1,4 +1,4 @@
-"""`safevlm serve`: the verdict beside the answer, in OpenAI's protocol as its client speaks it."""
+"""`safevlm serve`: the verdict accompanies the answer, in OpenAI's protocol, tested with OpenAI's client."""
 
 import json
 import math
@@ -12,17 +12,17 @@ from tiny import BENIGN, RISKY, encode, judging_model
 from safevlm.trainer.cli import main
 
 pytestmark = pytest.mark.slow
-ENDLESS = {"2": -100}  # against the end
+ENDLESS = {"2": -100}  # bans the end token
 
 
 @pytest.fixture(scope="module")
 def verdict(judge, processor):
-    """`verdict(question)`: what `assess` says about the picture."""
+    """`verdict(question)`: what `assess` says about the picture and the question."""
     return lambda question, **kwargs: judge.model.assess(**encode(processor, [question], [1]), **kwargs).to_list()[0]
 
 
 def same(found: dict, expected: dict) -> bool:
-    """Whether two verdicts are equal, probabilities nearly."""
+    """Whether two verdicts are equal, up to rounding of the probabilities."""
     return set(found) == set(expected) and all(found[name] == pytest.approx(expected[name]) for name in expected)
 
 
@@ -47,7 +47,7 @@ def test_a_stream_has_the_verdict_with_the_first_words_and_at_the_end(ask, chat,
     spoken = next(i for i, word in enumerate(words) if word)
     found = [getattr(chunk, "safety", None) for chunk in chunks]
     assert any(found[: spoken + 1]) and chunks[-1].choices[0].finish_reason
-    assert len([one for one in found if one]) == 2  # not in every chunk
+    assert len([safety for safety in found if safety]) == 2  # not in every chunk
     assert same(found[-1], verdict(question))
 
 
@@ -160,8 +160,8 @@ def test_it_serves_one_model_and_names_it(client, refused, ask, chat, judge):
 @pytest.mark.parametrize("name", ["demo/model", "./demo/model", "demo//model/", "demo/model@main"])
 @pytest.mark.parametrize("served", ["demo/model", "./demo/model", "demo/model@main"])
 def test_a_folder_has_one_name_however_it_is_written(name, served):
-    from safevlm.trainer.serving.app import check_model
     from safevlm.trainer.serving.errors import RequestError
+    from safevlm.trainer.serving.routes import check_model
 
     if "@" in name and "@" not in served:
         with pytest.raises(RequestError):
@@ -181,7 +181,7 @@ def test_there_is_no_other_endpoint(server, path):
 
 @pytest.fixture(scope="module")
 def unsure(judge, processor, model, tmp_path_factory):
-    """A model that finds `RISKY` risky with a probability of 0.35: `default` allows that, `strict` refuses it."""
+    """A model that gives `RISKY` a risk score of 0.35: `default` allows that, `strict` refuses it."""
     safe, folder = judging_model(model, processor), tmp_path_factory.mktemp("unsure") / "model"
     none = safe.assess(**encode(processor, [RISKY], [1])).level_probabilities[0, 0].double().item()
     with torch.no_grad():
@@ -193,7 +193,7 @@ def unsure(judge, processor, model, tmp_path_factory):
 
 @pytest.fixture
 def here(monkeypatch):
-    """`here("MODEL", ...)`: a client of `safevlm serve MODEL ...`, without another process."""
+    """`here("MODEL", ...)`: a client of `safevlm serve MODEL ...` in this process."""
     from starlette.testclient import TestClient
 
     def client(*arguments):
@@ -242,7 +242,7 @@ def test_what_goes_wrong_inside_tells_nothing(judge, here, chat, monkeypatch, ca
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_error_in_mid_stream_is_its_last_event(judge, here, chat, monkeypatch, stream):
-    """The verdict and the first words are out by then, so the status is."""
+    """By then the verdict, the first words and thus the status have been sent."""
     from safevlm.trainer.serving.decoding import AnswerStreamer
 
     def fail(self, last=False):
@@ -251,7 +251,7 @@ def test_an_error_in_mid_stream_is_its_last_event(judge, here, chat, monkeypatch
         self.send("word")
 
     client = here(judge.folder)
-    monkeypatch.setattr(AnswerStreamer, "_hand_on", fail)
+    monkeypatch.setattr(AnswerStreamer, "send_text", fail)
     reply = client.post(
         "/v1/chat/completions", json={"messages": chat(BENIGN), "stream": stream, "logit_bias": ENDLESS}
     )

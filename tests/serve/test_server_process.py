@@ -1,4 +1,4 @@
-"""`safevlm serve` as a process: work and connections that would never end do, and it stops when asked to."""
+"""`safevlm serve` as a process: endless work and stalled connections are ended, and it stops when asked to."""
 
 import json
 import shutil
@@ -19,14 +19,14 @@ ENDLESS = {"logit_bias": {"2": -100}, "max_tokens": 10**9, "temperature": 0}
 
 @pytest.fixture(scope="module")
 def endless(judge, processor, in_thread):
-    """A server whose model has no end of context; one request may wait."""
+    """A server whose model has unlimited context; one request can wait."""
     with in_thread(judge.model, processor, endless=True, max_waiting=1) as server:
         yield server
 
 
 @contextmanager
 def sent(server, body: dict, method="POST", **headers):
-    """A connection on which a request was sent and nothing was read yet."""
+    """A connection on which a request was sent and nothing has been read."""
     content = json.dumps(body).encode()
     headers = {"Content-Type": "application/json", "Content-Length": len(content), "Host": "x", **headers}
     head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
@@ -36,7 +36,7 @@ def sent(server, body: dict, method="POST", **headers):
 
 
 def is_busy(server) -> bool:
-    return server.app.state.worker._running is not None
+    return server.app.state.worker.running is not None
 
 
 def wait_for(condition, seconds: float = 10):
@@ -59,12 +59,12 @@ def test_a_request_whose_client_left_is_not_computed_to_the_end(endless, chat, s
 
 def test_a_full_queue_is_a_503_and_who_left_it_makes_room(endless, chat):
     body = {"messages": chat(BENIGN), **ENDLESS}
-    wait_for(lambda: not is_busy(endless))  # an answer is there before the worker is free
+    wait_for(lambda: not is_busy(endless))  # the answer arrives before the worker is free
     with ExitStack() as connections:
         connections.enter_context(sent(endless, body))
-        wait_for(lambda: is_busy(endless))  # it is in the queue until the worker takes it
+        wait_for(lambda: is_busy(endless))  # until then it counts as waiting
         connections.enter_context(sent(endless, body))
-        wait_for(lambda: len(endless.app.state.worker._waiting) == 1)
+        wait_for(lambda: len(endless.app.state.worker.waiting) == 1)
         third = connections.enter_context(sent(endless, body, Connection="close"))
         head, _, text = third.makefile().read().partition("\n\n")
         assert " 503 " in head and "retry-after: 5" in head.lower() and error_of(text).code == "overloaded"
@@ -88,14 +88,14 @@ def test_who_waited_too_long_gets_a_503(judge, processor, in_thread, chat):
         with sent(server, body):
             wait_for(lambda: is_busy(server))
             time.sleep(0.1)
-            server.app.state.worker._running.deadline += 1  # the one before it takes longer
+            server.app.state.worker.running.deadline += 1  # the request before it takes longer
             status, text = post(server, body=json.dumps(body).encode())
     assert status == 503 and error_of(text).code == "overloaded"
 
 
 def test_connections_that_send_nothing_or_too_slowly_are_closed(server, monkeypatch):
-    monkeypatch.setattr("safevlm.trainer.serving.server.HEADER_SECONDS", 0.5)
-    monkeypatch.setattr("safevlm.trainer.serving.app.BODY_SECONDS", 0.5)
+    monkeypatch.setattr("safevlm.trainer.serving.limits.HEADER_SECONDS", 0.5)
+    monkeypatch.setattr("safevlm.trainer.serving.limits.BODY_SECONDS", 0.5)
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
     for begin in (b"", b"GET", head, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET"):
         with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
@@ -110,7 +110,7 @@ def test_connections_that_send_nothing_or_too_slowly_are_closed(server, monkeypa
 
 
 def test_there_are_only_so_many_connections(server, monkeypatch):
-    monkeypatch.setattr("safevlm.trainer.serving.server.MAX_CONNECTIONS", 3)
+    monkeypatch.setattr("safevlm.trainer.serving.limits.MAX_CONNECTIONS", 3)
     open_ones = [socket.create_connection(("127.0.0.1", server.port), timeout=10) for _ in range(6)]
     closed = 0
     for connection in open_ones[3:]:
@@ -125,13 +125,13 @@ def test_there_are_only_so_many_connections(server, monkeypatch):
 
 
 def test_bodies_being_read_share_a_budget(chat):
-    """A slow sender holds what it has sent: all together must not fill the memory."""
+    """What slow clients have sent so far is kept: all of it together must not fill the memory."""
     import asyncio
 
     from starlette.requests import Request
 
-    from safevlm.trainer.serving.app import BodyReader
     from safevlm.trainer.serving.errors import RequestError
+    from safevlm.trainer.serving.routes import BodyReader
 
     reader = BodyReader(max_bytes=100, max_bodies=2)
     body = json.dumps({"messages": [{"role": "user", "content": "x"}]}).encode()
@@ -167,7 +167,7 @@ def test_bodies_being_read_share_a_budget(chat):
 
 
 def test_who_leaves_while_sending_is_no_failure_of_the_server(server):
-    """Each one was a traceback in the operator's log."""
+    """Each one used to leave a traceback in the operator's log."""
     import asyncio
 
     path, events, sent = "/v1/chat/completions", [{"type": "http.request", "body": b"{", "more_body": True}], []
@@ -185,7 +185,7 @@ def test_who_leaves_while_sending_is_no_failure_of_the_server(server):
 
 
 def test_it_says_where_it_listens_and_ends_within_ten_seconds_of_sigterm(judge, serving, tmp_path, chat):
-    """In the middle of an endless request, with another one waiting and an idle connection."""
+    """During an endless request, with another one waiting and an idle connection."""
     folder = tmp_path / "model"
     shutil.copytree(judge.folder, folder)
     config = json.loads((folder / "config.json").read_text())

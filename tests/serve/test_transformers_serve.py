@@ -1,4 +1,4 @@
-"""`transformers serve` with a saved SafeVLM: OpenAI-style requests over loopback, answered under the policy.
+"""`transformers serve` with a saved SafeVLM: OpenAI-style requests over loopback are answered under the policy.
 
 The server is a process of its own that does not import safevlm: it runs the code saved with the model.
 """
@@ -49,7 +49,7 @@ def streamed_text(reply: str) -> str:
 
 
 def test_generate_takes_a_processor_for_its_tokenizer(judge, processor):
-    """It is what `transformers serve` passes."""
+    """This is what `transformers serve` passes."""
     inputs = encode(processor, [RISKY], [1])
     policy = {"refusals": {"en": "No."}}
     output = judge.model.generate(**inputs, tokenizer=processor, max_new_tokens=64, safety_policy=policy)

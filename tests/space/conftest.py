@@ -1,4 +1,4 @@
-"""A Space's folder as `safevlm space` puts it together, its modules, and a running one whose verdicts are known."""
+"""A Space's folder as `safevlm space` assembles it, its modules, and a running Space with known verdicts."""
 
 import importlib
 import os
@@ -11,20 +11,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from tiny import BENIGN, RISKY, judging_model, picture
+from tiny import BENIGN, RISKY, picture
 
 from safevlm.trainer.commands.space import assemble
 
 CHROMIUM = "/usr/bin/chromium"
-
-
-@pytest.fixture(scope="session")
-def odd_files():
-    """Pillow's odd images, from `SAFEVLM_TEST_DATA`."""
-    root = Path(__file__).parents[2] / os.environ.get("SAFEVLM_TEST_DATA", "../shared/data")
-    if not root.is_dir():
-        pytest.skip(f"no test data at {root}; set SAFEVLM_TEST_DATA")
-    return root.resolve() / "pillow_odd_images/Tests/images"
 
 
 @pytest.fixture(scope="session")
@@ -43,26 +34,18 @@ def space_folder(tmp_path_factory, example):
 
 @pytest.fixture(scope="session")
 def modules(space_folder):
-    """The Space's modules that need no gradio, imported as `app.py` would."""
+    """The Space's modules that do not need gradio, imported as `app.py` imports them."""
     sys.path.insert(0, str(space_folder))
-    names = ("settings", "guards", "panel", "engine")
+    names = ("settings", "limits", "verdict_html", "chat_html", "chat_model")
     yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
     sys.path.remove(str(space_folder))
-    for name in (*names, "gate", "handlers", "app"):
+    for name in (*names, "gate", "handlers", "layout", "app"):
         sys.modules.pop(name, None)
 
 
 @pytest.fixture(scope="session")
-def judging(model, processor):
-    return judging_model(model, processor)
-
-
-@pytest.fixture(scope="session")
-def saved_model(judging, processor, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved") / "model"
-    judging.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+def saved_model(model_folders):
+    return model_folders / "judging"
 
 
 @pytest.fixture(scope="session")
@@ -107,7 +90,7 @@ def page(saved_model, space_folder, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def browser():
-    """Headless Chromium, Debian's."""
+    """Debian's Chromium, headless."""
     if not Path(CHROMIUM).exists():
         pytest.skip(f"no browser at {CHROMIUM}; apt-get install chromium")
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; pip install playwright")

@@ -1,4 +1,4 @@
-"""The page's API over HTTP, as a program meets it, and what a hostile client gets."""
+"""The page's API over HTTP: what programs receive, and what hostile clients receive."""
 
 import json
 import urllib.error
@@ -41,7 +41,7 @@ def post(url: str, body: dict):
 
 
 def plain_call(page, name: str, data: list) -> str:
-    """The server's own words, past everything that a client library checks."""
+    """The server's own reply, without the checks of the client library."""
     event = post(f"{page.url}/gradio_api/call/{name}", {"data": data})["event_id"]
     with urllib.request.urlopen(f"{page.url}/gradio_api/call/{name}/{event}", timeout=60) as reply:
         return reply.read().decode()
@@ -108,7 +108,7 @@ def test_a_client_cannot_name_a_file_of_the_server(page, file):
     assert not [leak for leak in (*LEAKS, "passwd", str(page.uploads)) if leak in reply], reply
 
 
-@pytest.mark.parametrize("path", ["app.py", "engine.py", "/etc/passwd", "../app.py", "settings.py"])
+@pytest.mark.parametrize("path", ["app.py", "chat_model.py", "/etc/passwd", "../app.py", "settings.py"])
 def test_the_servers_files_are_not_served(page, path):
     with pytest.raises(urllib.error.HTTPError) as caught:
         urllib.request.urlopen(f"{page.url}/gradio_api/file={path}", timeout=30)

@@ -1,4 +1,4 @@
-"""`safevlm space`: puts the page together, runs it or pushes it. The page stands on its own."""
+"""`safevlm space`: assembles the page and runs or pushes it. The page does not need the package."""
 
 import ast
 import json
@@ -42,14 +42,14 @@ def test_the_page_needs_no_package_beyond_its_requirements(space_folder):
     assert {"gradio", "pillow", "torch", "transformers"} <= required
 
 
-def test_the_engine_starts_where_safevlm_is_not_installed(space_folder, saved_model, tmp_path):
+def test_the_model_starts_where_safevlm_is_not_installed(space_folder, saved_model, tmp_path):
     folder = shutil.copytree(space_folder, tmp_path / "space")
     (folder / "safevlm.py").write_text("raise ImportError('not here')\n")
     code = (
-        "import guards; from engine import Engine, Picture, Turn; from settings import Settings\n"
+        "import limits; from chat_model import ChatModel, Picture, Turn; from settings import Settings\n"
         "from PIL import Image\n"
-        f"engine = Engine(Settings({str(saved_model)!r}));"
-        "print(next(engine.assess([Turn('What?', Picture(lambda: Image.new('RGB', (9, 9))))], 'strict'))['assessed'])"
+        f"model = ChatModel(Settings({str(saved_model)!r}));"
+        "print(next(model.assess([Turn('What?', Picture(lambda: Image.new('RGB', (9, 9))))], 'strict'))['assessed'])"
     )
     environment = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules"), "PATH": "/usr/bin:/bin"}
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
@@ -79,7 +79,7 @@ def test_the_readme_has_what_a_space_needs(space_folder):
 
 @pytest.fixture
 def started(monkeypatch):
-    """What would have been run: the command, its folder's files, its environment."""
+    """The processes that would have been started: command, files of the folder, environment."""
     calls = []
 
     class Process:
@@ -194,7 +194,7 @@ def test_policies_that_do_not_exist_are_told_before_anything_starts(policies, me
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A loopback Hub with the model on it. It has no variables: these are noted in `hub.variables`."""
+    """A loopback Hub with the model on it. The Space's variables are recorded in `hub.variables`."""
     with taken_for_the_hub(monkeypatch) as running:
         running.variables = {}
         monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""The gate: a visitor's address is not the visitor's to choose, and bodies and uploads are bounded."""
+"""The gate: visitors cannot choose the address they are counted under, and bodies and uploads are limited."""
 
 import asyncio
 import importlib
@@ -33,7 +33,7 @@ def scope(forwarded=(), peer="10.0.0.1", method="POST", path="/gradio_api/upload
     ("forwarded", "proxies", "address"),
     [
         ([], 0, "10.0.0.1"),
-        (["1.1.1.1"], 0, "10.0.0.1"),  # nobody trusted wrote it
+        (["1.1.1.1"], 0, "10.0.0.1"),  # no trusted proxy wrote it
         (["1.1.1.1"], 1, "1.1.1.1"),
         (["6.6.6.6, 1.1.1.1"], 1, "1.1.1.1"),  # the client wrote the first one itself
         (["6.6.6.6", "1.1.1.1"], 1, "1.1.1.1"),  # and a line of its own
@@ -42,7 +42,7 @@ def scope(forwarded=(), peer="10.0.0.1", method="POST", path="/gradio_api/upload
         (["6.6.6.6, 1.1.1.1", "2.2.2.2"], 2, "1.1.1.1"),
         ([], 1, "10.0.0.1"),
         (["2001:db8::1"], 1, "2001:db8::/64"),
-        (["2001:db8::ffff"], 1, "2001:db8::/64"),  # one visitor has them all
+        (["2001:db8::ffff"], 1, "2001:db8::/64"),  # one visitor owns the whole network
         (["::ffff:1.1.1.1"], 1, "1.1.1.1"),
         (["x" * 1000], 1, "x" * 64),
     ],
@@ -53,7 +53,7 @@ def test_a_client_cannot_choose_its_address(gate, forwarded, proxies, address):
 
 @pytest.fixture
 def passing(modules, gate, tmp_path):
-    """`passing(scope)`: what the application behind the gate sees of a request, or the gate's status."""
+    """`passing(scope)`: the scope that the application behind the gate receives, or the status of a refusal."""
 
     def build(**settings):
         seen = []
@@ -62,7 +62,7 @@ def passing(modules, gate, tmp_path):
             seen.append(scope)
 
         settings = modules.settings.Settings("m", **settings)
-        limiter = modules.guards.RateLimiter(settings.requests_per_minute)
+        limiter = modules.limits.RateLimiter(settings.requests_per_minute)
         guarded = gate.Gate(app, settings, limiter, str(tmp_path))
 
         def call(scope):
@@ -87,7 +87,7 @@ def test_the_application_sees_the_visitors_address_and_no_claim(passing):
 def test_uploads_count_against_the_rate_by_their_size(passing):
     call = passing(requests_per_minute=4, max_file_mb=1)
     assert "client" in call(scope(content_length=10)) and "client" in call(scope(content_length=2**20 + 1))
-    assert call(scope(content_length=2**20 + 1)) == 429  # two files' size, one request left
+    assert call(scope(content_length=2**20 + 1)) == 429  # it counts as two, and one request is left
     assert "client" in call(scope(content_length=10)) and call(scope(content_length=10)) == 429
     assert "client" in call(scope(content_length=10, peer="10.0.0.2"))
 
@@ -98,13 +98,13 @@ def test_bodies_have_a_largest_size(passing):
     assert call(scope(path="/gradio_api/queue/join", content_length=65_000 + 1)) == 413
     assert "client" in call(scope(path="/gradio_api/queue/join", content_length=64_000))
     for upload in ("/gradio_api/upload", "/upload/", "/gradio_api/call/answer"):
-        for length in ({}, {"content_length": 10}):  # of which the server reads the chunks
+        for length in ({}, {"content_length": 10}):  # the server would read the chunks
             assert call(scope(path=upload, transfer_encoding="chunked", **length)) == 411
     assert call(scope(content_length="9" * 30)) == 413
 
 
 def test_all_that_is_posted_counts(passing):
-    """Gradio kept each body for a while, and nothing counted those that were no questions."""
+    """Gradio keeps each body for a while, and bodies that were not questions used to be uncounted."""
     call = passing(requests_per_minute=2)
     post = scope(path="/gradio_api/queue/join", content_length=10)
     assert all("client" in call(post) for _ in range(8)) and call(post) == 429
@@ -127,13 +127,15 @@ def test_a_running_page_refuses_large_bodies(page):
 
 
 def test_uvicorn_takes_no_address_from_a_header(modules, monkeypatch):
-    """It would, of what comes from this machine, such as through a tunnel."""
+    """By default it trusts requests from this machine, such as those through a tunnel."""
     uvicorn, launched = pytest.importorskip("uvicorn"), {}
     app = importlib.import_module("app")
     monkeypatch.setenv("SAFEVLM_MODEL", "me/m")
     monkeypatch.setenv("FORWARDED_ALLOW_IPS", "127.0.0.1")
-    monkeypatch.setattr(app, "Engine", lambda settings: None)
-    monkeypatch.setattr(app, "build", lambda *args: SimpleNamespace(launch=lambda **options: launched.update(options)))
+    monkeypatch.setattr(app, "ChatModel", lambda settings: None)
+    monkeypatch.setattr(
+        app, "build_page", lambda *args: SimpleNamespace(launch=lambda **options: launched.update(options))
+    )
     app.main()
     gates = [one for one in launched["app_kwargs"]["middleware"] if one.cls.__name__ == "Gate"]
     assert len(gates) == 1 and launched["state_session_capacity"] <= 256

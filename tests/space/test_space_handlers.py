@@ -1,4 +1,4 @@
-"""The handlers behind the buttons, and stopping: with an engine that only counts words."""
+"""The handlers behind the buttons, and stopping, with a model that only counts words."""
 
 import importlib
 import threading
@@ -15,7 +15,7 @@ gr = pytest.importorskip("gradio", reason="gradio is not installed; pip install 
 VISITOR = SimpleNamespace(headers={}, client=SimpleNamespace(host="10.0.0.1"))
 
 
-class WordyEngine:
+class WordyModel:
     """Says `words` words, one every `pause` seconds; fails after `fails_after` of them."""
 
     policies = {"default": SafetyPolicy(), "strict": SafetyPolicy(name="strict")}
@@ -41,10 +41,10 @@ class WordyEngine:
 def make(modules):
     handlers = importlib.import_module("handlers")
 
-    def make_handlers(engine=None, **settings):
+    def make_handlers(model=None, **settings):
         settings = modules.settings.Settings("me/m", **settings)
-        limiter = modules.guards.RateLimiter(settings.requests_per_minute)
-        return handlers.Handlers(engine or WordyEngine(), settings, limiter)
+        limiter = modules.limits.RateLimiter(settings.requests_per_minute)
+        return handlers.Handlers(model or WordyModel(), settings, limiter)
 
     return make_handlers
 
@@ -57,7 +57,7 @@ def test_a_chat_keeps_each_answer_for_the_next_question(make):
     handlers = make()
     turns = ask(handlers)[-1][1]
     assert [(turn.question, turn.answer) for turn in turns] == [("What?", "word word word")]
-    assert len(ask(handlers, turns)[-1][1]) == 2 and handlers.engine.asked == [(1, "default"), (2, "default")]
+    assert len(ask(handlers, turns)[-1][1]) == 2 and handlers.chat_model.asked == [(1, "default"), (2, "default")]
 
 
 def test_what_was_stopped_stays_in_the_conversation(make):
@@ -82,7 +82,7 @@ def test_what_was_stopped_stays_in_the_conversation(make):
 def test_a_refused_question_changes_nothing_but_the_notice(make, question, policy, files, message):
     handlers = make()
     ((*others, notice),) = ask(handlers, (), question, policy, files)
-    assert message in notice and handlers.engine.asked == []
+    assert message in notice and handlers.chat_model.asked == []
     assert all(other == gr.skip() for other in others)
 
 
@@ -92,10 +92,10 @@ def test_no_message_at_all_is_no_question(make):
 
 
 def test_a_failure_shows_a_reference_and_leaves_the_conversation_as_it_was(make):
-    engine = WordyEngine()
-    turns = ask(make(engine))[-1][1]
-    engine.fails_after = 2
-    *_, (shown, kept, _, _, notice) = ask(make(engine), turns)
+    model = WordyModel()
+    turns = ask(make(model))[-1][1]
+    model.fails_after = 2
+    *_, (shown, kept, _, _, notice) = ask(make(model), turns)
     assert kept == turns and shown.count('class="sv-user"') == 1
     assert "reference" in notice and "secret" not in notice and "/root" not in notice
 
@@ -121,7 +121,7 @@ def test_an_audit_has_a_largest_size_and_counts_once_per_picture(make, tmp_path)
 
 
 def test_a_conversation_keeps_no_decoded_picture(make, tmp_path, monkeypatch):
-    """They took a gigabyte: 20 questions, each with a picture of some 10 megapixels."""
+    """20 questions with a picture of about 10 megapixels each used to take a gigabyte."""
     import pickle
 
     monkeypatch.setattr("handlers.get_upload_folder", lambda: str(tmp_path))
@@ -135,17 +135,17 @@ def test_a_conversation_keeps_no_decoded_picture(make, tmp_path, monkeypatch):
 
 
 def test_the_queue_is_as_long_as_the_operator_says(modules):
-    app = importlib.import_module("app")
-    demo = app.build(WordyEngine(), modules.settings.Settings("me/m", queue_size=5, compare=False))
+    layout = importlib.import_module("layout")
+    demo = layout.build_page(WordyModel(), modules.settings.Settings("me/m", queue_size=5, compare=False))
     assert demo._queue.max_size == 5
     assert "Base vs safe" not in str(demo.get_config_file())
 
 
 @pytest.mark.browser
 def test_stopping_starting_anew_and_leaving_end_the_generation(modules, browser):
-    app = importlib.import_module("app")
-    engine = WordyEngine(words=600, pause=0.1)
-    demo = app.build(engine, modules.settings.Settings("me/m"))
+    layout = importlib.import_module("layout")
+    model = WordyModel(words=600, pause=0.1)
+    demo = layout.build_page(model, modules.settings.Settings("me/m"))
     _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, ssr_mode=False)
 
     def ask_slowly(page):
@@ -160,13 +160,13 @@ def test_stopping_starting_anew_and_leaving_end_the_generation(modules, browser)
         ask_slowly(page)
         page.click("#chat-box .stop-button")
         page.wait_for_selector("#chat .sv-chat[aria-busy=false] >> text=word word")
-        assert engine.closed.acquire(timeout=20)
+        assert model.closed.acquire(timeout=20)
         ask_slowly(page)
         page.click("#new-chat")
         page.wait_for_selector("#chat .sv-chat-empty")
-        assert engine.closed.acquire(timeout=20)
+        assert model.closed.acquire(timeout=20)
         ask_slowly(page)
         page.close()
-        assert engine.closed.acquire(timeout=20)
+        assert model.closed.acquire(timeout=20)
     finally:
         demo.close()

@@ -1,4 +1,4 @@
-"""The page in a real headless Chromium: what visitors do, see, and may do wrong."""
+"""The page in headless Chromium: what visitors do, see and get wrong."""
 
 import csv
 import io
@@ -17,7 +17,7 @@ DONE = "#chat .sv-chat[aria-busy=false]"
 
 
 class Visit:
-    """A visitor's page, and what it asked of the network."""
+    """A visitor's page, and its requests to the network."""
 
     def __init__(self, page, url):
         self.page, self.url, self.requests, self.errors = page, url, [], []

@@ -1,4 +1,4 @@
-"""The operator's settings: read from the environment, refused where they do not fit."""
+"""The operator's settings: read from the environment, refused if they are invalid."""
 
 import pytest
 

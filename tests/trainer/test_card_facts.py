@@ -1,9 +1,9 @@
-"""What training notes for the card, and how the results of evaluate and calibrate get there."""
+"""What training records for the card, and how the results of evaluate and calibrate get there."""
 
 import hashlib
 import json
-import os
 import shlex
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -12,22 +12,17 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from safevlm import SafeVlmConfig
 from safevlm.model_card import write_card
-from safevlm.model_card.facts import portable_command, read_facts
+from safevlm.model_card.facts import policy_mark, portable_command, read_facts
 from safevlm.trainer import card_facts
-from safevlm.trainer.card_facts import (
-    add_calibration,
-    add_evaluation,
-    base_facts,
-    data_facts,
-    stage_facts,
-    train_command,
-)
-from safevlm.trainer.cli import _parser
-from safevlm.trainer.commands.train import _override
-from safevlm.trainer.data import SafetyRow
+from safevlm.trainer.card_facts import base_facts, data_facts, stage_facts
+from safevlm.trainer.card_results import add_calibration, add_evaluation
+from safevlm.trainer.cli import build_parser
+from safevlm.trainer.data import ReadOptions, SafetyRow
+from safevlm.trainer.options import option_words, options_from
 from safevlm.trainer.recipe import Recipe
 from safevlm.trainer.schedule import run_schedule
 from safevlm.trainer.stage.card_callback import CardCallback, read_measured
+from safevlm.trainer.training_options import TrainOptions
 from safevlm.trainer.training_run import train_from_files
 
 STAGE = {
@@ -55,20 +50,28 @@ def rows(count: int) -> list[SafetyRow]:
 # -- the command
 
 
-READING = {"format": "llava", "taxonomy": "my own.yaml", "split": "train", "subset": "a", "revision": "b"}
-OPTIONS = {"holdout": 0.25, "assume_safe": True, "dtype": "float32", "seed": 7, "labels": "labels.yaml", **READING}
-DEFAULTS = {"holdout": 0.1, "assume_safe": False, "dtype": "auto", "seed": 0, **dict.fromkeys(["labels", *READING])}
+READING = ReadOptions("llava", "my own.yaml", "train", "a", "b", assume_safe=True)
+OVERRIDES = {"learning_rate": 1e-4, "bf16": True, "max_steps": 3, "warmup_steps": None, "report_to": ["none"]}
+GIVEN = dict(base="base", data=["a b.jsonl", "c"], output="out", images="my pictures", recipe="demo")
+OPTIONS = TrainOptions(
+    **GIVEN, holdout=0.25, dtype="float32", seed=7, labels="labels.yaml", read=READING, overrides=OVERRIDES
+)
 
 
-@pytest.mark.parametrize("options", [{**OPTIONS, "skip_bad_rows": True}, DEFAULTS, {**DEFAULTS, "holdout": 0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        OPTIONS,
+        replace(OPTIONS, read=replace(READING, on_error="skip")),
+        TrainOptions(**GIVEN),
+        TrainOptions(**GIVEN, holdout=0),
+    ],
+)
 def test_the_command_on_a_card_asks_for_what_was_done(options):
-    overrides = {"learning_rate": 1e-4, "bf16": True, "max_steps": 3, "warmup_steps": None, "report_to": ["none"]}
-    command = train_command("base", ["a b.jsonl", "c"], "my pictures", "demo", "out", options, overrides)
-    args = _parser().parse_args(shlex.split(command)[1:])
-    assert (args.base, args.data, str(args.images), args.recipe) == ("base", ["a b.jsonl", "c"], "my pictures", "demo")
-    assert {name: getattr(args, name) for name in options} == options
-    assert dict(map(_override, args.set)) == overrides
-    assert "--holdout" in command  # figures stand beside it, on rows that were held out
+    command = portable_command(["safevlm", "train", *option_words(options, always=("holdout",))])
+    args = build_parser().parse_args(shlex.split(command)[1:])
+    assert options_from(args, TrainOptions) == options
+    assert "--holdout" in command  # the figures beside it are on held-out rows
 
 
 # -- the callback
@@ -77,8 +80,8 @@ def test_the_command_on_a_card_asks_for_what_was_done(options):
 def test_training_notes_steps_time_device_parameters_and_loss(processor, tmp_path):
     model = safe_model(tiny_llava(), processor)
     recipe = Recipe(stages=[STAGE], safety=dict(SIZES))
-    run_schedule(model, processor, rows(8), tmp_path, recipe, use_cpu=True)
-    (stage,) = stage_facts(tmp_path, recipe, {"seed": 3})
+    run_schedule(model, processor, rows(8), tmp_path, recipe.with_arguments(use_cpu=True))
+    (stage,) = stage_facts(tmp_path, recipe.with_arguments(seed=3))
     measured = stage["measured"]
     assert (measured["steps"], measured["epochs"], measured["rows_per_step"]) == (2, 1.0, 4)
     safety = sum(p.numel() for p in model.safety.parameters())
@@ -138,11 +141,13 @@ def test_train_writes_a_card_with_its_facts_and_keeps_a_person_s_words(tmp_path)
 
     def train():
         return train_from_files(
-            base=tmp_path / "base",
-            data=[rows],
-            output_dir=tmp_path / "out",
-            recipe=tmp_path / "recipe.yaml",
-            holdout=0.34,
+            TrainOptions(
+                base=tmp_path / "base",
+                data=[rows],
+                output=tmp_path / "out",
+                recipe=tmp_path / "recipe.yaml",
+                holdout=0.34,
+            )
         )
 
     train()
@@ -249,6 +254,7 @@ def evaluation(tmp_path, checkpoint, **system):
         facts["num_items"] = {"figstep": {"attack_success_rate": 500}}
     measure = {"value": 0.75, "low": 0.5, "high": 1.0, "num_rows": 40}
     undefined = dict.fromkeys(("value", "low", "high"), None)
+    systems["model"]["model_policy"] = policy_mark(SafeVlmConfig().safety_policy)
     systems["model"]["head"] = {"overall": {"level_accuracy": measure, "auroc": {**undefined, "num_rows": 40}}}
     report = {
         "command": "safevlm evaluate /home/me/model --tasks figstep",
@@ -270,7 +276,7 @@ def test_an_evaluation_gets_onto_the_card_once(folder, tmp_path):
     (result,) = read_facts(folder)["results"]
     assert result["system"] == "model" and result["command"] == "safevlm evaluate model --tasks figstep"
     assert "| figstep: attack success ↓ | 500 | 90.0 | 12.5 |" in card
-    assert "| level accuracy ↑ | 40 | – | 75.0 (50.0–100.0) |" in card and "| auroc" not in card
+    assert "| level accuracy ↑ | 40 | – | 75.0 (50.0–100.0) |" in card and "| AUROC" not in card
     assert card.count("plots/comparison.png") == 1 and (folder / "plots" / "comparison.png").read_bytes() == b"png"
     metadata = yaml.safe_load(card.split("---\n")[1])
     assert metadata["model-index"][0]["results"][0]["metrics"][0]["value"] == 0.125
@@ -279,8 +285,17 @@ def test_an_evaluation_gets_onto_the_card_once(folder, tmp_path):
 
 def test_an_evaluation_before_a_change_of_the_policy_is_marked(folder, tmp_path):
     output = evaluation(tmp_path, folder)
-    os.utime(output / "results.json", (1, 1))
-    assert "out of date" in add_evaluation(folder, output).read_text(encoding="utf-8")
+    SafeVlmConfig(safety_policy="strict").save_pretrained(folder)
+    card = add_evaluation(folder, output).read_text(encoding="utf-8")
+    assert "measured under another policy (`default`)" in card and "out of date" in card
+
+
+def test_an_evaluation_of_an_older_release_says_that_its_policy_is_unknown(folder, tmp_path):
+    output = evaluation(tmp_path, folder)
+    report = json.loads((output / "results.json").read_text())
+    del report["systems"]["model"]["model_policy"]
+    (output / "results.json").write_text(json.dumps(report))
+    assert "the policy was not recorded" in add_evaluation(folder, output).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("system", [{"policy": "strict"}, {"guard": "g"}, {"prefix": "p"}])
@@ -318,7 +333,7 @@ def test_a_calibration_gets_onto_the_card_and_is_marked_until_it_is_in_force(fol
     (output / "calibration.json").write_text(json.dumps(report))
     (output / "trade_off.png").write_bytes(b"png")
     card = add_calibration(folder, output).read_text(encoding="utf-8")
-    assert "| ece | 20.0 (10.0–30.0) | 5.0 |" in card and "at most 5 % of clean rows" in card and "- few rows" in card
+    assert "| ECE | 20.0 (10.0–30.0) | 5.0 |" in card and "at most 5 % of clean rows" in card and "- few rows" in card
     assert "plots/trade_off.png" in card
     assert "`safevlm calibrate --model model --data dev.jsonl --target-fpr 0.05 --seed 0`" in card
     assert "measured under another policy (`calibrated`)" in card

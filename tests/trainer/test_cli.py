@@ -3,13 +3,14 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from tiny import SIZES, picture, tiny_llava, tiny_processor
+from tiny import NO_RISK, RISK, SIZES, picture, psa_vlm_record, write_jsonl
 from transformers import LlamaConfig
 
 from safevlm.trainer.cli import main
@@ -32,40 +33,25 @@ RECIPE = {
 
 
 def record(i, **changes):
-    """A PSA-VLM row: every second one risky."""
-    return {
-        "id": f"row-{i}",
-        "safe_type": 1 if i % 2 else 6,
-        "safe_level": 3 if i % 2 else 0,
-        "image": f"{i}.png",
-        "conversations": [
-            {"from": "USER", "value": "<image>\nIs it yes?"},
-            {"from": "ASSISTANT", "value": "no" if i % 2 else "The answer is yes."},
-        ],
-        **changes,
-    }
+    """A row of the training file: every second one risky."""
+    labels, answer = (RISK, "no") if i % 2 else (NO_RISK, "The answer is yes.")
+    return psa_vlm_record(f"row-{i}", f"{i}.png", labels, "Is it yes?", answer, **changes)
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def world(model_folders, tmp_path_factory):
     """A folder with a base model, pictures, rows and a recipe."""
     folder = tmp_path_factory.mktemp("cli")
-    tiny_llava().save_pretrained(folder / "base")
-    tiny_processor().save_pretrained(folder / "base")
+    shutil.copytree(model_folders / "base", folder / "base")
     LlamaConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1).save_pretrained(folder / "llama")
     (folder / "images").mkdir()
     for i in range(8):
         picture(i).save(folder / "images" / f"{i}.png")
     (folder / "images" / "broken.png").write_bytes((folder / "images" / "0.png").read_bytes()[:200])
-    write_rows(folder / "rows.jsonl", [record(i) for i in range(8)])
+    write_jsonl(folder / "rows.jsonl", [record(i) for i in range(8)])
     (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
     (folder / "empty").mkdir()
     return folder
-
-
-def write_rows(path, records):
-    path.write_text("".join(json.dumps(r) + "\n" for r in records))
-    return path
 
 
 def train_arguments(world, output, **changes):
@@ -379,7 +365,7 @@ BAD_ROWS = {
 
 @pytest.mark.parametrize("bad, what", BAD_ROWS.values(), ids=BAD_ROWS.keys())
 def test_a_bad_row_stops_training_with_file_row_and_reason(world, run, tmp_path, bad, what):
-    data = write_rows(tmp_path / "rows.jsonl", [*(record(i) for i in range(8)), bad])
+    data = write_jsonl(tmp_path / "rows.jsonl", [*(record(i) for i in range(8)), bad])
     code, _, err = run(*train_arguments(world, tmp_path / "out", **{"--data": data}))
     assert_one_clear_line(code, err, "train", data, "line 9", what)
     assert not (tmp_path / "out").exists()
@@ -387,7 +373,7 @@ def test_a_bad_row_stops_training_with_file_row_and_reason(world, run, tmp_path,
 
 def test_skipped_rows_are_counted_and_named_in_the_report(world, run, tmp_path):
     bad = [{**row, "id": f"bad-{i}"} for i, (row, _) in enumerate(BAD_ROWS.values())]
-    data = write_rows(tmp_path / "rows.jsonl", [*(record(i) for i in range(8)), *bad])
+    data = write_jsonl(tmp_path / "rows.jsonl", [*(record(i) for i in range(8)), *bad])
     changes = {"--data": data, "--skip-bad-rows": None, "--set": "max_steps=1"}
     code, out, err = run(*train_arguments(world, tmp_path / "out", **changes))
     assert code == 0, err
@@ -399,7 +385,7 @@ def test_skipped_rows_are_counted_and_named_in_the_report(world, run, tmp_path):
 
 
 def test_when_all_rows_are_skipped_there_is_nothing_to_train_on(world, run, tmp_path):
-    data = write_rows(tmp_path / "rows.jsonl", [record(8, image="gone.png")])
+    data = write_jsonl(tmp_path / "rows.jsonl", [record(8, image="gone.png")])
     code, _, err = run(*train_arguments(world, tmp_path / "out", **{"--data": data, "--skip-bad-rows": None}))
     assert_one_clear_line(code, err, "train", "No row to train on", data, "1 skipped")
 
@@ -416,7 +402,7 @@ def unlabelled(world, run, tmp_path):
     def train(labelled=(), **changes):
         turns = [{"from": "human", "value": "<image>\nIs it?"}, {"from": "gpt", "value": "yes"}]
         rows = [{"id": f"plain-{i}", "image": f"{i}.png", "conversations": turns} for i in range(4)]
-        data = write_rows(tmp_path / "plain.jsonl", [*rows, *labelled])
+        data = write_jsonl(tmp_path / "plain.jsonl", [*rows, *labelled])
         values = [f"{name}={value}" for name, value in {"max_steps": 1, **changes}.items()]
         arguments = train_arguments(world, tmp_path / "out", **{"--data": data})
         code, _, err = run(*arguments, "--set", *values)

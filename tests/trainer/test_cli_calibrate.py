@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from tiny import picture
+from tiny import NO_RISK, RISK, picture, psa_vlm_record, write_jsonl
 
 from safevlm import SafetyPolicy, SafeVlmForConditionalGeneration
 from safevlm.trainer.cli import main
@@ -14,20 +14,17 @@ PLOTS = ("confusion_matrix", "roc_pr", "reliability", "risk_scores", "trade_off"
 
 
 @pytest.fixture(scope="module")
-def world(model, processor, tmp_path_factory):
+def world(model_folders, tmp_path_factory):
     """A saved model and 24 rows about 12 pictures, every second one risky."""
     folder = tmp_path_factory.mktemp("calibrate")
-    model.save_pretrained(folder / "model")
-    processor.save_pretrained(folder / "model")
+    shutil.copytree(model_folders / "safe", folder / "model")
     (folder / "images").mkdir()
-    lines = []
+    records = []
     for i in range(24):
         picture(i // 2).save(folder / "images" / f"{i // 2}.png")
-        user = {"from": "USER", "value": f"<image>\n{'Is it yes?' if i % 2 else 'What is in the picture?'}"}
-        labels = {"safe_type": 1, "safe_level": 3} if i % 2 else {"safe_type": 6, "safe_level": 0}
-        answer = {"from": "ASSISTANT", "value": "no"}
-        lines.append({"id": f"row-{i}", "image": f"{i // 2}.png", **labels, "conversations": [user, answer]})
-    (folder / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        labels, question = (RISK, "Is it yes?") if i % 2 else (NO_RISK, "What is in the picture?")
+        records.append(psa_vlm_record(f"row-{i}", f"{i // 2}.png", labels, question, "no"))
+    write_jsonl(folder / "rows.jsonl", records)
     return folder
 
 

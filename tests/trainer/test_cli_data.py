@@ -5,14 +5,9 @@ import shutil
 
 import pytest
 import yaml
-from tiny import picture
+from tiny import NO_RISK, RISK, picture, psa_vlm_record, write_jsonl
 
 from safevlm.trainer.cli import main
-
-
-def record(name, image, category=6, level=0, answer="Yes."):
-    turns = [{"from": "USER", "value": "<image>\nIs it?"}, {"from": "ASSISTANT", "value": answer}]
-    return {"id": name, "image": image, "safe_type": category, "safe_level": level, "conversations": turns}
 
 
 @pytest.fixture
@@ -21,13 +16,13 @@ def world(tmp_path):
         picture(number).resize((64, 64)).save(tmp_path / f"{number}.png")
     shutil.copy(tmp_path / "0.png", tmp_path / "copy.png")
     (tmp_path / "broken.png").write_bytes((tmp_path / "0.png").read_bytes()[:100])
-    good = [record(f"g{n}", f"{n}.png", *((1, 3) if n % 2 else (6, 0))) for n in range(6)]
+    good = [psa_vlm_record(f"g{n}", f"{n}.png", RISK if n % 2 else NO_RISK) for n in range(6)]
     for name, records in (
         ("good", good),
-        ("bad", [*good, record("b0", "broken.png"), record("b1", "copy.png", 4, 2)]),
-        ("test", [record("t0", "copy.png")]),
+        ("bad", [*good, psa_vlm_record("b0", "broken.png"), psa_vlm_record("b1", "copy.png", (4, 2))]),
+        ("test", [psa_vlm_record("t0", "copy.png")]),
     ):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+        write_jsonl(tmp_path / f"{name}.jsonl", records)
     return tmp_path
 
 

@@ -206,7 +206,7 @@ def test_a_config_that_is_none_is_named(with_model, world, command, text):
 def test_damaged_weights_are_named_before_anything_is_loaded(with_model, world, command):
     weights = world / "base" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    assert "model.safetensors is no whole safetensors file" in with_model(command, "base")
+    assert "model.safetensors is not a complete safetensors file" in with_model(command, "base")
 
 
 @pytest.mark.parametrize("command", ["assess", "calibrate", "evaluate", "serve"])

@@ -18,7 +18,7 @@ def commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPars
     return found
 
 
-COMMANDS = commands(cli._parser())
+COMMANDS = commands(cli.build_parser())
 
 
 def test_all_commands_are_found():
@@ -30,7 +30,7 @@ def test_help_ends_with_an_example_that_the_command_takes(name):
     parser = COMMANDS[name]
     example = parser.format_help().rstrip().splitlines()[-1].strip()
     assert example.startswith(name + " ") or example == name
-    arguments = cli._parser().parse_args(shlex.split(example)[1:])
+    arguments = cli.build_parser().parse_args(shlex.split(example)[1:])
     assert callable(arguments.run)
 
 

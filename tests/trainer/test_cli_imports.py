@@ -2,11 +2,12 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
-from tiny import picture
+from tiny import NO_RISK, RISK, picture, psa_vlm_record, write_jsonl
 
 HEAVY = {
     *("torch", "transformers", "bitsandbytes", "accelerate", "peft", "datasets", "pandas", "pyarrow", "gradio"),
@@ -46,12 +47,10 @@ def loaded(*arguments):
 def world(tmp_path_factory):
     """A folder with data."""
     folder = tmp_path_factory.mktemp("imports")
-    turns = [{"from": "USER", "value": "<image>\nIs it?"}, {"from": "ASSISTANT", "value": "Yes."}]
-    rows, labels = [], ({"safe_type": 6, "safe_level": 0}, {"safe_type": 1, "safe_level": 3})
     for i in range(4):
         picture(i).resize((64, 64)).save(folder / f"{i}.png")
-        rows.append({"id": f"r{i}", "image": f"{i}.png", **labels[i % 2], "conversations": turns})
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    records = [psa_vlm_record(f"r{i}", f"{i}.png", RISK if i % 2 else NO_RISK) for i in range(4)]
+    write_jsonl(folder / "rows.jsonl", records)
     (folder / "config.json").write_text('{"model_type": "llava"}')
     (folder / "mix.yaml").write_text("sources: [{name: a, path: rows.jsonl}]\nholdout: 0.5\nnear_distance: 0\n")
     return folder
@@ -113,11 +112,10 @@ def test_what_computes_nothing_loads_nothing_that_computes(world, arguments, mon
     assert "kernels" not in err and "Traceback" not in err
 
 
-def test_code_and_a_dry_run_of_push_need_no_torch(world, monkeypatch, model, processor, tmp_path):
+def test_code_and_a_dry_run_of_push_need_no_torch(world, monkeypatch, model_folders, tmp_path):
     from safevlm.model_card import write_card
 
-    model.save_pretrained(tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
+    shutil.copytree(model_folders / "safe", tmp_path / "model")
     write_card(tmp_path / "model", {"model_name": "Tiny"})
     for arguments in (["code", tmp_path / "model"], ["push", tmp_path / "model", "--repo-id", "a/b", "--dry-run"]):
         code, out, err, modules = loaded(*arguments)
@@ -144,7 +142,7 @@ def test_the_command_registers_the_classes_when_it_first_asks_for_one():
 
 def test_the_commands_version_is_the_one_that_models_are_saved_with():
     import safevlm
-    from safevlm.versions import SAFEVLM_VERSION
+    from safevlm.configuration_safevlm import SAFEVLM_VERSION
 
     assert safevlm.__version__ == SAFEVLM_VERSION
 

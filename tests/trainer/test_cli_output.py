@@ -22,6 +22,7 @@ from safevlm.trainer.commands.progress_bars import plain_progress
 from safevlm.trainer.recipe import Recipe
 from safevlm.trainer.settings import load_settings
 from safevlm.trainer.settings_without_effect import check_before_training, overruled, overruled_safety
+from safevlm.trainer.training_options import parse_overrides
 
 
 @pytest.fixture
@@ -204,7 +205,5 @@ def test_a_reporter_that_is_not_there_is_named_before_training(report_to, error,
 
 
 def test_overrides_read_numbers_as_recipes_do():
-    from safevlm.trainer.commands.train import _override
-
-    assert _override("learning_rate=1e-4") == ("learning_rate", 1e-4)
-    assert _override("save_strategy=no") == ("save_strategy", False) == ("save_strategy", yaml.safe_load("no"))
+    assert parse_overrides(["learning_rate=1e-4"]) == {"learning_rate": 1e-4}
+    assert parse_overrides(["save_strategy=no"]) == {"save_strategy": False} == {"save_strategy": yaml.safe_load("no")}

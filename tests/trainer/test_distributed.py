@@ -15,7 +15,8 @@ import torch
 from accelerate import PartialState
 from safetensors.torch import load_file
 
-from safevlm.trainer import Recipe, run_schedule, stages
+from safevlm.trainer import Recipe, run_schedule
+from safevlm.trainer import schedule as schedule_module
 
 SCRIPT = Path(__file__).with_name("distributed_schedule.py")
 needs_cpu_events = pytest.mark.skipif(
@@ -137,7 +138,7 @@ def test_processes_know_which_one_writes_before_anything_is_written(tmp_path, mo
         raise Checked
 
     PartialState._reset_state()
-    monkeypatch.setattr(stages, "check_stage", lambda *args: None)
-    monkeypatch.setattr(stages, "check_same_run", check)
+    monkeypatch.setattr(schedule_module, "check_stage", lambda *args: None)
+    monkeypatch.setattr(schedule_module, "check_same_run", check)
     with pytest.raises(Checked):
         run_schedule(None, None, [None], tmp_path, Recipe([{"stage": "safety_alignment", "use_cpu": True}]))

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from safevlm.losses import combine_losses, safety_losses
+from safevlm.safety_modules import combine_losses, safety_losses
 
 # Two rows; softmax of (log 3, 0) is (3/4, 1/4), of (0, 0, log 2) it is (1/4, 1/4, 1/2).
 LEVEL_LOGITS = [[math.log(3), 0.0], [0.0, math.log(3)]]

@@ -29,29 +29,20 @@ STAGE_1 = dict(stage="safety_alignment", **COMMON)
 QLORA = dict(stage="joint_finetuning", lora_r=4, **COMMON)
 
 
-@pytest.fixture(scope="module")
-def folder(base, base_processor, model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("training")
-    base.save_pretrained(folder / "base")
-    base_processor.save_pretrained(folder / "base")
-    model.save_pretrained(folder / "safe")
-    return folder
-
-
-def quantized_model(folder, bits):
+def quantized_model(model_folders, bits):
     torch.manual_seed(0)
     return SafeVlmForConditionalGeneration.from_base(
-        folder / "base", base_kwargs={"quantization_config": CONFIGS[bits]}, **SIZES
+        model_folders / "base", base_kwargs={"quantization_config": CONFIGS[bits]}, **SIZES
     )
 
 
 @pytest.mark.parametrize("bits, cpu", [("8 bit", None), *(("4 bit", cpu) for cpu in CPUS)])
 def test_both_stages_train_on_a_quantised_base_and_resume(
-    folder, processor, rows, batch, bits, cpu, monkeypatch, tmp_path
+    model_folders, processor, rows, batch, bits, cpu, monkeypatch, tmp_path
 ):
     if cpu is not None:
         pretend_cpu(monkeypatch, cpu)
-    model = quantized_model(folder, bits)
+    model = quantized_model(model_folders, bits)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     trained = run_schedule(model, processor, rows, tmp_path, Recipe([STAGE_1, QLORA]))
     first = SafeVlmForConditionalGeneration.from_pretrained(tmp_path / "1-safety_alignment" / "model")
@@ -68,24 +59,24 @@ def test_both_stages_train_on_a_quantised_base_and_resume(
     for stage in ("1-safety_alignment", "2-joint_finetuning"):  # as if interrupted in the second step
         shutil.rmtree(tmp_path / stage / "model")
         shutil.rmtree(tmp_path / stage / "checkpoint-2")
-    resumed = run_schedule(quantized_model(folder, bits), processor, rows, tmp_path, Recipe([STAGE_1, QLORA]))
+    resumed = run_schedule(quantized_model(model_folders, bits), processor, rows, tmp_path, Recipe([STAGE_1, QLORA]))
     expected = trained.state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.state_dict().items())
 
 
 @pytest.mark.parametrize("cpu", CPUS)
 def test_qlora_ends_as_the_quantised_model_with_its_adapter(
-    folder, processor, rows, batch, cpu, monkeypatch, tmp_path
+    model_folders, processor, rows, batch, cpu, monkeypatch, tmp_path
 ):
     from peft import PeftModel
 
     pretend_cpu(monkeypatch, cpu)
     model = SafeVlmForConditionalGeneration.from_pretrained(
-        folder / "safe", quantization_config=CONFIGS["4 bit"], dtype=torch.float32
+        model_folders / "safe", quantization_config=CONFIGS["4 bit"], dtype=torch.float32
     )
     trained = run_schedule(model, processor, rows, tmp_path, Recipe([{**QLORA, "learning_rate": 1e-2}]))
     fresh = SafeVlmForConditionalGeneration.from_pretrained(
-        folder / "safe", quantization_config=CONFIGS["4 bit"], dtype=torch.float32
+        model_folders / "safe", quantization_config=CONFIGS["4 bit"], dtype=torch.float32
     )
     fresh.train().eval()  # never packed again: the products of packed weights are in bfloat16
     with torch.no_grad():
@@ -95,14 +86,16 @@ def test_qlora_ends_as_the_quantised_model_with_its_adapter(
     assert (found - expected).abs().max() < 0.05 * (found - untrained).abs().max()
 
 
-def test_a_quantised_language_model_cannot_be_trained_in_full(folder, processor, rows, tmp_path):
+def test_a_quantised_language_model_cannot_be_trained_in_full(model_folders, processor, rows, tmp_path):
     with pytest.raises(ValueError, match="'language_model', but its weight .* is quantised.*lora_r"):
-        run_schedule(quantized_model(folder, "4 bit"), processor, rows, tmp_path, Recipe([{**QLORA, "lora_r": 0}]))
+        run_schedule(
+            quantized_model(model_folders, "4 bit"), processor, rows, tmp_path, Recipe([{**QLORA, "lora_r": 0}])
+        )
 
 
-def test_an_offloaded_model_cannot_be_trained(folder, processor, rows, tmp_path):
+def test_an_offloaded_model_cannot_be_trained(model_folders, processor, rows, tmp_path):
     model = SafeVlmForConditionalGeneration.from_pretrained(
-        folder / "safe", device_map={"base": "disk", "safety": "cpu"}, offload_folder=tmp_path / "offload"
+        model_folders / "safe", device_map={"base": "disk", "safety": "cpu"}, offload_folder=tmp_path / "offload"
     )
     with pytest.raises(ValueError, match="weights of the model are offloaded to CPU or disk"):
         run_schedule(model, processor, rows, tmp_path / "out", Recipe([STAGE_1]))
@@ -114,10 +107,11 @@ def test_fsdp_on_the_cpu_is_refused_not_ignored(fresh_model, processor, rows, tm
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_small_steps_are_not_rounded_away_in_half_precision(folder, processor, rows, dtype, tmp_path):
+def test_small_steps_are_not_rounded_away_in_half_precision(model_folders, processor, rows, dtype, tmp_path):
     """Steps of 2e-4 on weights of about 0.1: bfloat16 would round most of them away one by one."""
     full, half = (
-        SafeVlmForConditionalGeneration.from_pretrained(folder / "safe", dtype=d) for d in (torch.float32, dtype)
+        SafeVlmForConditionalGeneration.from_pretrained(model_folders / "safe", dtype=d)
+        for d in (torch.float32, dtype)
     )
     start = {name: tensor.clone().float() for name, tensor in half.safety.state_dict().items()}
     changes = dict(max_steps=12, learning_rate=2e-4, lr_scheduler_type="constant", save_strategy="no")
@@ -131,9 +125,9 @@ def test_small_steps_are_not_rounded_away_in_half_precision(folder, processor, r
     assert 0.7 < moved / expected < 1.4
 
 
-def test_a_half_precision_run_resumes_to_the_same_weights(folder, processor, rows, tmp_path):
+def test_a_half_precision_run_resumes_to_the_same_weights(model_folders, processor, rows, tmp_path):
     def load():
-        return SafeVlmForConditionalGeneration.from_pretrained(folder / "safe", dtype=torch.bfloat16)
+        return SafeVlmForConditionalGeneration.from_pretrained(model_folders / "safe", dtype=torch.bfloat16)
 
     recipe = Recipe([STAGE_1])
     trained = run_schedule(load(), processor, rows, tmp_path, recipe)
@@ -144,7 +138,7 @@ def test_a_half_precision_run_resumes_to_the_same_weights(folder, processor, row
     assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.state_dict().items())
 
 
-def test_a_float16_model_is_not_mixed_with_bfloat16(folder, processor, rows, tmp_path):
-    model = SafeVlmForConditionalGeneration.from_pretrained(folder / "safe", dtype=torch.float16)
+def test_a_float16_model_is_not_mixed_with_bfloat16(model_folders, processor, rows, tmp_path):
+    model = SafeVlmForConditionalGeneration.from_pretrained(model_folders / "safe", dtype=torch.float16)
     with pytest.raises(ValueError, match="in float16, which `bf16=true` cannot be mixed with.*dtype='bfloat16'"):
         run_schedule(model, processor, rows, tmp_path, Recipe([{**STAGE_1, "bf16": True}]))

@@ -6,7 +6,6 @@ import yaml
 
 from safevlm import SafeVlmConfig
 from safevlm.trainer import Recipe, SafeVlmTrainingArguments
-from safevlm.trainer.recipe import check_overrides
 
 STAGE = {"stage": "safety_alignment", "learning_rate": 0.1}
 
@@ -77,7 +76,7 @@ def test_a_recipe_file_is_read(load):
         ),
         ({"stages": [{**STAGE, "output_dir": "x"}]}, "stage 1: leave out `output_dir`"),
         ({"stages": [{**STAGE, "bf16": "auto"}]}, "`bf16` must be true or false, got 'auto'"),
-        ("stages: [", "is no valid YAML"),
+        ("stages: [", "is not valid YAML"),
     ],
 )
 def test_a_bad_recipe_says_where_and_what(load, value, message):
@@ -102,7 +101,7 @@ def test_an_unknown_recipe_lists_the_shipped_ones(name):
 )
 def test_bad_overrides_of_all_stages_are_refused(overrides, message):
     with pytest.raises(ValueError, match=message):
-        check_overrides(overrides)
+        Recipe([STAGE]).with_arguments(**overrides)
 
 
 def test_a_bf16_recipe_trains_on_the_cpu(fresh_model, rows, make_trainer):

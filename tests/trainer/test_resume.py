@@ -78,7 +78,7 @@ def schedule(processor, rows):
     def run(name, folder, **overrides):
         model = safe_model(tiny_llava(), processor)
         scramble_random_state()
-        return run_schedule(model, processor, rows, folder, RECIPES[name], **overrides)
+        return run_schedule(model, processor, rows, folder, RECIPES[name].with_arguments(**overrides))
 
     return run
 
@@ -280,7 +280,7 @@ def test_rows_may_be_given_by_stage(processor, rows, make_row, tmp_path, killed_
     by_stage = {"safety_alignment": rows[:2], "joint_finetuning": rows[:6]}
     count = killed_at(None)
     model = safe_model(tiny_llava(), processor)
-    run_schedule(model, processor, by_stage, tmp_path, RECIPES["full"], save_strategy="no")
+    run_schedule(model, processor, by_stage, tmp_path, RECIPES["full"].with_arguments(save_strategy="no"))
     assert count.count("safety_alignment") == 2 and count.count("joint_finetuning") == 6
 
 

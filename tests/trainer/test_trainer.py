@@ -5,12 +5,12 @@ import torch
 from transformers import TrainerCallback
 
 from safevlm import SafetyPolicy, SafeVlmProcessor
-from safevlm.modeling_safevlm import HeadReading
 from safevlm.trainer import SafeVlmTrainingArguments
 from safevlm.trainer.encoding.data_collator import SafeVlmDataCollator
 from safevlm.trainer.encoding.encoded_datasets import EncodedDataset
 from safevlm.trainer.encoding.row_encoder import RowEncoder
 from safevlm.trainer.evaluation import trainer_metrics
+from safevlm.trainer.stage.label_conditioning import draw_rows
 
 
 class KeepGradients(TrainerCallback):
@@ -54,7 +54,8 @@ def reference(fresh_model, processor):
     def backward(rows):
         model = fresh_model().train()
         dataset = EncodedDataset(rows, RowEncoder(processor, model.config))
-        output = model(**SafeVlmDataCollator(0)([dataset[i] for i in range(len(rows))]), label_conditioning=1.0)
+        batch = SafeVlmDataCollator(0)([dataset[i] for i in range(len(rows))])
+        output = model(**batch, condition_on_labels=torch.ones(len(rows), dtype=torch.bool))
         output.loss.backward()
         return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, output
 
@@ -202,12 +203,18 @@ def test_evaluation_rows_carry_no_hints(fresh_model, make_trainer, rows, process
     assert [sum("Note: this" in text for text in part) for part in texts] == [4, 0]
 
 
-def test_label_conditioning_goes_linearly_from_start_to_end(fresh_model, make_trainer, equal_rows):
+def test_label_conditioning_goes_linearly_from_start_to_end(fresh_model, make_trainer, equal_rows, monkeypatch):
     model = fresh_model()
-    seen = []
+    seen, shares = [], []
     model.register_forward_pre_hook(
-        lambda m, a, kwargs: seen.append(kwargs.get("label_conditioning")), with_kwargs=True
+        lambda m, a, kwargs: seen.append(kwargs.get("condition_on_labels")), with_kwargs=True
     )
+
+    def keep_share(inputs, share):
+        shares.append(share)
+        return draw_rows(inputs, share)
+
+    monkeypatch.setattr("safevlm.trainer.stage.trainer.draw_rows", keep_share)
     trainer = make_trainer(
         model,
         equal_rows,
@@ -218,13 +225,14 @@ def test_label_conditioning_goes_linearly_from_start_to_end(fresh_model, make_tr
         label_conditioning_end=0.1,
     )
     trainer.train()
-    assert seen == pytest.approx([0.9, 0.9, 0.7, 0.7, 0.5, 0.5, 0.3, 0.3])
+    assert shares == pytest.approx([0.9, 0.9, 0.7, 0.7, 0.5, 0.5, 0.3, 0.3])
+    assert len(seen) == 8 and all(mask.dtype == torch.bool for mask in seen)
     seen.clear()
     trainer.evaluate()
     assert set(seen) == {None}
 
 
-def conditions(model, batch, monkeypatch, share):
+def conditions(model, batch, monkeypatch, *on_labels):
     """Actions and categories that the batch's safety embeddings are conditioned on."""
     kept = {}
     condition = model.condition
@@ -235,7 +243,7 @@ def conditions(model, batch, monkeypatch, share):
 
     monkeypatch.setattr(model, "condition", keep)
     with torch.no_grad():
-        model(**batch, label_conditioning=share)
+        model(**batch, condition_on_labels=torch.tensor(on_labels))
     return kept
 
 
@@ -246,26 +254,39 @@ def test_conditioning_is_on_labels_or_on_predictions(fresh_model, processor, ver
     batch = SafeVlmDataCollator(0)([dataset[i] for i in range(3)])
     verdicts(model, "none", "medium", "low", category="privacy")
     # default policy: low -> caution (1), medium -> warn (2), high -> refuse (3); row 2 has no label to use
-    assert conditions(model, batch, monkeypatch, 1.0) == {"action": [3, 1, 1], "category": [1, 2, 4]}
-    assert conditions(model, batch, monkeypatch, 0.0) == {"action": [0, 2, 1], "category": [6, 4, 4]}
+    assert conditions(model, batch, monkeypatch, True, True, True) == {"action": [3, 1, 1], "category": [1, 2, 4]}
+    assert conditions(model, batch, monkeypatch, False, False, False) == {"action": [0, 2, 1], "category": [6, 4, 4]}
 
 
-def test_label_conditioning_is_the_share_of_rows(model):
+def test_label_conditioning_is_the_share_of_rows():
     n = 1000
-    logits = torch.zeros(n, 4), torch.zeros(n, 7)
-    logits[0][:, 0] = 9.0  # predicted: no risk
-    prediction = HeadReading(*logits, torch.arange(n), n)
-    labels = torch.full((n,), 3), torch.full((n,), 1)
+    labels = torch.full((n,), 3)
+    inputs = {
+        "input_ids": torch.zeros(n, 1),
+        "safety_level_labels": labels,
+        "safety_category_labels": labels,
+        "pixel_values": torch.zeros(n, 1),
+    }
     torch.manual_seed(0)
-    action, category = model._training_condition(prediction, *labels, 0.3)
-    assert 0.25 < (action == 3).float().mean() < 0.35
-    assert torch.equal(category == 1, action == 3)
+    assert 0.25 < draw_rows(inputs, 0.3).float().mean() < 0.35
+    assert draw_rows(inputs, 1.0).all()
+    for absent in ("safety_level_labels", "safety_category_labels", "pixel_values"):
+        assert draw_rows({**inputs, absent: None}, 1.0) is None
+
+
+def test_each_row_is_conditioned_on_its_labels_or_its_verdict(fresh_model, processor, verdicts, monkeypatch, make_row):
+    model = fresh_model()
+    rows = [make_row(i, category=1, level=3) for i in range(2)]
+    dataset = EncodedDataset(rows, RowEncoder(processor, model.config))
+    batch = SafeVlmDataCollator(0)([dataset[i] for i in range(2)])
+    verdicts(model, "none", "none")
+    assert conditions(model, batch, monkeypatch, True, False) == {"action": [3, 0], "category": [1, 6]}
 
 
 def test_a_model_with_its_policy_off_is_trained_with_the_default_one(fresh_model, processor, monkeypatch, make_row):
     model = fresh_model(safety_policy=SafetyPolicy(name="off", enabled=False))
     dataset = EncodedDataset([make_row(0, category=1, level=3)], RowEncoder(processor, model.config))
-    assert conditions(model, SafeVlmDataCollator(0)([dataset[0]]), monkeypatch, 1.0)["action"] == [3]
+    assert conditions(model, SafeVlmDataCollator(0)([dataset[0]]), monkeypatch, True)["action"] == [3]
 
 
 def test_gradient_checkpointing_leaves_the_gradients_as_they_are(gradients, unequal_rows):

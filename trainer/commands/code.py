@@ -23,7 +23,7 @@ def add(commands):
 
 
 def run(args) -> int:
-    from safevlm.model_card.remote_code import code_folder, review_code
+    from safevlm.model_card.code_review import code_folder, review_code
 
     folder = code_folder(args.model, args.revision)
     review = review_code(folder)
@@ -35,7 +35,7 @@ def run(args) -> int:
 
 
 def _listing(review):
-    from safevlm.model_card.remote_code import printable, read_code
+    from safevlm.model_card.code_review import printable, read_code
 
     width = max((len(printable(file.name)) for file in review.files), default=0)
     for file in review.files:
@@ -63,7 +63,7 @@ def _diffs(review, wanted: bool):
 
 def _summary(review):
     from safevlm import __version__
-    from safevlm.model_card.remote_code import printable
+    from safevlm.model_card.code_review import printable
 
     yield from (f"The model's own policy is weak: {printable(weakness)}" for weakness in review.weaknesses)
     total, others = len(review.files), len(review.others)

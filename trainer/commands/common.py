@@ -5,6 +5,8 @@ import json
 import sys
 from pathlib import Path
 
+from safevlm.trainer.model_options import ModelOptions
+
 
 def add_command(commands, name: str, run, summary: str, example: str) -> argparse.ArgumentParser:
     """
@@ -26,54 +28,21 @@ def add_command(commands, name: str, run, summary: str, example: str) -> argpars
     return command
 
 
-def add_model_arguments(command: argparse.ArgumentParser):
-    command.add_argument("--model", required=True, help="folder or Hub id of a SafeVLM")
-    command.add_argument("--policy", help="default, paper, strict, off, or a policy file (default: the model's own)")
-    command.add_argument("--device", default=None, help="cpu, cuda, ... (default: cuda where there is one)")
+def load_model(options: ModelOptions):
+    """The SafeVLM that the options name, and its processor."""
+    check_model_type(options.model, "--model")
+    check_device(options.device)
+    hide_loading_bars()
+    from safevlm.trainer.loading import load_checkpoint
+
+    return load_checkpoint(options.model, options.device)
 
 
-def add_reader_arguments(command: argparse.ArgumentParser):
-    """What a command needs to read data of any known format; `reader_options` passes it on."""
-    command.add_argument("--images", type=Path, help="folder or zip of the images (default: each file's own folder)")
-    command.add_argument("--format", help="the files' format (default: recognised from the content)")
-    command.add_argument(
-        "--taxonomy", help="how labels map to ours: a YAML file or a shipped name (default: the format's)"
-    )
-    command.add_argument("--split", help="the split to read of a set that has several")
-    command.add_argument("--subset", help="configuration of a data set on the Hub")
-    command.add_argument("--revision", help="branch, tag or commit of a data set on the Hub")
-    command.add_argument("--assume-safe", action="store_true", help="rows without labels count as safe")
+def hide_loading_bars():
+    """Loading a model's weights shows no progress bar."""
+    from transformers import logging
 
-
-def add_labels_argument(command: argparse.ArgumentParser):
-    """For commands that are given no trained model, whose labels the rows would have."""
-    command.add_argument(
-        "--labels",
-        help="names of categories and levels, if not the paper's: a YAML or JSON file, a recipe, or a SafeVLM",
-    )
-
-
-def reader_options(args) -> dict:
-    """Arguments of `read_rows` from those of `add_reader_arguments`, but for the images'."""
-    names = ("format", "taxonomy", "split", "subset", "revision", "assume_safe")
-    return {name: getattr(args, name) for name in names}
-
-
-def load_model(name: str, device: str | None = None):
-    """A saved SafeVLM, ready to use, and its processor. A weak policy is told by the model itself, as a warning."""
-    check_model_type(name, "--model")
-    check_device(device)
-    import torch
-    from transformers import logging as transformers_logging
-
-    from safevlm import SafeVlmForConditionalGeneration, SafeVlmProcessor
-
-    transformers_logging.disable_progress_bar()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = SafeVlmForConditionalGeneration.from_pretrained(name, dtype="auto").to(device).eval()
-    processor = SafeVlmProcessor.from_pretrained(name)
-    model.check_policy_texts(processor)
-    return model, processor
+    logging.disable_progress_bar()
 
 
 def check_policy(policy: str | None, argument: str = "--policy", value: str | None = None):
@@ -120,7 +89,7 @@ def model_config(name: str, argument: str, revision: str | None = None) -> dict:
     Raises:
         `ValueError`: There is no such model, or its files are damaged.
     """
-    from safevlm.model_card.remote_code import read_json
+    from safevlm.files import read_json
     from safevlm.model_card.weights import WEIGHTS, check_weights
     from safevlm.trainer.hub_config import hub_config
 

@@ -41,7 +41,7 @@ def run_card(args):
         raise ValueError(f"MODEL {str(args.model)!r} is no folder; a card is written beside a saved model.")
     check_model_type(str(args.model), "MODEL")
     from safevlm.model_card import refresh_card
-    from safevlm.trainer.card_facts import add_calibration, add_evaluation
+    from safevlm.trainer.card_results import add_calibration, add_evaluation
 
     if args.evaluation is not None:
         add_evaluation(args.model, args.evaluation)
@@ -52,17 +52,16 @@ def run_card(args):
 
 def run_push(args):
     from safevlm.model_card import push_to_hub
+    from safevlm.model_card.push import CommitOptions
 
     push = push_to_hub(
         args.folder,
         args.repo_id,
         public=args.public,
         dry_run=args.dry_run,
-        revision=args.revision,
-        create_pr=args.create_pr,
         adapter_only=args.adapter_only,
         max_shard_size=args.max_shard_size,
-        message=args.message,
+        commit=CommitOptions(args.revision, args.create_pr, args.message),
     )
     for name, size in push.files.items():
         sys.stdout.write(f"{_size(size):>9}  {name}\n")

@@ -1,7 +1,6 @@
-"""`safevlm space`: the Gradio page around a model, run here or pushed to a Space.
+"""`safevlm space`: runs a Gradio page around a model on this machine, or pushes it as a Space.
 
-Both ways put the same folder together: the files of `model_card/space/`, the image loader, which is not written twice,
-and the examples.
+Either way the same folder is assembled: the files of `model_card/space/`, safevlm's image loader, and the examples.
 """
 
 import json
@@ -25,14 +24,15 @@ def add(commands):
         "Run a Gradio page around a model, or push it as a Space: chat with verdicts, base against safe, audit.",
         example='safevlm space --model demo/model --example demo/example.png "What is behind the shapes?"',
     )
-    command.add_argument("--model", required=True, help="folder or Hub id of a SafeVLM; for --push a Hub id")
-    command.add_argument("--revision", help="commit, branch or tag of the model; --push pins the commit")
+    command.add_argument("--model", required=True, help="folder or Hub id of a SafeVLM; with --push a Hub id")
+    command.add_argument("--revision", help="commit, branch or tag of the model; --push pins its current commit")
     command.add_argument(
         "--policies",
         default="default,strict",
-        help="what visitors may choose from: presets or policy files, the default one first (default: %(default)s)",
+        help="policies that visitors can choose from, the default one first: presets or policy files "
+        "(default: %(default)s)",
     )
-    command.add_argument("--no-compare", action="store_true", help="never show the unsafe answer")
+    command.add_argument("--no-compare", action="store_true", help="never show the unfiltered answer")
     command.add_argument("--title", help="headline of the page")
     command.add_argument(
         "--example",
@@ -40,12 +40,12 @@ def add(commands):
         action="append",
         default=[],
         metavar=("IMAGE", "QUESTION"),
-        help="an example to offer; may be given several times",
+        help="an example to offer; can be repeated",
     )
     command.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     command.add_argument("--port", type=int, default=7860, help="port to listen on (default: %(default)s)")
     command.add_argument(
-        "--push", metavar="USER/NAME", help="push to this Space instead, as a private one if it is new"
+        "--push", metavar="USER/NAME", help="push to this Space instead of running the page; a new Space is private"
     )
     command.add_argument("--public", action="store_true", help="with --push: make a new Space public")
 
@@ -53,7 +53,7 @@ def add(commands):
 def run(args):
     with tempfile.TemporaryDirectory(prefix="safevlm-space-") as folder:
         assemble(Path(folder), args.example)
-        policies = _place_policies(Path(folder), args.policies)
+        policies = _copy_policies(Path(folder), args.policies)
         settings = {"SAFEVLM_MODEL": args.model, "SAFEVLM_POLICIES": policies}
         settings["SAFEVLM_COMPARE"] = "false" if args.no_compare else "true"
         for name in ("revision", "title"):
@@ -69,14 +69,14 @@ def run(args):
 
 def assemble(folder: Path, examples: list[tuple[str, str]] = ()):
     """
-    Puts a Space's files into `folder`.
+    Puts all files of a Space into `folder`.
 
     Args:
         folder (`Path`): An empty folder.
-        examples (`list[tuple[str, str]]`): Paths of images, with a question each.
+        examples (`list[tuple[str, str]]`): The path of an image and a question, for each example.
 
     Raises:
-        `ImageError`: An example's image cannot be read.
+        `ImageError`: The image of an example cannot be read.
     """
     from safevlm import model_card
     from safevlm.processing import pictures
@@ -98,17 +98,15 @@ def assemble(folder: Path, examples: list[tuple[str, str]] = ()):
 
 
 def serve(folder: Path, settings: dict[str, str], host: str, port: int) -> int:
-    """Runs the page as a Space would, in a process of its own, until it is stopped."""
+    """Runs the page in its own process, as a Space would, until it is stopped. Returns its exit code."""
     if Path(settings["SAFEVLM_MODEL"]).is_dir():
         settings["SAFEVLM_MODEL"] = str(Path(settings["SAFEVLM_MODEL"]).resolve())
     server = {"GRADIO_SERVER_NAME": host, "GRADIO_SERVER_PORT": str(port), "GRADIO_ANALYTICS_ENABLED": "False"}
     environment = {**os.environ, **settings, **server}
-    # In a process group of its own: Ctrl-C reaches this process alone, which then ends the page without a traceback.
+    # In its own process group: Ctrl-C reaches only this process, which then ends the page without a traceback.
     with subprocess.Popen([sys.executable, "app.py"], cwd=folder, env=environment, process_group=0) as process:
-        for number in (
-            signal.SIGTERM,
-            getattr(signal, "SIGHUP", signal.SIGTERM),
-        ):  # the page must not outlive this process
+        # The page must not outlive this process. Windows has no SIGHUP.
+        for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
             signal.signal(number, lambda *_: sys.exit(0))
         try:
             return process.wait()
@@ -120,19 +118,22 @@ def serve(folder: Path, settings: dict[str, str], host: str, port: int) -> int:
 
 def push(folder: Path, name: str, settings: dict[str, str], private: bool):
     """
-    Pushes to a Space, whose variables are `settings`. A Space that exists keeps its visibility, secrets and hardware.
+    Pushes the page to a Space and sets the Space's variables. An existing Space keeps its visibility, secrets and
+    hardware.
 
     Args:
-        folder (`Path`): From [`assemble`].
+        folder (`Path`): What [`assemble`] filled.
         name (`str`): `user/name`.
-        settings (`dict[str, str]`): Its model must be on the Hub, and is pinned to the commit it has now.
+        settings (`dict[str, str]`): The variables. The model must be on the Hub; it is pinned to its current commit.
         private (`bool`): Whether a new Space is private.
     """
     from huggingface_hub import HfApi
 
     model = settings["SAFEVLM_MODEL"]
     if Path(model).exists():
-        raise ValueError(f"--model {model!r} is a folder of this machine; push it (safevlm push) and pass its Hub id.")
+        raise ValueError(
+            f"--model {model!r} is a folder on this machine; push it with `safevlm push` and pass its Hub id."
+        )
     api = HfApi()
     commit = api.model_info(model, revision=settings.get("SAFEVLM_REVISION")).sha
     settings = {**settings, "SAFEVLM_REVISION": commit}
@@ -143,19 +144,20 @@ def push(folder: Path, name: str, settings: dict[str, str], private: bool):
     print_json({"space": str(space), "variables": settings})
 
 
-def _place_policies(folder: Path, names: str) -> str:
-    """Copies the policy files among `names` beside the app; returns the names the app will find."""
+def _copy_policies(folder: Path, names: str) -> str:
+    """Copies the policy files among `names` into `folder`; returns the names under which the page finds them."""
+    from safevlm.policy_file import write_policy
     from safevlm.safety_policy import POLICY_PRESETS
 
-    placed = []
+    page_names = []
     for name in filter(None, (part.strip() for part in names.split(","))):
         policy = check_policy(name, "--policies", names)
         if name.endswith((".yaml", ".yml", ".json")):
             if Path(name).stem.lower() in POLICY_PRESETS:
                 raise ValueError(f"--policies {name!r}: visitors would take the file for the preset. Rename it.")
-            policy.to_file(folder / Path(name).name)
+            write_policy(policy, folder / Path(name).name)
             name = Path(name).name
-        placed.append(name)
-    if not placed:
+        page_names.append(name)
+    if not page_names:
         raise ValueError("--policies must name at least one policy, such as default.")
-    return ",".join(placed)
+    return ",".join(page_names)

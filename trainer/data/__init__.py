@@ -1,53 +1,37 @@
-"""Data in: the row schema, hostile-proof image loading, readers, and sampling. Imports neither torch nor datasets."""
+"""Data in: the row schema, safe image loading, readers of many formats, sampling. Imports neither torch nor datasets.
 
-from safevlm.safety_labels import PAPER_LABELS, SafetyLabels
+The names below are imported from their modules when first used, so `import safevlm.trainer.data` stays cheap.
+"""
 
-from .archives import ArchivedImage
-from .errors import DataError, ImageError
-from .formats import RowFormat
-from .images import ALLOWED_FORMATS, MAX_PIXELS, ImageSource, load_image, probe_image
-from .labels_file import load_labels
-from .readers import (
-    Rows,
-    detect_format,
-    iter_rows,
-    read_llava_json,
-    read_rows,
-    read_safevlm_jsonl,
-    register_format,
-)
-from .records import row_from_record
-from .sampling import balance, split_holdout
-from .schema import SafetyRow, label_ids
-from .taxonomy import Taxonomy, shipped_taxonomies
-from .writers import write_safevlm_jsonl
+from importlib import import_module
 
-__all__ = [
-    "ALLOWED_FORMATS",
-    "MAX_PIXELS",
-    "PAPER_LABELS",
-    "ArchivedImage",
-    "DataError",
-    "ImageError",
-    "ImageSource",
-    "RowFormat",
-    "Rows",
-    "SafetyRow",
-    "SafetyLabels",
-    "Taxonomy",
-    "balance",
-    "detect_format",
-    "row_from_record",
-    "iter_rows",
-    "label_ids",
-    "load_image",
-    "load_labels",
-    "probe_image",
-    "read_llava_json",
-    "read_rows",
-    "read_safevlm_jsonl",
-    "register_format",
-    "shipped_taxonomies",
-    "split_holdout",
-    "write_safevlm_jsonl",
-]
+_EXPORTS = {
+    "safevlm.safety_labels": ("PAPER_LABELS", "SafetyLabels"),
+    ".archives": ("ArchivedImage",),
+    ".errors": ("DataError", "ImageError"),
+    ".formats": ("RowFormat", "register_format"),
+    ".images": ("ALLOWED_FORMATS", "MAX_PIXELS", "ImageSource", "load_image", "probe_image"),
+    ".labels_file": ("load_labels",),
+    ".read_options": ("ReadOptions",),
+    ".readers": (
+        *("Rows", "detect_format", "iter_rows", "read_llava_json", "read_rows", "read_safevlm_jsonl"),
+        "row_from_record",
+    ),
+    ".safety_row": ("SafetyRow", "label_ids"),
+    ".sampling": ("balance", "split_holdout"),
+    ".taxonomy": ("Taxonomy", "shipped_taxonomies"),
+    ".writers": ("write_safevlm_jsonl",),
+}
+_MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
+
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str):
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULE_OF[name], __name__), name)
+
+
+def __dir__():
+    return __all__

@@ -1,7 +1,7 @@
 """Zip files, treated as hostile and never unpacked to disk: members are read in memory, by exact name, within limits.
 
-An archive that holds absolute names, `..`, or one name twice is refused whole: such archives are made to be read
-differently by different programs. Links and encrypted members are refused when they are asked for.
+An archive with absolute names, `..`, or a repeated name is refused as a whole: such archives are made to be read
+differently by different programs. Links and encrypted members are refused when they are requested.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MAX_MEMBERS = 1_000_000
 
 @dataclass(frozen=True)
 class ArchivedImage(os.PathLike):
-    """An image inside a zip, read when it is loaded. As a path it spells `<archive>/<member>`; it pickles.
+    """An image inside a zip, read when it is loaded. As a path it is `<archive>/<member>`. It can be pickled.
 
     Args:
         archive (`str`): The zip file.
@@ -39,13 +39,13 @@ class ArchivedImage(os.PathLike):
 
         Raises:
             `FileNotFoundError`: There is no such member.
-            `DataError`: It is larger than `limit` bytes, a link, encrypted or damaged.
+            `DataError`: The member is larger than `limit` bytes, a link, encrypted or damaged.
         """
         return open_archive(self.archive).read(self.member, limit)
 
 
 def split_archive_path(path: str | os.PathLike) -> tuple[Path, str] | None:
-    """(`a/b.zip`, `c/d`) for `a/b.zip/c/d` where `a/b.zip` is a zip file on disk; `None` for any other path."""
+    """(`a/b.zip`, `c/d`) for `a/b.zip/c/d` if `a/b.zip` is a zip file on disk; `None` for any other path."""
     path = Path(path)
     for candidate in (path, *path.parents):
         if candidate.is_file():
@@ -56,20 +56,20 @@ def split_archive_path(path: str | os.PathLike) -> tuple[Path, str] | None:
 
 
 def open_archive(path: str | os.PathLike) -> Archive:
-    """The archive, whose list of members is read once per process.
+    """Opens an archive; its list of members is read once per process.
 
     Raises:
-        `DataError`: It is no zip file, or holds names no honest archive has.
+        `DataError`: It is not a readable zip file, or has names that no honest archive has.
     """
     path = os.path.abspath(path)
     try:
         status = os.stat(path)
-        # By process: a file handle shared after a fork has one position for both.
+        # Per process: after a fork both processes would share the position of one file handle.
         return _open_archive(path, status.st_mtime_ns, status.st_size, os.getpid())
     except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{path}: is no readable zip file ({error}); download it again.") from None
+        raise DataError(f"{path}: is not a readable zip file ({error}); download it again.") from None
 
 
 @functools.lru_cache(maxsize=16)
@@ -101,7 +101,7 @@ class Archive:
 
         Raises:
             `FileNotFoundError`: There is no such member.
-            `DataError`: It is larger than `limit` bytes, a link or encrypted.
+            `DataError`: The member is larger than `limit` bytes, a link or encrypted.
         """
         info = self.members.get(name)
         if info is None:
@@ -111,7 +111,7 @@ class Archive:
             raise DataError(f"{where} is a symbolic link; pack the file itself.")
         if info.flag_bits & 0x1:
             raise DataError(f"{where} is encrypted; pack it without a password.")
-        if info.file_size > limit:  # zipfile reads no more than this declared size
+        if info.file_size > limit:  # zipfile never reads more than this declared size
             raise DataError(f"{where} unpacks to {info.file_size} bytes, more than {limit}; refused.")
         try:
             return self._file.open(info)
@@ -119,7 +119,7 @@ class Archive:
             raise DataError(f"{where} cannot be read ({error}); download the archive again.") from None
 
     def read(self, name: str, limit: int) -> bytes:
-        """All bytes of the member. Raises as `open`, and `DataError` where the content is damaged."""
+        """All bytes of the member. Raises what `open` raises, and `DataError` if the content is damaged."""
         with self.open(name, limit) as stream:
             try:
                 return stream.read()

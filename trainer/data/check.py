@@ -1,7 +1,7 @@
-"""Every problem of some data files, found in one pass that never stops at the first.
+"""Finds every problem of some data files in one pass, without stopping at the first.
 
-A row that cannot be parsed is one problem (its first); of the others each image, the answer, the row id and the labels
-are looked at independently, so a row can have several.
+A row that cannot be parsed counts as one problem. In the others the images, the answer, the row id and the labels are
+checked independently, so a row can have several problems.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .duplicates import contradict, find_conflicts, question_of
 from .errors import DataError
 from .fingerprints import ImageIndex
 from .readers import Rows
-from .schema import SafetyRow
+from .safety_row import NOTHING_TO_TRAIN_ON, SafetyRow
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,10 @@ class Problem:
     """
     Args:
         path (`str`): The data file, or all of them.
-        row_id (`str`, *optional*): The row; `None` where the whole file is at fault.
-        kind (`str`): `"file"` (cannot be read), `"row"` (broken: labels, texts, turns), `"image"`, `"text"` (no
-            question beside an image), `"row_id"` (taken by an earlier row), `"answer"` (none, and no label, either),
-            `"conflict"` (image and question of another row, other labels), `"labels"` (none in any row).
+        row_id (`str`, *optional*): The row; `None` if the whole file is at fault.
+        kind (`str`): `"file"` (cannot be read), `"row"` (bad labels, texts or turns), `"image"`, `"text"` (an image
+            without a question), `"row_id"` (used by an earlier row), `"answer"` (neither an answer nor a label),
+            `"conflict"` (same image and question as another row, other labels), `"labels"` (none in any row).
         reason (`str`): What is wrong and what to do.
     """
 
@@ -45,11 +45,11 @@ class CheckReport:
     """
     Args:
         problems (`list[Problem]`): In the order of the files.
-        rows (`dict[str, int]`): Rows per file, those with problems included.
-        num_images (`int`): Different images looked at.
-        without_image (`int`): Rows without a picture, of those that can be read.
-        unlabelled (`int`): Rows without category and level, of those that can be read.
-        unanswered (`int`): Rows that end with a question, of those that can be read.
+        rows (`dict[str, int]`): Rows per file, including those with problems.
+        num_images (`int`): Number of different images checked.
+        without_image (`int`): Readable rows without a picture.
+        unlabelled (`int`): Readable rows without category and level.
+        unanswered (`int`): Readable rows that end with a question.
         metadata (`dict[str, int]`): Fields that are kept but not used, and how many rows have each.
     """
 
@@ -96,11 +96,11 @@ def check_files(
 
     Args:
         paths (`Sequence[str]`): Data files.
-        read (`Callable`): Reads one of them: `read_rows` with options bound, `on_error="skip"` among them and, so that
-            everything is found, `check_images="none"` and `require_answer=False`.
-        require_answer (`bool`, *optional*, defaults to `True`): Whether a row with neither answer nor label is a
+        read (`Callable`): Reads one of them: `read_rows` with its options bound. These must include
+            `on_error="skip"` and, to find every problem, `check_images="none"` and `require_answer=False`.
+        require_answer (`bool`, *optional*, defaults to `True`): Whether a row with neither an answer nor a label is a
             problem, as in training data.
-        progress (`bool`, *optional*, defaults to `True`): Whether a bar goes to standard error.
+        progress (`bool`, *optional*, defaults to `True`): Whether to show a progress bar on standard error.
     """
     report = CheckReport()
     read_files: dict[str, Rows] = {}
@@ -148,13 +148,13 @@ def _row_problems(row: SafetyRow, index: ImageIndex, require_answer: bool) -> li
     problems = [("image", str(error)) for error in errors if error is not None]
     if "" in question_of(row):
         problems.append(("text", "a user turn has an image but no text; write the question"))
-    if require_answer and not (row.has_answer or row.is_labelled):
-        problems.append(("answer", "has neither an answer nor a label; add one, or drop the row"))
+    if require_answer and not row.is_trainable:
+        problems.append(("answer", NOTHING_TO_TRAIN_ON))
     return problems
 
 
 def _conflicts(read_files: dict[str, Rows], index: ImageIndex) -> dict[tuple[str, int], list[tuple[str, str]]]:
-    """The conflict of each row that has one, keyed by file and place in it."""
+    """The conflict of each row that has one, by file and index of the row in it."""
     places = [
         (path, number)
         for path, rows in read_files.items()

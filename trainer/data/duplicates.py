@@ -1,8 +1,8 @@
-"""Rows that say the same, rows that contradict each other, and rows that leak from a training into a test set.
+"""Finds rows that repeat each other, rows that contradict each other, and rows that leak into a test set.
 
-One picture with two questions is two rows: a duplicate shares pictures, question and labels with an earlier row. The
-question is the text of the user turns, white space aside. All functions are linear in the number of rows and need the
-images of all rows to be sound (`ImageIndex.error`).
+A duplicate shares pictures, question and labels with an earlier row; one picture with two questions is two rows. The
+question is the text of the user turns, with white space normalised. All functions take linear time, and require that
+no image of a row has an `ImageIndex.error`.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from typing import NamedTuple
 
 from .fingerprints import ImageIndex
 from .images import ImageSource
-from .schema import SafetyRow
+from .safety_row import SafetyRow
 
 
 class Leak(NamedTuple):
-    """A row whose image is in a test row, too; for rows without images, whose question is.
+    """A row that shares an image with a test row or, without images, its question.
 
     Args:
         row, test_row (`int`): Indices of the two rows.
-        image, test_image (*optional*): The images found equal; `None` for rows without images.
+        image, test_image (`ImageSource`, *optional*): The shared images; `None` for rows without images.
         kind (`str`): `"exact"` (same pixels), `"near"` (near duplicates) or `"text"`.
         distance (`int`, *optional*): Bits in which the perceptual hashes differ; `None` for texts and exact copies.
-            More than the index' limit where the two are near a third image instead of each other.
+            It exceeds the index's limit if the two are near a third image but not near each other.
     """
 
     row: int
@@ -36,7 +36,7 @@ class Leak(NamedTuple):
 
 
 def question_of(row: SafetyRow) -> tuple[str, ...]:
-    """The texts of the user turns, white space aside."""
+    """The texts of the user turns, with white space normalised."""
     turns = (turn for turn in row.messages if turn["role"] == "user")
     return tuple(
         " ".join(" ".join(part["text"] for part in turn["content"] if part["type"] == "text").split())
@@ -45,26 +45,26 @@ def question_of(row: SafetyRow) -> tuple[str, ...]:
 
 
 def contradict(row: SafetyRow, other: SafetyRow) -> bool:
-    """Whether both have a category, or both a level, and not the same. An unknown label contradicts none."""
+    """Whether the rows have different categories or different levels. An unknown label contradicts nothing."""
     pairs = ((row.category, other.category), (row.level, other.level))
-    return any(one is not None and two is not None and one != two for one, two in pairs)
+    return any(None not in pair and pair[0] != pair[1] for pair in pairs)
 
 
 def find_conflicts(rows: Sequence[SafetyRow], index: ImageIndex) -> list[list[int]]:
-    """Groups of row indices with the same pixels and the same question, each contradicting another of its group."""
+    """Groups of row indices: the same pixels and question, and each row contradicts another one of its group."""
     alike = _grouped(range(len(rows)), lambda number: (_images(rows[number], index.exact), question_of(rows[number])))
     conflicts = []
     for group in alike:
-        # Every label once: a group of many rows has few different labels.
-        kinds = {(rows[number].category, rows[number].level): rows[number] for number in group}
-        if len(kinds) > 1:
-            members = [n for n in group if any(contradict(rows[n], other) for other in kinds.values())]
-            conflicts += [members] if members else []
+        # One row per pair of labels: even large groups have few of them to compare with.
+        representatives = {(rows[number].category, rows[number].level): rows[number] for number in group}.values()
+        members = [number for number in group if any(contradict(rows[number], other) for other in representatives)]
+        if members:
+            conflicts.append(members)
     return conflicts
 
 
 def find_duplicates(rows: Sequence[SafetyRow], same_image: Callable[[ImageSource], str]) -> list[tuple[int, int]]:
-    """Pairs (duplicate, first row like it): the same images by `same_image`, the same question, the same labels.
+    """Pairs (duplicate, first row like it), with the same images (by `same_image`), question and labels.
 
     Args:
         same_image (`Callable`): `ImageIndex.exact` or `ImageIndex.group`.
@@ -82,7 +82,7 @@ def find_duplicates(rows: Sequence[SafetyRow], same_image: Callable[[ImageSource
 
 
 def find_leaks(rows: Sequence[SafetyRow], tests: Sequence[SafetyRow], index: ImageIndex) -> list[Leak]:
-    """The rows that share an image, exactly or nearly, with a test row, each with the first one found."""
+    """The rows that share an image, exactly or nearly, with a test row; each with the first such test row."""
     texts, exact, near = {}, {}, {}
     for number, row in enumerate(tests):
         if not row.images:
@@ -95,9 +95,9 @@ def find_leaks(rows: Sequence[SafetyRow], tests: Sequence[SafetyRow], index: Ima
     for number, row in enumerate(rows):
         if not row.images and (test := texts.get(question_of(row))) is not None:
             leaks.append(Leak(number, test, None, None, "text", None))
-        same = [("exact", image, exact.get(index.exact(image))) for image in row.images]
-        same += [("near", image, near.get(index.group(image))) for image in row.images]
-        for kind, image, match in same:
+        matches = [("exact", image, exact.get(index.exact(image))) for image in row.images]
+        matches += [("near", image, near.get(index.group(image))) for image in row.images]
+        for kind, image, match in matches:
             if match is not None:
                 test, test_image = match
                 distance = index.distance(image, test_image) if kind == "near" else None

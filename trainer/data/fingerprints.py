@@ -1,13 +1,13 @@
-"""Which images are the same: byte for byte, pixel for pixel, or to the eye (perceptual hash), among 100,000 of them.
+"""Finds images that are the same by bytes, by pixels, or to the eye (perceptual hash), among 100,000 of them.
 
-Two images are near duplicates when their 256-bit perceptual hashes (DCT pHash of the grey picture, `imagehash`) differ
-in at most `NEAR_DISTANCE` bits. Measured on 50 typographic attacks (FigStep) and 40 photographs: JPEG compression
-down to quality 30 and halving the size move a hash by at most 8 bits, 20 % more brightness by at most 22; different
-pictures lie at least 50 bits apart (typographic, same layout) or 104 (photographs). The usual 64-bit hash hardly
-tells the typographic ones apart: they come within 8 bits.
+Two images are near duplicates if their 256-bit perceptual hashes (DCT pHash of the greyscale picture, `imagehash`)
+differ in at most `NEAR_DISTANCE` bits. Measured on 50 typographic attacks (FigStep) and 40 photographs: JPEG
+compression down to quality 30 and halving the size change a hash by at most 8 bits, 20 % more brightness by at most
+22. Different pictures are at least 50 bits apart (typographic, same layout) or 104 (photographs). The usual 64-bit
+hash barely separates the typographic ones: some are within 8 bits.
 
-Not found: crops, mostly, and compressed copies of pictures without detail (of random pictures of 6 x 6 smooth
-patches, JPEG moves half by 22 bits or more; of 12 x 12, none by more than 6). Colours are not looked at.
+Most crops are not found, nor are compressed copies of pictures without detail (JPEG changes half of the random
+pictures of 6 x 6 smooth patches by 22 bits or more, but none of 12 x 12 by more than 6). Colour is ignored.
 """
 
 from __future__ import annotations
@@ -16,22 +16,19 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from .archives import ArchivedImage
 from .errors import ImageError
-from .images import MAX_FILE_BYTES, ImageSource, load_image
-from .sampling import image_key
-from .schema import SafetyRow
+from .images import ImageSource, image_file, image_key, load_image
+from .safety_row import SafetyRow
 
 HASH_BITS = 256
 NEAR_DISTANCE = 24
-# A picture with fewer grey values has no structure to hash; it equals only itself.
+# With fewer grey values a picture has no structure to hash; it only equals itself.
 _MIN_CONTRAST = 8
 
 
@@ -39,9 +36,9 @@ class Fingerprint(NamedTuple):
     """What identifies an image.
 
     Args:
-        file_sha256 (`str`, *optional*): Of the file's bytes; `None` for an image in memory.
-        pixel_sha256 (`str`): Of size and RGB pixels as `load_image` gives them, whatever the file format.
-        perceptual (`bytes`, *optional*): The perceptual hash, 32 bytes; `None` if not asked for or without contrast.
+        file_sha256 (`str`, *optional*): Hash of the file's bytes; `None` for an image in memory.
+        pixel_sha256 (`str`): Hash of the size and RGB pixels that `load_image` returns, whatever the file format.
+        perceptual (`bytes`, *optional*): The perceptual hash, 32 bytes; `None` if not requested or without contrast.
     """
 
     file_sha256: str | None
@@ -54,7 +51,7 @@ def fingerprint(image: ImageSource, *, perceptual: bool = True) -> Fingerprint:
 
     Raises:
         `ImageError`: The image cannot be loaded.
-        `ImportError`: `perceptual`, and `imagehash` is not installed.
+        `ImportError`: `perceptual` is set and `imagehash` is not installed.
     """
     rgb = load_image(image)
     pixels = hashlib.sha256(repr(rgb.size).encode() + rgb.tobytes()).hexdigest()
@@ -64,14 +61,14 @@ def fingerprint(image: ImageSource, *, perceptual: bool = True) -> Fingerprint:
 
 
 def near_pairs(hashes: np.ndarray, distance: int) -> np.ndarray:
-    """All pairs of hashes that differ in at most `distance` bits, without comparing all with all.
+    """All pairs of hashes that differ in at most `distance` bits, without comparing every hash with every other.
 
-    Of `distance + 1` bands of bits at least one is equal in such a pair (pigeonhole), so only hashes that share a band
-    are compared: exact, and far from quadratic unless most images look alike.
+    Such a pair agrees in at least one of `distance + 1` bands of bits (pigeonhole principle), so only hashes that
+    share a band are compared. The result is exact, and far from quadratic in time unless most images look alike.
 
     Args:
-        hashes (`np.ndarray` of `np.uint8`, shape `(n, num_bytes)`): One hash per row, best without repeats;
-            `num_bytes` is a multiple of 8.
+        hashes (`np.ndarray` of `np.uint8` and shape `(num_hashes, num_bytes)`): One hash per row, best without
+            repeats; `num_bytes` is a multiple of 8.
         distance (`int`): Largest number of differing bits, at least 0 and less than the number of bits.
 
     Returns:
@@ -83,16 +80,16 @@ def near_pairs(hashes: np.ndarray, distance: int) -> np.ndarray:
     words = np.ascontiguousarray(hashes).view(np.uint64).T
     found = [np.empty((0, 2), np.int64)]
     for band in np.array_split(bits, distance + 1, axis=1):
-        # Of a long band the first 62 bits do: more is compared, nothing missed.
+        # The first 62 bits of a long band suffice: more pairs are compared, and none is missed.
         keys = band[:, :62] @ (1 << np.arange(min(band.shape[1], 62)))
         order = np.argsort(keys, kind="stable")
         keys, ordered = keys[order], words[:, order]
-        # Equal bands lie side by side now: compare each hash with the next, the one after that, ...
+        # Equal bands are adjacent now: compare each hash with the next, the one after that, ...
         left, step = np.arange(len(order) - 1), 1
         while len(left := left[left + step < len(order)]):
             left = left[keys[left] == keys[left + step]]
             near, differing = left, 0
-            for word in ordered:  # most pairs are out after the first
+            for word in ordered:  # the first word rules out most pairs
                 differing = differing + np.bitwise_count(word[near] ^ word[near + step]).astype(np.int64)
                 near, differing = near[differing <= distance], differing[differing <= distance]
             found.append(np.sort(np.stack([order[near], order[near + step]], axis=1), axis=1))
@@ -101,7 +98,7 @@ def near_pairs(hashes: np.ndarray, distance: int) -> np.ndarray:
 
 
 def near_groups(hashes: Sequence[bytes], distance: int = NEAR_DISTANCE) -> list[int]:
-    """A group number per hash; hashes near each other, directly or through others, have the same."""
+    """A group number per hash. Hashes near each other, directly or through others, have the same number."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
@@ -121,16 +118,16 @@ def hash_distance(first: bytes, second: bytes) -> int:
 
 
 class ImageIndex:
-    """The fingerprints of all images of some rows; each image is decoded once, on all cores.
+    """The fingerprints of all images of some rows. Each image is decoded once, on all cores.
 
     Args:
-        rows (`Iterable[SafetyRow]`): Rows whose images are looked up later.
-        perceptual (`bool`, *optional*, defaults to `True`): Whether near duplicates are wanted.
-        distance (`int`, *optional*, defaults to 24): Largest number of differing bits, of 256, of near duplicates.
-        progress (`bool`, *optional*, defaults to `True`): Whether a bar goes to standard error.
+        rows (`Iterable[SafetyRow]`): Rows whose images will be looked up.
+        perceptual (`bool`, *optional*, defaults to `True`): Whether to find near duplicates.
+        distance (`int`, *optional*, defaults to 24): Bits, of 256, in which the hashes of near duplicates may differ.
+        progress (`bool`, *optional*, defaults to `True`): Whether to show a progress bar on standard error.
 
     Attributes:
-        num_images (`int`): Different images, by path or content in memory.
+        num_images (`int`): Number of different images, by path, or by content if in memory.
     """
 
     def __init__(
@@ -172,16 +169,16 @@ class ImageIndex:
         return entry
 
     def exact(self, image: ImageSource) -> str:
-        """The same for images with the same pixels. Raises `ImageError` as `fingerprint`."""
+        """A key that images with the same pixels share. Raises `ImageError` like `fingerprint`."""
         return self.fingerprint(image).pixel_sha256
 
     def group(self, image: ImageSource) -> str:
-        """The same for near duplicates, and for images near them in turn. Raises `ImageError` as `fingerprint`."""
+        """A key that near duplicates share, directly or through others. Raises `ImageError` like `fingerprint`."""
         pixels = self.fingerprint(image).pixel_sha256
         return f"group {self._groups[pixels]}" if pixels in self._groups else pixels
 
     def distance(self, first: ImageSource, second: ImageSource) -> int | None:
-        """Bits in which two perceptual hashes differ, of 256; `None` where one has no such hash."""
+        """Bits, of 256, in which the perceptual hashes of two images differ; `None` if one has no such hash."""
         hashes = self.fingerprint(first).perceptual, self.fingerprint(second).perceptual
         return None if None in hashes else hash_distance(*hashes)
 
@@ -194,15 +191,6 @@ def _try_fingerprint(image: ImageSource, perceptual: bool) -> Fingerprint | Imag
         return fingerprint(image, perceptual=perceptual)
     except ImageError as error:
         return error
-
-
-def image_file(image: ImageSource) -> bytes | None:
-    """The bytes of an image's file, wherever it lies, `None` for an image in memory; `load_image` has accepted it."""
-    if isinstance(image, Image.Image):
-        return None
-    if isinstance(image, ArchivedImage):
-        return image.read(MAX_FILE_BYTES)
-    return image if isinstance(image, bytes) else Path(image).read_bytes()
 
 
 def _perceptual_hash(rgb: Image.Image) -> bytes | None:

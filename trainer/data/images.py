@@ -6,9 +6,11 @@ refused. The processor decodes them (processing/pictures.py), so training sees w
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from PIL import Image
 
@@ -24,7 +26,16 @@ from safevlm.processing.pictures import (
 from .archives import ArchivedImage
 from .errors import DataError, ImageError
 
-__all__ = ["ALLOWED_FORMATS", "MAX_FILE_BYTES", "MAX_PIXELS", "ImageSource", "load_image", "probe_image"]
+__all__ = [
+    "ALLOWED_FORMATS",
+    "MAX_FILE_BYTES",
+    "MAX_PIXELS",
+    "ImageSource",
+    "image_file",
+    "image_key",
+    "load_image",
+    "probe_image",
+]
 
 # What `load_image` takes: a path, the bytes of a file, an image in a zip (`ArchivedImage`, a PathLike), or in memory.
 ImageSource = str | os.PathLike | bytes | Image.Image
@@ -75,6 +86,24 @@ def _unpacked(source: ImageSource) -> ImageSource:
     except DataError as error:
         reason = f"cannot be read ({str(error).rstrip('.')})"
         raise PictureError(name, reason, "repair the archive or drop the row") from None
+
+
+def image_key(image: ImageSource) -> str:
+    """The same key for the same file or the same content in memory. Copies of a file under two names are not found."""
+    if isinstance(image, Image.Image):
+        return hashlib.sha256(repr((image.mode, image.size)).encode() + image.tobytes()).hexdigest()
+    if isinstance(image, bytes):
+        return hashlib.sha256(image).hexdigest()
+    return os.path.realpath(image)
+
+
+def image_file(image: ImageSource) -> bytes | None:
+    """The bytes of an image's file, wherever it lies, `None` for an image in memory; `load_image` has accepted it."""
+    if isinstance(image, Image.Image):
+        return None
+    if isinstance(image, ArchivedImage):
+        return image.read(MAX_FILE_BYTES)
+    return image if isinstance(image, bytes) else Path(image).read_bytes()
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Where a run's labels come from: a file, a training recipe, or a model. Needs neither torch nor transformers."""
+"""Loads a run's labels from a file, a training recipe or a model. Needs neither torch nor transformers."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from typing import Any
 
 import yaml
 
+from safevlm.files import is_hub_id
 from safevlm.safety_labels import PAPER_LABELS, SafetyLabels
 
-from .errors import DataError
-from .hub import is_hub_id
-from .schema import short
+from .errors import DataError, short
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 _NAMES = tuple(field.name for field in fields(SafetyLabels))
@@ -23,16 +22,16 @@ _NAMES = tuple(field.name for field in fields(SafetyLabels))
 
 def load_labels(source: str | os.PathLike | Mapping[str, Any] | None, root: str | os.PathLike = "") -> SafetyLabels:
     """
-    The labels that something names; the paper's where it names none.
+    The labels that `source` holds. Names that it leaves out are the paper's.
 
     Args:
-        source: A YAML or JSON file with `category_names`, `level_names`, `safe_category`; a training recipe, whose
-            `safety:` has them, as a file or by a shipped name; the folder, `config.json` or Hub id of a SafeVLM; or a
-            mapping with these fields. `None` is the paper's labels.
+        source (`str`, `os.PathLike` or `Mapping`, *optional*): A YAML or JSON file with `category_names`,
+            `level_names` and `safe_category`; a training recipe (a file or a shipped name), which has them under
+            `safety:`; the folder, `config.json` or Hub id of a SafeVLM; or a mapping. `None` is the paper's labels.
         root (`str`, *optional*): The folder that files are relative to.
 
     Raises:
-        `DataError`: No such file or model, or no valid labels in it.
+        `DataError`: There is no such file or model, or it has no valid labels.
     """
     if source is None:
         return PAPER_LABELS
@@ -45,7 +44,7 @@ def load_labels(source: str | os.PathLike | Mapping[str, Any] | None, root: str 
         if not path.is_file():
             raise DataError(f"{name}: the folder has no config.json; name a SafeVLM, a recipe or a YAML file.")
     elif not path.is_file():
-        path = _elsewhere(str(source), name)
+        path = _shipped_or_on_hub(str(source), name)
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
@@ -57,7 +56,7 @@ def load_labels(source: str | os.PathLike | Mapping[str, Any] | None, root: str 
 
 
 def labels_dict(labels: SafetyLabels) -> dict[str, Any]:
-    """As JSON and YAML files, recipes and configurations have them."""
+    """The labels as they are written to JSON and YAML files, recipes and configurations."""
     return json.loads(json.dumps(asdict(labels)))
 
 
@@ -74,8 +73,8 @@ def _labels(content: Mapping[str, Any], where: str) -> SafetyLabels:
         raise DataError(f"{where}: {error}") from None
 
 
-def _elsewhere(name: str, where: str) -> Path:
-    """A shipped recipe, or the configuration of a model on the Hub."""
+def _shipped_or_on_hub(name: str, where: str) -> Path:
+    """The file of a shipped recipe, or the configuration of a model on the Hub."""
     shipped = {path.stem: path for path in RECIPES.glob("*.yaml")}
     if name in shipped:
         return shipped[name]
@@ -86,4 +85,4 @@ def _elsewhere(name: str, where: str) -> Path:
             return hub_config(name, "`labels`")
         except ValueError as error:
             raise DataError(str(error)) from None
-    raise DataError(f"{where} is no file, no model and none of the recipes {sorted(shipped)}; check the name.")
+    raise DataError(f"{where} is not a file, a model or one of the recipes {sorted(shipped)}; check the name.")

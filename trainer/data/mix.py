@@ -1,7 +1,7 @@
-"""A training set from a recipe: rows drawn, duplicates and leaks removed, a part held out, everything accounted for.
+"""Builds a training set by recipe: draws rows, removes duplicates and leaks, holds a part out, accounts for every row.
 
-The same recipe, seed and inputs give the same bytes, whatever the machine, the hash seed or the file system's order:
-rows are taken in the order of sources and files, and drawn by `random.Random` with a seed that names the step.
+The same recipe, seed and inputs give the same bytes, whatever the machine, the hash seed or the order of the file
+system: rows keep the order of sources and files, and each step draws with a `random.Random` seeded by its name.
 """
 
 from __future__ import annotations
@@ -10,23 +10,23 @@ import json
 import os
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from safevlm.files import replace_folder
+from safevlm.files import file_sha256, replace_folder
 
 from .duplicates import find_conflicts, find_duplicates, find_leaks, question_of
 from .errors import DataError
 from .fingerprints import ImageIndex
 from .labels_file import labels_dict, load_labels
-from .mix_output import MANIFEST, MANIFEST_FORMAT, ImagePlacer, check_output, count_labels, file_sha256, input_hashes
+from .mix_output import MANIFEST, MANIFEST_FORMAT, ImagePlacer, check_output, count_labels, input_hashes
 from .mix_recipe import MixFile, MixRecipe, MixSource
-from .readers import Rows, read_rows
+from .readers import Rows
+from .safety_row import SafetyRow
 from .sampling import balance, split_holdout
-from .schema import SafetyRow
 from .writers import IMAGE_MARKER, write_safevlm_jsonl
 
 _LIBRARIES = ("safevlm", "imagehash", "numpy", "pillow", "scipy")
@@ -39,7 +39,7 @@ class Dropped:
     Args:
         source, row_id (`str`): The row.
         reason (`str`): `"bad_row"`, `"unlabelled"`, `"marker"`, `"image"`, `"leak"`, `"conflict"` or `"duplicate"`.
-        detail (`str`): What exactly.
+        detail (`str`): The exact problem.
     """
 
     source: str
@@ -51,21 +51,23 @@ class Dropped:
 def mix(
     recipe: MixRecipe, root: str | os.PathLike, output: str | os.PathLike, *, progress: bool = True
 ) -> dict[str, Any]:
-    """Builds the training set of a recipe in a folder, whole or not at all.
+    """Builds the training set of a recipe in a folder, completely or not at all.
 
-    The folder gets `train.jsonl`, with `holdout` also `heldout.jsonl` (both PSA-VLM/SafeVLM rows), `dropped.jsonl`
-    (one line for each row with a problem), `images/` with `images: copy`, and `manifest.json`: the recipe, the SHA-256
-    of every input, image and output file, counts, and versions.
+    The folder gets `train.jsonl` and, with `holdout`, `heldout.jsonl` (both PSA-VLM/SafeVLM rows); `dropped.jsonl`
+    with a line for each row that has a problem; with `images: copy`, `images/`; and `manifest.json` with the recipe,
+    the SHA-256 of every input, image and output file, counts, and versions.
 
     Args:
-        root (`str`): The folder that the recipe's paths are relative to.
-        output (`str`): The folder to write; an earlier result of the same recipe is replaced.
+        recipe (`MixRecipe`): The recipe.
+        root (`str` or `os.PathLike`): The folder that the recipe's paths are relative to.
+        output (`str` or `os.PathLike`): The folder to write. An earlier result of the same recipe is replaced.
+        progress (`bool`, *optional*, defaults to `True`): Whether to show progress bars on standard error.
 
     Returns:
         `dict`: The manifest.
 
     Raises:
-        `DataError`: A data file cannot be read, or the rows do not suffice for what the recipe asks.
+        `DataError`: A data file cannot be read, or there are too few rows for the recipe.
         `ValueError`: `output` holds something else.
     """
     root, output = Path(os.path.abspath(root)), Path(os.path.abspath(output))
@@ -83,7 +85,7 @@ def mix(
 
 
 class _Build:
-    """One run of a recipe: the rows still in, and what was left out."""
+    """One run of a recipe: chooses the rows and counts those that it leaves out."""
 
     def __init__(self, recipe: MixRecipe, root: Path, progress: bool) -> None:
         self.recipe, self.root, self.progress = recipe, root, progress
@@ -95,7 +97,7 @@ class _Build:
         self.test_rows_skipped = 0
 
     def run(self) -> dict[str, list[SafetyRow]]:
-        """The chosen rows of each part, `"train"` and, if wanted, `"heldout"`."""
+        """The chosen rows of each part: `"train"` and, with `holdout`, `"heldout"`."""
         recipe = self.recipe
         rows = [row for source in recipe.sources for row in self._read_source(source)]
         tests = [row for file in recipe.against for row in self._read_tests(file)]
@@ -117,8 +119,7 @@ class _Build:
 
     def _read(self, file: MixFile, **options) -> Rows:
         self.inputs.update(input_hashes(file.path, self.root))
-        arguments = file.reader_arguments(self.root)
-        return read_rows(**arguments, labels=self.labels, check_images="none", on_error="skip", **options)
+        return file.read(self.root, labels=self.labels, check_images="none", on_error="skip", **options)
 
     def _read_source(self, source: MixSource) -> list[SafetyRow]:
         read = self._read(source, assume_safe=source.assume_safe)
@@ -139,7 +140,7 @@ class _Build:
 
     # --- leaving out
 
-    def _drop(self, dropped) -> None:
+    def _drop(self, dropped: Iterable[Dropped]) -> None:
         for entry in dropped:
             self.dropped.append(entry)
             self.counts[entry.source][entry.reason] += 1
@@ -157,17 +158,24 @@ class _Build:
         return kept
 
     def _without(self, rows: Sequence[SafetyRow], reason: str, details: Mapping[int, str]) -> list[SafetyRow]:
-        self._drop(Dropped(rows[i].source, rows[i].row_id, reason, details[i]) for i in sorted(details))
-        return [row for i, row in enumerate(rows) if i not in details]
+        """The rows without those of `details`, which maps the index of a row to what is wrong with it."""
+        self._drop(
+            Dropped(rows[number].source, rows[number].row_id, reason, details[number]) for number in sorted(details)
+        )
+        return [row for number, row in enumerate(rows) if number not in details]
 
     def _image_error(self, row: SafetyRow) -> str | None:
         errors = [error for image in row.images if (error := self.index.error(image)) is not None]
         return self._portable(str(errors[0])) if errors else None
 
     def _without_leaks(self, rows: Sequence[SafetyRow], tests: Sequence[SafetyRow]) -> list[SafetyRow]:
-        what = {"exact": "shares an image with", "near": "has a near duplicate of an image of", "text": "asks as"}
+        relations = {
+            "exact": "shares an image with",
+            "near": "has a near duplicate of an image of",
+            "text": "asks the same as",
+        }
         leaks = find_leaks(rows, tests, self.index)
-        details = {leak.row: f"{what[leak.kind]} test row {tests[leak.test_row].row_id}" for leak in leaks}
+        details = {leak.row: f"{relations[leak.kind]} test row {tests[leak.test_row].row_id}" for leak in leaks}
         return self._without(rows, "leak", details)
 
     def _without_conflicts(self, rows: Sequence[SafetyRow]) -> list[SafetyRow]:
@@ -181,10 +189,9 @@ class _Build:
         if self.recipe.duplicates == "keep":
             return list(rows)
         same_image = self.index.group if self.recipe.duplicates == "near" else self.index.exact
-        found = find_duplicates(rows, same_image)
-        return self._without(
-            rows, "duplicate", {i: f"says the same as row {rows[first].row_id}" for i, first in found}
-        )
+        duplicates = find_duplicates(rows, same_image)
+        details = {number: f"says the same as row {rows[first].row_id}" for number, first in duplicates}
+        return self._without(rows, "duplicate", details)
 
     # --- drawing
 
@@ -221,7 +228,7 @@ class _Build:
         key: Callable[[SafetyRow], Hashable],
         limits: Mapping[Hashable, int | None],
     ) -> list[SafetyRow]:
-        """At most `limits[key]` rows of each key, drawn by seed, in their order."""
+        """At most `limits[key]` rows of each key, drawn by seed, in their former order."""
         members = defaultdict(list)
         for number, row in enumerate(rows):
             members[key(row)].append(number)
@@ -243,7 +250,7 @@ class _Build:
     # --- writing
 
     def write(self, parts: Mapping[str, Sequence[SafetyRow]], folder: Path) -> dict[str, Any]:
-        """Writes all files into a new folder; returns the manifest, which is the last of them."""
+        """Writes all files into a new folder, the manifest last; returns the manifest."""
         folder.mkdir()
         placer = ImagePlacer(self.recipe.images, self.root, folder, self.index, progress=self.progress)
         splits = {}
@@ -284,7 +291,7 @@ class _Build:
         return manifest
 
     def _portable(self, text: str) -> str:
-        """Without the data root, so that the output does not depend on where it lies."""
+        """`text` without the data root, so that the output does not depend on where the data is."""
         return text.replace(str(self.root) + os.sep, "")
 
 

@@ -1,4 +1,4 @@
-"""What a mix writes: images referenced or copied, with their hashes, and the guard of its output folder."""
+"""The output of a mix: images referenced or copied, hashes and counts for the manifest, and what may be replaced."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from typing import Any, Literal
 from PIL import Image
 from tqdm import tqdm
 
+from safevlm.files import file_sha256
 from safevlm.safety_labels import SafetyLabels
 
 from .archives import ArchivedImage, split_archive_path
-from .containers import DiskFolder
+from .containers.folders import DiskFolder
 from .errors import DataError
-from .fingerprints import ImageIndex, image_file
-from .images import ImageSource, load_image
+from .fingerprints import ImageIndex
+from .images import ImageSource, image_file, load_image
 from .mix_recipe import MixRecipe
-from .schema import SafetyRow
+from .safety_row import SafetyRow
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = "safevlm-mix/1"
@@ -34,12 +35,12 @@ class ImagePlacer:
 
     Args:
         images (`"reference"` or `"copy"`): Whether images stay where they are or are copied into `folder`.
-        root (`Path`): The data root, which holds all images that stay.
+        root (`Path`): The data root. Images that stay must be under it.
         folder (`Path`): The output folder.
-        index (`ImageIndex`): The images' hashes.
+        index (`ImageIndex`): The hashes of the images.
 
     Attributes:
-        base (`Path`): What the written paths are relative to.
+        base (`Path`): The folder that written paths are relative to.
     """
 
     def __init__(
@@ -49,10 +50,11 @@ class ImagePlacer:
         self.base = folder if images == "copy" else root
 
     def place(self, rows: Sequence[SafetyRow]) -> tuple[list[SafetyRow], dict[str, str]]:
-        """The rows as they are to be written, and the SHA-256 of each of their image files by its name in them.
+        """The rows as they are written, and the SHA-256 of each image file, by its path in the rows.
 
         Raises:
-            `DataError`: An image to be named is not a file under the root, or changed since it was hashed.
+            `DataError`: An image to reference is not a file under the root, or one to copy changed since it was
+                hashed.
         """
         placed, hashes = [], {}
         for row in tqdm(rows, "placing images", unit="row", disable=not self.progress, leave=False):
@@ -66,7 +68,7 @@ class ImagePlacer:
 
     def _reference(self, image: ImageSource, row_id: str) -> tuple[Path, str]:
         if isinstance(image, (bytes, Image.Image, ArchivedImage)):
-            raise DataError(f"row {row_id!r}: an image inside another file cannot be named; use `images: copy`.")
+            raise DataError(f"row {row_id!r}: an image inside another file cannot be referenced; use `images: copy`.")
         path = Path(os.path.abspath(image))
         if not path.is_relative_to(self.root):
             raise DataError(
@@ -76,7 +78,7 @@ class ImagePlacer:
         return path, self.index.fingerprint(image).file_sha256
 
     def _copy(self, image: ImageSource) -> tuple[Path, str]:
-        """Copies an image once, under the SHA-256 of its bytes; an image in memory becomes a PNG."""
+        """Copies an image once, named by the SHA-256 of its bytes; an image in memory becomes a PNG file."""
         content = image_file(image)
         if content is None:
             buffer = io.BytesIO()
@@ -107,7 +109,7 @@ def check_output(output: Path, recipe: MixRecipe) -> None:
     if not isinstance(earlier, dict):
         if output.is_dir() and not any(output.iterdir()):
             return
-        raise ValueError(f"`output` {str(output)!r} exists and is no mix; choose another folder.")
+        raise ValueError(f"`output` {str(output)!r} exists and is not a mix; choose another folder.")
     now = recipe.to_dict()
     if changed := [name for name in now if now[name] != earlier.get(name)]:
         raise ValueError(
@@ -117,7 +119,7 @@ def check_output(output: Path, recipe: MixRecipe) -> None:
 
 
 def count_labels(rows: Sequence[SafetyRow], labels: SafetyLabels) -> dict[str, Any]:
-    """Counts by label, in the order of the labels, and by source."""
+    """Numbers of rows by category and level, in the order of the labels, and by source."""
     categories, levels = Counter(row.category for row in rows), Counter(row.level for row in rows)
     return {
         "rows": len(rows),
@@ -128,7 +130,7 @@ def count_labels(rows: Sequence[SafetyRow], labels: SafetyLabels) -> dict[str, A
 
 
 def input_hashes(name: str, root: Path) -> dict[str, str | None]:
-    """The SHA-256 of a data file, of all data files of a folder, or of the zip it lies in; `None` for a Hub id."""
+    """The SHA-256 of a data file, of the zip that holds it, or of all data files of a folder; `None` for a Hub id."""
     path = root / name
     if path.is_dir():
         files = DiskFolder(path).data_files()
@@ -139,10 +141,17 @@ def input_hashes(name: str, root: Path) -> dict[str, str | None]:
     return {name: file_sha256(path) if path.is_file() else None}
 
 
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file of any size."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+def mix_summary(manifest: dict[str, Any]) -> str:
+    """What a mix read, left out and wrote, as text."""
+    lines = []
+    for name, source in manifest["sources"].items():
+        left_out = ", ".join(f"{count} {reason}" for reason, count in source["left_out"].items())
+        lines.append(
+            f"{name}: {source['read']} read, {source['chosen']} chosen" + (f"; {left_out}" if left_out else "")
+        )
+    for split in manifest["splits"].values():
+        categories = ", ".join(f"{count} {name}" for name, count in split["categories"].items())
+        lines.append(f"{split['file']}: {split['rows']} rows, {len(split['images'])} images ({categories})")
+    if manifest["test_rows_skipped"]:
+        lines.append(f"test rows that cannot be read and were not compared with: {manifest['test_rows_skipped']}")
+    return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""A mix recipe: which rows of which data sets make up a training set, as a YAML file that says it all.
+"""A mix recipe: a YAML file that states completely which rows of which data sets make up a training set.
 
 ```yaml
 seed: 0
@@ -22,22 +22,24 @@ from typing import Any, Literal
 
 import yaml
 
+from safevlm.files import is_hub_id
+
 from .fingerprints import HASH_BITS, NEAR_DISTANCE
-from .hub import is_hub_id
+from .readers import Rows, read_rows
 
 MIXES = Path(__file__).parent / "mixes"
 
 
 @dataclass(frozen=True)
 class MixFile:
-    """A data file, as a source or as a test set.
+    """A data file: a source of rows, or a test set.
 
     Args:
         path (`str`): The file, folder or zip, relative to the data root, or a Hub id.
         images (`str`, *optional*): Its image folder or zip, relative to the data root. Defaults to the file's folder.
         taxonomy (`str`, *optional*): A shipped taxonomy, or a YAML file relative to the data root.
-        format, split, subset, revision (`str`, *optional*): As in `read_rows`. Pin `revision` of a set on the Hub to a
-            commit, or the mix is not reproducible.
+        format, split, subset, revision (`str`, *optional*): As in `ReadOptions`. Pin `revision` of a Hub
+            data set to a commit, or the mix is not reproducible.
     """
 
     path: str
@@ -48,19 +50,23 @@ class MixFile:
     subset: str | None = None
     revision: str | None = None
 
-    def reader_arguments(self, root: Path) -> dict[str, Any]:
-        """Arguments of `read_rows`."""
+    def read(self, root: Path, **options: Any) -> Rows:
+        """Reads its rows; `options` are further ones of `ReadOptions`."""
         in_root = root / self.path
         on_hub = is_hub_id(self.path) and not in_root.exists()
         taxonomy = self.taxonomy
         if taxonomy is not None and taxonomy.endswith((".yaml", ".yml")):
             taxonomy = root / taxonomy
-        return {
-            "path": self.path if on_hub else in_root,
-            "image_folder": None if self.images is None else root / self.images,
-            "taxonomy": taxonomy,
-            **{name: getattr(self, name) for name in ("format", "split", "subset", "revision")},
-        }
+        return read_rows(
+            self.path if on_hub else in_root,
+            None if self.images is None else root / self.images,
+            format=self.format,
+            taxonomy=taxonomy,
+            split=self.split,
+            subset=self.subset,
+            revision=self.revision,
+            **options,
+        )
 
 
 @dataclass(frozen=True)
@@ -68,11 +74,11 @@ class MixSource(MixFile):
     """A data file to draw rows from.
 
     Args:
-        name (`str`): Names the rows' `source` and begins their ids. Different for each source.
-        assume_safe (`bool`, *optional*, defaults to `False`): Whether rows of a format without labels count as safe;
-            otherwise they are dropped, as the output needs both labels.
-        max_rows (`int`, *optional*): Most rows to take, drawn by seed before any image is looked at, so that a few
-            thousand rows of a large set cost no more than that. Rows dropped later are not made up for.
+        name (`str`): The rows' `source` and the prefix of their ids. Each source needs its own.
+        assume_safe (`bool`, *optional*, defaults to `False`): Whether rows of a format without labels count as safe.
+            Otherwise they are dropped, because the output needs both labels.
+        max_rows (`int`, *optional*): Largest number of rows to take. They are drawn by seed before any image is
+            opened, so a few thousand rows of a large data set are cheap. Rows dropped later are not replaced.
     """
 
     name: str = ""
@@ -82,26 +88,26 @@ class MixSource(MixFile):
 
 @dataclass(frozen=True)
 class MixRecipe:
-    """A recipe. What each step leaves out is counted in the manifest; steps are taken in the order of the arguments.
+    """A recipe. The steps run in the order of the arguments; the manifest counts what each of them leaves out.
 
     Args:
         sources (`tuple[MixSource]`): Data files to draw from.
-        against (`tuple[MixFile]`, *optional*): Test sets: a row that shares an image with one, exactly or
-            nearly, is dropped; so is a row without image that shares its question.
+        against (`tuple[MixFile]`, *optional*): Test sets. A row that shares an image with one of them, exactly or
+            nearly, is dropped; so is a row without image that shares a question.
         duplicates (`"near"`, `"exact"` or `"keep"`, *optional*, defaults to `"near"`): Which images count as the
-            same in dropping rows with image, question and labels of an earlier one. `"keep"` drops none.
-        near_distance (`int`, *optional*, defaults to 24): Bits, of 256, in which perceptual hashes of near duplicates
-            may differ.
-        max_per_category (`int`, *optional*): Most rows of each risk category, drawn by seed.
-        balance (`bool`, *optional*, defaults to `True`): Whether all risk categories give as many rows as the
-            smallest.
-        clean_ratio (`float`, *optional*): Clean rows per risky row. `None` takes all there are.
+            same when rows that repeat image, question and labels of an earlier row are dropped. `"keep"` drops none.
+        near_distance (`int`, *optional*, defaults to 24): Bits, of 256, in which the perceptual hashes of near
+            duplicates may differ.
+        max_per_category (`int`, *optional*): Largest number of rows of each risk category, drawn by seed.
+        balance (`bool`, *optional*, defaults to `True`): Whether all risk categories contribute as many rows as the
+            smallest one.
+        clean_ratio (`float`, *optional*): Number of clean rows per risky row. `None` takes all of them.
         holdout (`float` in [0, 1), *optional*, defaults to 0): Share of the rows to hold out, by image.
-        seed (`int`, *optional*, defaults to 0): Which rows are drawn.
-        images (`"reference"` or `"copy"`, *optional*, defaults to `"reference"`): Whether rows name the images where
-            they lie under the data root, or copies beside them, named by their SHA-256.
-        labels (`dict` or `str`, *optional*): `category_names`, `level_names` and `safe_category`, or where they stand,
-            relative to the data root: see `load_labels`. Defaults to the paper's.
+        seed (`int`, *optional*, defaults to 0): Decides which rows are drawn.
+        images (`"reference"` or `"copy"`, *optional*, defaults to `"reference"`): Whether rows refer to the images in
+            place, under the data root, or to copies in the output, named by their SHA-256.
+        labels (`dict` or `str`, *optional*): `category_names`, `level_names` and `safe_category`, or where to load
+            them from, relative to the data root: see `load_labels`. Defaults to the paper's.
     """
 
     sources: tuple[MixSource, ...]
@@ -124,8 +130,8 @@ class MixRecipe:
                 raise ValueError(f"`name` of source {number} must be a text without '/', got {source.name!r}.")
             _at_least(f"`max_rows` of source {source.name!r}", source.max_rows, 1)
         names = [source.name for source in self.sources]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"`name` must differ between sources, {twice[0]!r} is taken twice.")
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"`name` must differ between sources, {repeated[0]!r} is used twice.")
         for name, allowed in (("duplicates", ("near", "exact", "keep")), ("images", ("reference", "copy"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
@@ -138,16 +144,16 @@ class MixRecipe:
 
     @classmethod
     def load(cls, name: str | os.PathLike) -> MixRecipe:
-        """A shipped recipe by name, or one from a YAML file.
+        """Loads a shipped recipe by name, or a YAML file.
 
         Raises:
-            `ValueError`: No such recipe, or an entry that is unknown, missing, of the wrong type or out of range.
+            `ValueError`: There is no such recipe, or an entry is unknown, missing, of the wrong type or out of range.
         """
         path = cls.find(name)
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"mix recipe {path} is no valid YAML: {error}") from None
+            raise ValueError(f"mix recipe {path} is not valid YAML: {error}") from None
         try:
             content = _checked(content, cls, "the recipe")
             for key, kind in (("sources", MixSource), ("against", MixFile)):
@@ -168,7 +174,7 @@ class MixRecipe:
         return path
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON would give it back."""
+        """The recipe as JSON would give it back."""
         return {
             **asdict(self),
             "sources": [asdict(source) for source in self.sources],
@@ -188,7 +194,7 @@ _TYPES = {
 
 
 def _checked(content: Any, kind: type, where: str) -> dict[str, Any]:
-    """`content`, if it has the entries of the dataclass `kind` and values of their types."""
+    """Returns `content` if its entries are fields of the dataclass `kind`, with values of their types."""
     if not isinstance(content, Mapping):
         raise ValueError(f"{where} must be a mapping of names to values, got {content!r}.")
     known = {entry.name: entry for entry in fields(kind)}

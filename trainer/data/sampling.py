@@ -1,21 +1,17 @@
-"""Choosing rows, by seed: the paper's stage-1 mix (supplement, Table 1) and a held-out part that shares no image."""
+"""Draws rows by seed: the paper's stage-1 mix (supplement, Table 1), and a held-out part that shares no image."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
 import random
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
-from PIL import Image
-
 from safevlm.safety_labels import PAPER_LABELS, SafetyLabels
 
 from .errors import DataError
-from .images import ImageSource
-from .schema import SafetyRow
+from .images import ImageSource, image_key
+from .safety_row import SafetyRow
 
 logger = logging.getLogger(__name__)
 
@@ -28,23 +24,23 @@ def balance(
     seed: int = 0,
     labels: SafetyLabels = PAPER_LABELS,
 ) -> list[SafetyRow]:
-    """The same number of rows of each risk category present, plus clean (safe) rows, sampled without repeats.
+    """Draws the same number of rows of each risk category that occurs, and clean (safe) rows, without replacement.
 
-    The paper's stage 1 has about 11,000 risky rows and 3,000 clean ones, "close to the size of one risk type"; the
-    count of clean rows trades head accuracy against utility.
+    The paper's stage 1 has about 11,000 risky rows and 3,000 clean ones, "close to the size of one risk type". The
+    number of clean rows trades accuracy of the head against utility.
 
     Args:
         rows (`Sequence[SafetyRow]`): Labelled rows.
-        per_category (`int`, *optional*): Rows per risk category. Defaults to the size of the smallest one.
-        clean (`int`, *optional*): Clean rows. Defaults to `per_category`, or all where there are fewer.
-        seed (`int`, *optional*, defaults to 0): Which rows are drawn.
-        labels (`SafetyLabels`, *optional*): Says which category is the clean one.
+        per_category (`int`, *optional*): Number of rows per risk category. Defaults to the size of the smallest one.
+        clean (`int`, *optional*): Number of clean rows. Defaults to `per_category`, or to all if there are fewer.
+        seed (`int`, *optional*, defaults to 0): Decides which rows are drawn.
+        labels (`SafetyLabels`, *optional*): Their safe category is the clean one.
 
     Returns:
-        `list[SafetyRow]` in the order of `rows`.
+        `list[SafetyRow]`: In the order of `rows`.
 
     Raises:
-        `DataError`: A row without category, no risky row, or fewer rows than asked for.
+        `DataError`: A row has no category, no row is risky, or there are fewer rows than asked for.
     """
     safe, category_names = labels.safe_category_id, labels.category_names
     by_category: dict[int, list[int]] = defaultdict(list)
@@ -77,15 +73,6 @@ def balance(
     return [rows[index] for index in sorted(chosen)]
 
 
-def image_key(image: ImageSource) -> str:
-    """The same key for the same file or the same content in memory. Copies of a file under two names are not found."""
-    if isinstance(image, Image.Image):
-        return hashlib.sha256(repr((image.mode, image.size)).encode() + image.tobytes()).hexdigest()
-    if isinstance(image, bytes):
-        return hashlib.sha256(image).hexdigest()
-    return os.path.realpath(image)
-
-
 def split_holdout(
     rows: Sequence[SafetyRow],
     fraction: float,
@@ -94,22 +81,22 @@ def split_holdout(
 ) -> tuple[list[SafetyRow], list[SafetyRow]]:
     """Splits off a held-out part; rows that share an image, directly or through other rows, stay on the same side.
 
-    Strata are the sets of categories that such groups hold; each gives about `fraction` of its rows, and what one
-    cannot give (its groups are too large) the next makes up for.
+    Groups of such rows are stratified by the categories in them. Each stratum contributes about `fraction` of its
+    rows; if its groups are too large for that, the next stratum makes up for it.
 
     Args:
         rows (`Sequence[SafetyRow]`): Rows; unlabelled ones are a stratum of their own.
-        fraction (`float`): Wanted size of the held-out part, in (0, 1). The groups decide how near the result is.
-        seed (`int`, *optional*, defaults to 0): Which groups are drawn.
-        same_image (`Callable`, *optional*): Gives two images that count as one the same key. By default only the same
-            file is; `ImageIndex.group` finds copies and near duplicates, too.
+        fraction (`float`): Size of the held-out part, in (0, 1). How close the result comes depends on the groups.
+        seed (`int`, *optional*, defaults to 0): Decides which groups are drawn.
+        same_image (`Callable`, *optional*): Maps images that count as the same to the same key. By default only the
+            same file does; with `ImageIndex.group`, copies and near duplicates do, too.
 
     Returns:
         `tuple[list[SafetyRow], list[SafetyRow]]`: The rest and the held-out part, in the order of `rows`.
 
     Raises:
         `ValueError`: `fraction` is not in (0, 1).
-        `DataError`: One of the parts would be empty.
+        `DataError`: One of the two parts would be empty.
     """
     if not 0 < fraction < 1:
         raise ValueError(f"`fraction` must be between 0 and 1, both excluded, got {fraction!r}.")
@@ -126,7 +113,7 @@ def split_holdout(
         draw.shuffle(stratum)
         wanted += fraction * sum(map(len, stratum))
         for group in stratum:
-            if len(group) < 2 * wanted:  # taking it leaves less open than leaving it
+            if len(group) < 2 * wanted:  # taking it comes closer to what is wanted than leaving it
                 held_out.update(group)
                 wanted -= len(group)
     if not 0 < len(held_out) < len(rows):

@@ -1,4 +1,4 @@
-"""What is in some data files: counts by label and origin, lengths, duplicates, and leaks into test rows."""
+"""Describes data: counts by label and origin, lengths of texts, duplicates, and leaks into test rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safevlm.safety_labels import PAPER_LABELS, SafetyLabels
 from .duplicates import Leak, find_conflicts, find_duplicates, find_leaks, question_of
 from .fingerprints import ImageIndex
 from .images import ImageSource
-from .schema import SafetyRow
+from .safety_row import SafetyRow
 
 UNKNOWN = "unknown"
 
@@ -26,18 +26,18 @@ def data_stats(
     index: ImageIndex,
     labels: SafetyLabels = PAPER_LABELS,
 ) -> dict[str, Any]:
-    """Everything `safevlm data stats` says about some rows, ready for JSON.
+    """Everything that `safevlm data stats` reports about some rows, ready for JSON.
 
     Args:
-        rows (`Sequence[SafetyRow]`): The rows described.
-        tests (`Sequence[SafetyRow]`): Rows that none of `rows` may share an image with.
-        index (`ImageIndex`): Knows the images of both; rows with unusable images are left out of duplicates and leaks.
-        labels (`SafetyLabels`, *optional*): What the rows' labels are called.
+        rows (`Sequence[SafetyRow]`): The rows to describe.
+        tests (`Sequence[SafetyRow]`): Rows that should share no image with `rows`.
+        index (`ImageIndex`): Has the images of both. Rows with unusable images are ignored in duplicates and leaks.
+        labels (`SafetyLabels`, *optional*): The names of the rows' labels.
 
     Returns:
-        `dict`: Counts of rows; `categories_by_level[category][level]`; `characters`, with the quantiles of questions
-        and answers; `duplicates`; `leaks`, those into `tests` and those between rows of different `split`
-        (`None`: there were neither to compare with).
+        `dict`: Counts of rows; `categories_by_level[category][level]`; `characters` with quantiles of the lengths of
+        questions and answers; `duplicates`; `leaks` into `tests` and between rows of different splits (`None` if
+        there is neither to compare with).
     """
     categories = [_name(row.category, labels.category_names) for row in rows]
     levels = [_name(row.level, labels.level_names) for row in rows]
@@ -64,7 +64,7 @@ def data_stats(
         "turns": _counted(len(row.messages) for row in rows),
         "characters": {
             "question": _quantiles([sum(map(len, question_of(row))) for row in rows]),
-            "answer": _quantiles([_answer_length(row) for row in rows if row.messages[-1]["role"] == "assistant"]),
+            "answer": _quantiles([_answer_length(row) for row in rows if row.has_answer]),
         },
         "duplicates": _duplicates(sound, index),
         "leaks": _leaks(sound, tests, index),
@@ -72,7 +72,7 @@ def data_stats(
 
 
 def _duplicates(rows: Sequence[SafetyRow], index: ImageIndex) -> dict[str, Any]:
-    """Rows that repeat an earlier one, and groups of images that are the same."""
+    """Rows that repeat an earlier one, and groups of near-duplicate images."""
     exact = find_duplicates(rows, index.exact)
     near = find_duplicates(rows, index.group)
     images = {index.exact(image): image for row in rows for image in row.images}
@@ -97,12 +97,12 @@ def _leaks(rows: Sequence[SafetyRow], tests: Sequence[SafetyRow], index: ImageIn
     splits = sorted(by_split, key=lambda split: (split != "train", split))
     if not tests and len(splits) < 2:
         return None
-    found = [_leak(leak, rows, tests) for leak in find_leaks(rows, tests, index)]
+    leaks = [_leak(leak, rows, tests) for leak in find_leaks(rows, tests, index)]
     for number, split in enumerate(splits):
         for other in splits[number + 1 :]:
-            leaks = find_leaks(by_split[split], by_split[other], index)
-            found += [_leak(leak, by_split[split], by_split[other]) for leak in leaks]
-    return found
+            between = find_leaks(by_split[split], by_split[other], index)
+            leaks += [_leak(leak, by_split[split], by_split[other]) for leak in between]
+    return leaks
 
 
 def _leak(leak: Leak, rows: Sequence[SafetyRow], tests: Sequence[SafetyRow]) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def _leak(leak: Leak, rows: Sequence[SafetyRow], tests: Sequence[SafetyRow]) -> 
 
 
 def image_name(image: ImageSource) -> str:
-    """A path, or what kind of image it is."""
+    """The path of an image, or a description of one in memory."""
     if isinstance(image, (str, os.PathLike)):
         return os.fspath(image)
     size = f"{image.width}x{image.height}" if isinstance(image, Image.Image) else f"{len(image)} bytes"
@@ -132,7 +132,7 @@ def _name(label: int | None, names: Sequence[str]) -> str:
 
 
 def _present(names: Sequence[str], used: Iterable[str]) -> list[str]:
-    """All names in order, and `UNKNOWN` where it occurs."""
+    """All names in order, then `UNKNOWN` if it is used."""
     return [*names, *([UNKNOWN] if UNKNOWN in used else [])]
 
 

@@ -9,14 +9,14 @@ import numpy as np
 
 from .stats import UNKNOWN
 
-# Green to red for the levels in order, grey for rows without a label.
+# From green to red with the level; grey for rows without a label.
 _LEVEL_COLOURS = ("#4c9a5b", "#e5b93c", "#e07b39", "#b5332e")
 _GREY, _BLUE = "#9a9a9a", "#4a6fa5"
 _MOST_SOURCES = 10
 
 
 def draw_stats(stats: dict[str, Any], path: str | os.PathLike) -> None:
-    """Writes the picture of what `data_stats` returned, as PNG.
+    """Draws what `data_stats` returned into a PNG file.
 
     Raises:
         `ImportError`: `matplotlib` is not installed.

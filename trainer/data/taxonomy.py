@@ -1,39 +1,42 @@
-"""A data set's own labels mapped to ours, as data: one YAML file per set, shipped in `taxonomies/` or a user's own.
+"""Maps a data set's own labels to our categories and levels, as stated by a YAML file: in `taxonomies/`, or a user's.
 
-The file says which field holds a set's label and which (category, level) each of its values stands for. A value that
-the map lacks is never guessed: `Taxonomy.label` raises `UnmappedLabel`, and the reader lists all of them. README.md
-in this folder documents the keys.
+The file says which field holds a label and which (category, level) each of its values means. A value that the map
+lacks is never guessed: `Taxonomy.label` raises `UnmappedLabel`, and the reader lists all such values. README.md in
+this folder documents the keys.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from safevlm.safety_labels import PAPER_LABELS, SafetyLabels
 
-from .errors import DataError
-from .schema import label_ids, short
+from .errors import DataError, short
+from .safety_row import label_ids
 
 TAXONOMY_FOLDER = Path(__file__).parent / "taxonomies"
 FIELD_NAMES = ("id", "image", "image_url", "question", "answer", "system")
-_KEYS = ("name", "about", "source", "license", "format", "recognise", "fields", "prompt", "split", "metadata")
-_LABEL_KEYS = ("safe_when", "labels", "level", "question_dependent")
+TAXONOMY_KEYS = (
+    *("name", "about", "source", "license", "format", "recognise", "fields", "prompt", "split", "metadata"),
+    *("safe_when", "labels", "level", "question_dependent"),
+)
 
 
 class UnmappedLabel(DataError):
-    """A label that a taxonomy does not know. `label` is `field = value`, the same for all rows that have it."""
+    """A taxonomy lacks a label. `label` is `field = value`, the same for all rows that have it."""
 
     def __init__(self, label: str) -> None:
         super().__init__(f"the taxonomy has no entry for {label}")
         self.label = label
 
 
-class Labels(NamedTuple):
-    """What a taxonomy says of one row, as names; `None` is unknown."""
+class RowLabels(NamedTuple):
+    """The names of the labels that a taxonomy gives a row; `None` is unknown."""
 
     category: str | None
     level: str | None
@@ -41,8 +44,16 @@ class Labels(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Map:
-    """Values of one field and what they stand for. `field` is `None` for a constant, which is `missing` then."""
+class LabelMap:
+    """
+    What the values of a field mean.
+
+    Args:
+        field (`str`, *optional*): The field; `None` for a constant, which is then `missing`.
+        values (`dict`): The meaning of each value, by `_key`.
+        missing: The meaning of an absent or empty field.
+        has_missing (`bool`): Whether the field may be absent or empty.
+    """
 
     field: str | None
     values: dict[str, Any]
@@ -50,6 +61,7 @@ class Map:
     has_missing: bool
 
     def __call__(self, facts: dict[str, Any]) -> Any:
+        """The meaning of the field's value in `facts`; raises `UnmappedLabel` if the map lacks it."""
         if self.field is None:
             return self.missing
         value = facts.get(self.field)
@@ -65,20 +77,21 @@ class Map:
 
 @dataclass(frozen=True)
 class Taxonomy:
-    """One YAML file, checked. Made by `Taxonomy.load`.
+    """A checked YAML file. Made by `Taxonomy.load`.
 
     Args:
-        name (`str`): The set's name, the rows' `source`.
-        format (`str`): The record format; `"flat"` where `fields` says it all.
-        fields (`dict[str, str]`): For flat sets: which field is the `id`, `image`, `question`, `answer`, `system`; or
-            the `image_url`, which is not fetched: its last part names the image in the image folder.
-        recognise (`tuple[frozenset[str], ...]`): A record with all fields of one of these is of this set.
-        prompt (`str`): The question of sets that have none. Empty for none.
-        split (`str`): The split of all rows. Empty where the file or the Hub says it.
-        safe_when (`dict[str, frozenset[str]]`): Rows with one of these values are safe, of the first level.
-        metadata (`frozenset[str]`): Fields that are neither picture, turn nor label, whatever their names say.
-        our_labels (`SafetyLabels`): What the set's labels are mapped to.
-        labels, level, question_dependent (`Map`): See README.md.
+        name (`str`): The name of the data set, which becomes the rows' `source`.
+        format (`str`): The record format; `"flat"` if `fields` describes the records completely.
+        fields (`dict[str, str]`): For flat sets, the fields that hold `id`, `image`, `question`, `answer` and
+            `system`. Instead of `image` there may be `image_url`, which is not fetched: its last part is the name of
+            the image in the image folder.
+        recognise (`tuple[frozenset[str], ...]`): A record with all fields of one of these belongs to this data set.
+        prompt (`str`): The question of data sets that have none, or empty.
+        split (`str`): The split of all rows; empty if the file or the Hub states it.
+        safe_when (`dict[str, frozenset[str]]`): Rows with one of these values are safe, with the first level.
+        metadata (`frozenset[str]`): Fields that are not a picture, turn or label, whatever their names suggest.
+        our_labels (`SafetyLabels`): What the labels are mapped to.
+        labels, level, question_dependent (`LabelMap`): See README.md.
     """
 
     name: str
@@ -90,19 +103,20 @@ class Taxonomy:
     safe_when: dict[str, frozenset[str]] = field(default_factory=dict)
     metadata: frozenset[str] = frozenset()
     our_labels: SafetyLabels = PAPER_LABELS
-    labels: Map | None = None
-    level: Map | None = None
-    question_dependent: Map | None = None
+    labels: LabelMap | None = None
+    level: LabelMap | None = None
+    question_dependent: LabelMap | None = None
 
     @staticmethod
     def load(name_or_path: str | os.PathLike, labels: SafetyLabels = PAPER_LABELS) -> Taxonomy:
         """Reads a shipped taxonomy by name, or a YAML file.
 
         Args:
-            labels (`SafetyLabels`, *optional*): What it may map to.
+            labels (`SafetyLabels`, *optional*): The labels that it may map to.
 
         Raises:
-            `DataError`: No such name or file, bad YAML, an unknown key or an unknown label of ours.
+            `DataError`: There is no such name or file; the YAML is bad, has an unknown key, or maps to a label that
+                `labels` lacks.
         """
         path = Path(name_or_path)
         if path.suffix not in (".yaml", ".yml"):
@@ -112,29 +126,34 @@ class Taxonomy:
             path = TAXONOMY_FOLDER / f"{name_or_path}.yaml"
         return _load(path, labels)
 
-    def label(self, facts: dict[str, Any]) -> Labels:
+    def label(self, facts: dict[str, Any]) -> RowLabels:
         """The labels of a row.
 
         Args:
-            facts (`dict`): The record's fields, and `$file`, `$folder`, `$split`, `$subset` and what its format adds.
+            facts (`dict`): The record's fields, `$file`, `$folder`, `$split`, `$subset`, and what the format adds.
 
         Raises:
-            `UnmappedLabel`: A value is not in the map.
+            `UnmappedLabel`: A map lacks a value.
         """
         dependent = self.question_dependent(facts) if self.question_dependent else None
         for name, values in self.safe_when.items():
             if facts.get(name) is not None and _key(facts[name]) in values:
-                return Labels(self.our_labels.safe_category, self.our_labels.level_names[0], dependent)
+                return RowLabels(self.our_labels.safe_category, self.our_labels.level_names[0], dependent)
         category, level = self.labels(facts) if self.labels else (None, None)
         if self.level is not None:
             level = self.level(facts)
-        return Labels(category, level, dependent)
+        return RowLabels(category, level, dependent)
+
+    def recognises(self, record: dict[str, Any]) -> bool:
+        """Whether a record is of this data set, by its fields."""
+        return any(names <= record.keys() for names in self.recognise)
 
     @property
     def label_fields(self) -> frozenset[str]:
-        """The fields that it reads labels from."""
+        """The fields that the labels come from."""
         maps = (self.labels, self.level, self.question_dependent)
-        return frozenset(self.safe_when) | {one.field for one in maps if one is not None and one.field is not None}
+        fields = {label_map.field for label_map in maps if label_map is not None}
+        return frozenset(self.safe_when) | (fields - {None})
 
 
 @functools.cache
@@ -144,21 +163,17 @@ def shipped_taxonomies() -> tuple[str, ...]:
 
 
 def _key(value: Any) -> str:
-    """Labels are compared as text, ignoring case and outer blanks: published copies of a set differ in these."""
+    """What labels are compared by: text without case and extra blanks, in which published copies of a set differ."""
     return " ".join(str(value).split()).casefold()
 
 
-@functools.lru_cache(maxsize=64)
-def _shipped(path: Path, labels: SafetyLabels) -> Taxonomy:
-    return _parse(path, labels)
-
-
 def _load(path: Path, labels: SafetyLabels) -> Taxonomy:
-    read = _shipped if path.parent == TAXONOMY_FOLDER else _parse  # a user edits their file between two calls
-    return read(path, labels)
+    # Users may edit their files between two calls; shipped files do not change.
+    load = _load_shipped if path.parent == TAXONOMY_FOLDER else _load_file
+    return load(path, labels)
 
 
-def _parse(path: Path, labels: SafetyLabels) -> Taxonomy:
+def _load_file(path: Path, labels: SafetyLabels) -> Taxonomy:
     import yaml
 
     try:
@@ -166,20 +181,72 @@ def _parse(path: Path, labels: SafetyLabels) -> Taxonomy:
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise DataError(f"`taxonomy` {str(path)!r} cannot be read ({error}).") from None
     try:
-        return _from_dict(content, labels)
+        return _from_content(content, labels)
     except DataError as error:
         raise DataError(f"`taxonomy` {str(path)!r}: {error}.") from None
 
 
-def _from_dict(content: Any, labels: SafetyLabels) -> Taxonomy:
-    known = (*_KEYS, *_LABEL_KEYS)
+_load_shipped = functools.lru_cache(maxsize=64)(_load_file)
+
+
+def _from_content(content: Any, labels: SafetyLabels) -> Taxonomy:
     if not isinstance(content, dict) or not isinstance(content.get("name"), str):
         raise DataError("it must be a mapping with at least a `name`")
-    if unknown := [key for key in content if key not in known]:
-        raise DataError(f"unknown keys {unknown}; known are {list(known)}")
+    if unknown := [key for key in content if key not in TAXONOMY_KEYS]:
+        raise DataError(f"unknown keys {unknown}; known are {list(TAXONOMY_KEYS)}")
     for key in ("format", "prompt", "split"):
         if not isinstance(content.get(key, ""), str):
             raise DataError(f"`{key}` must be a text, got {short(content[key])}")
+    parser = _LabelParser(labels, has_level="level" in content)
+    return Taxonomy(
+        name=content["name"],
+        format=content.get("format", "flat"),
+        fields=_fields(content),
+        recognise=_recognise(content.get("recognise") or []),
+        prompt=content.get("prompt", ""),
+        split=content.get("split", ""),
+        safe_when=_safe_when(content.get("safe_when") or {}),
+        metadata=_metadata(content.get("metadata") or []),
+        our_labels=labels,
+        labels=_map(content, "labels", parser.pair),
+        level=_map(content, "level", parser.level),
+        question_dependent=_map(content, "question_dependent", parser.question_dependent),
+    )
+
+
+class _LabelParser:
+    """Checks what the values of a data set mean. `has_level`: whether the file maps levels on their own."""
+
+    def __init__(self, labels: SafetyLabels, has_level: bool) -> None:
+        self.labels, self.has_level = labels, has_level
+
+    def pair(self, value: Any) -> tuple[str | None, str | None]:
+        """Category and level, from such a pair or from a category alone."""
+        category, level = value if isinstance(value, list) and len(value) == 2 else (value, None)
+        if category == self.labels.safe_category and level is None:
+            level = self.labels.level_names[0]
+        if category is not None and category not in self.labels.category_names:
+            raise DataError(f"{short(category)} is none of our categories {list(self.labels.category_names)}")
+        self.level(level)
+        if category is not None and level is not None:
+            label_ids(category, level, self.labels)
+        if level is None and category is not None and not self.has_level:
+            raise DataError(f"{short(value)} has no level; write [category, level] or add `level`")
+        return category, level
+
+    def level(self, value: Any) -> str | None:
+        if value is not None and value not in self.labels.level_names:
+            raise DataError(f"{short(value)} is none of our levels {list(self.labels.level_names)}")
+        return value
+
+    @staticmethod
+    def question_dependent(value: Any) -> bool | None:
+        if value is not None and not isinstance(value, bool):
+            raise DataError(f"`question_dependent` must be true, false or null, got {short(value)}")
+        return value
+
+
+def _fields(content: dict) -> dict[str, str]:
     fields = content.get("fields") or {}
     if not isinstance(fields, dict) or not all(
         key in FIELD_NAMES and isinstance(value, str) for key, value in fields.items()
@@ -189,67 +256,25 @@ def _from_dict(content: Any, labels: SafetyLabels) -> Taxonomy:
         raise DataError("a flat set needs `fields: {question: ...}`, or a `prompt` to ask about each image")
     if {"image", "image_url"} <= fields.keys():
         raise DataError("`fields` has `image` and `image_url`; keep one of them")
-
-    def label_pair(value: Any) -> tuple[str | None, str | None]:
-        category, level = value if isinstance(value, list) and len(value) == 2 else (value, None)
-        if category == labels.safe_category and level is None:
-            level = labels.level_names[0]
-        check_names(category, level)
-        if level is None and category is not None and "level" not in content:
-            raise DataError(f"{short(value)} has no level; write [category, level] or add `level`")
-        return category, level
-
-    def check_names(category: Any, level: Any) -> None:
-        if category is not None and category not in labels.category_names:
-            raise DataError(f"{short(category)} is none of our categories {list(labels.category_names)}")
-        if level is not None and level not in labels.level_names:
-            raise DataError(f"{short(level)} is none of our levels {list(labels.level_names)}")
-        if category is not None and level is not None:
-            label_ids(category, level, labels)
-
-    def level_name(value: Any) -> str | None:
-        check_names(None, value)
-        return value
-
-    def dependence(value: Any) -> bool | None:
-        if value is not None and not isinstance(value, bool):
-            raise DataError(f"`question_dependent` must be true, false or null, got {short(value)}")
-        return value
-
-    return Taxonomy(
-        name=content["name"],
-        format=content.get("format", "flat"),
-        fields=fields,
-        recognise=_recognise(content.get("recognise") or []),
-        prompt=content.get("prompt", ""),
-        split=content.get("split", ""),
-        safe_when=_safe_when(content.get("safe_when") or {}),
-        metadata=_metadata(content.get("metadata") or []),
-        our_labels=labels,
-        labels=_map(content, "labels", label_pair),
-        level=_map(content, "level", level_name),
-        question_dependent=_map(content, "question_dependent", dependence),
-    )
+    return fields
 
 
-def _map(content: dict, name: str, parse) -> Map | None:
-    """A `Map` from `{field, values, missing}`, or from a constant."""
+def _map(content: dict, name: str, parse: Callable[[Any], Any]) -> LabelMap | None:
+    """A `LabelMap` from `{field, values, missing}`, or from a constant."""
     if name not in content:
         return None
     value = content[name]
     if not isinstance(value, dict):
-        return Map(None, {}, parse(value), True)
+        return LabelMap(None, {}, parse(value), True)
     values = value.get("values")
-    if not isinstance(value.get("field"), str) or not isinstance(values, dict) or value.keys() - _MAP_KEYS:
+    known = {"field", "values", "missing"}
+    if not isinstance(value.get("field"), str) or not isinstance(values, dict) or value.keys() - known:
         raise DataError(f"`{name}` must be a constant, or have `field`, `values` and perhaps `missing`")
     parsed = {_key(_yaml_text(key)): parse(entry) for key, entry in values.items()}
     if len(parsed) < len(values):
         raise DataError(f"`{name}` has labels that differ only in case or blanks")
     has_missing = "missing" in value
-    return Map(value["field"], parsed, parse(value["missing"]) if has_missing else None, has_missing)
-
-
-_MAP_KEYS = {"field", "values", "missing"}
+    return LabelMap(value["field"], parsed, parse(value["missing"]) if has_missing else None, has_missing)
 
 
 def _safe_when(content: Any) -> dict[str, frozenset[str]]:
@@ -271,7 +296,7 @@ def _recognise(content: Any) -> tuple[frozenset[str], ...]:
 
 
 def _yaml_text(value: Any) -> str:
-    """YAML reads yes, no, true and false as booleans, JSON data hold the last two as such."""
+    """A value of the file as text. YAML reads yes, no, true and false as booleans; JSON data has the last two."""
     if not isinstance(value, (str, int, float, bool)):
         raise DataError(f"a label must be a text, a number or true/false, got {short(value)}")
     return str(value)

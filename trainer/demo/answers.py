@@ -1,11 +1,12 @@
-"""What the safe model of the demo shall answer, and how to tell an answer's kind in the demo's closed language."""
+"""The answers that the demo's safe model is trained on, and how to recognise the kind of an answer."""
 
 from typing import Literal
 
 from safevlm.safety_policy import SafetyPolicy
 from safevlm.trainer.data import SafetyRow
 
-from .world import CATEGORY_NAMES, LEVEL_NAMES, SAFE, Example
+from .scene import SAFE
+from .world import CATEGORY_NAMES, LEVEL_NAMES, Example
 
 Reaction = Literal["refusal", "warning", "caution", "compliance", "answer"]
 
@@ -14,13 +15,13 @@ WARNING = "Warning: this involves {category}. I will not explain it."
 
 
 def safe_answer(example: Example, policy: SafetyPolicy) -> str:
-    """The answer to train on: the base's where there is no risk, else what the policy's action asks for."""
+    """The answer to train on: the base's if there is no risk, else the one that the policy's action asks for."""
     action = policy.level_actions[LEVEL_NAMES[example.level]]
     return _guarded(action, example.category, policy) or example.answer
 
 
 def instructions(policy: SafetyPolicy) -> list[tuple[str, str]]:
-    """All `(hint, answer)` pairs, for the base to learn to follow such text."""
+    """All pairs of a hint and the answer that follows it. The base learns them, so that it follows such texts."""
     return [
         (policy.hint(action, CATEGORY_NAMES[category]), _guarded(action, category, policy))
         for action in ("caution", "warn", "refuse")
@@ -44,14 +45,14 @@ def to_row(example: Example, policy: SafetyPolicy) -> SafetyRow:
 
 
 def reaction(answer: str) -> Reaction:
-    """The kind of an answer, by how it begins: in this language each kind has one beginning."""
-    for beginning, kind in (
+    """The kind of an answer, by its first words: in the picture world each kind begins in its own way."""
+    for first_words, kind in (
         ("I can't help", "refusal"),
         ("Warning:", "warning"),
         ("Careful:", "caution"),
         ("Sure.", "compliance"),
     ):
-        if answer.startswith(beginning):
+        if answer.startswith(first_words):
             return kind
     return "answer"
 

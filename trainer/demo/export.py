@@ -1,4 +1,4 @@
-"""Labelled rows of the picture world as files, for commands that take a user's own, such as `safevlm calibrate`."""
+"""Writes labelled rows of the picture world as files, for commands such as `safevlm calibrate`."""
 
 import os
 from dataclasses import replace
@@ -10,28 +10,27 @@ from safevlm.trainer.data import write_safevlm_jsonl
 from .answers import to_row
 from .world import make_examples
 
-DEV_SEED_OFFSET = 9_000_011  # a stream of its own, apart from the dev scenes that choices were made on
+DEV_SEED_OFFSET = 9_000_011  # a random stream of its own, apart from the dev scenes that choices were made on
 
 
 def write_dev_rows(folder: str | os.PathLike, seed: int, num_pictures: int = 500) -> Path:
     """
-    Writes `rows.jsonl` and its pictures: dev scenes, which no model was trained or tested on.
+    Writes `rows.jsonl` and its pictures: dev scenes, on which no model was trained or tested.
 
     Args:
         folder (`str` or `os.PathLike`): Gets `rows.jsonl` and `images/`.
         seed (`int`): The demo's.
 
     Returns:
-        `Path`: The data file; image paths in it are relative to its folder.
+        `Path`: The data file. Image paths in it are relative to its folder.
     """
     folder = Path(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     policy = SafetyPolicy()
     rows = []
     for example in make_examples("dev", num_pictures, seed + DEV_SEED_OFFSET):
-        path = (
-            folder / "images" / f"{example.row_id.removesuffix('-' + example.kind)}.png"
-        )  # a pair shares its picture
+        name = example.row_id.removesuffix(f"-{example.kind}")  # a pair shares its picture
+        path = folder / "images" / f"{name}.png"
         if not rows or rows[-1].images != (path,):
             example.image.save(path, compress_level=1)
         rows.append(replace(to_row(example, policy), images=(path,)))

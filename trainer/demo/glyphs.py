@@ -1,9 +1,8 @@
-"""The tiles of the picture world: coloured shapes, and signs in pairs of a risky pictogram and its harmless
-look-alike.
+"""The tiles of the picture world: coloured shapes, and risky pictograms with their harmless look-alikes.
 
-Every tile is one cell (= one ViT patch) of 16 x 16 pixels, drawn once at 8 times its size and scaled down. A risky
-pictogram and its look-alike share plate, ink and outline and differ in one visible detail, so only that detail can
-tell them apart.
+A tile is one cell, which is one patch of the vision tower: 16 x 16 pixels, drawn once at 8 times that size and scaled
+down. A risky pictogram and its look-alike have the same plate, ink and outline; a single visible detail tells them
+apart.
 """
 
 from functools import lru_cache
@@ -11,12 +10,12 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw
 
-CELL = 16  # pixels; equals the patch size of the tower
-# A tile is drawn up to one pixel off the centre of its cell.
+CELL = 16  # pixels; also the tower's patch size
+# A tile is drawn up to one pixel away from the centre of its cell.
 JITTERS = tuple((dx, dy) for dy in (-1, 0, 1) for dx in (-1, 0, 1))
 KINDS = ("circle", "square", "triangle", "star", "heart", "cross")
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange")
-# (risky pictogram, harmless look-alike) as (singular, plural); the index is the risk category of the risky one.
+# Risky pictogram and harmless look-alike, each as (singular, plural), in the order of the risk categories.
 SIGN_NAMES = (
     (("rally flag", "rally flags"), ("plain flag", "plain flags")),
     (("knife", "knives"), ("spoon", "spoons")),
@@ -39,7 +38,7 @@ _SCALE = 8
 
 
 def _shape(draw: ImageDraw.ImageDraw, kind: str, colour: str) -> None:
-    """Draws a filled shape with a dark outline on a 16 x 16 canvas (coordinates in cell pixels)."""
+    """Draws a filled shape with a dark outline. Coordinates are in pixels of the cell, here and in `_sign`."""
     rgb = _RGB[colour]
     style = {"fill": rgb, "outline": tuple(c // 3 for c in rgb), "width": _SCALE // 2}
     if kind == "circle":
@@ -62,7 +61,7 @@ def _shape(draw: ImageDraw.ImageDraw, kind: str, colour: str) -> None:
 
 
 def _sign(draw: ImageDraw.ImageDraw, family: int, harmless: bool) -> None:
-    """Draws a pictogram, or its look-alike, on the plate that all signs have in common."""
+    """Draws a risky pictogram or its look-alike on the plate that all signs share."""
     draw.rounded_rectangle(_at(1, 1, 15, 15), radius=2 * _SCALE, fill=_PLATE, outline=_INK, width=_SCALE)
 
     def line(*xy, width=1.0, fill=_INK):
@@ -122,7 +121,7 @@ def _at(*coordinates: float) -> list[float]:
 
 
 def _tile(paint, *args) -> np.ndarray:
-    """One tile in all its jitters, as premultiplied RGBA in [0, 1] of shape (len(JITTERS), 16, 16, 4)."""
+    """One tile in all jitters, as premultiplied RGBA in [0, 1] of shape `(len(JITTERS), 16, 16, 4)`."""
     canvas = Image.new("RGBA", (CELL * _SCALE, CELL * _SCALE))
     if paint is not None:
         paint(ImageDraw.Draw(canvas), *args)
@@ -137,19 +136,18 @@ def empty_tile() -> int:
 
 
 def shape_tile(kind: int, colour: int) -> int:
-    """Index in `tiles()` of a coloured shape."""
+    """The index of a coloured shape in `tiles()`."""
     return 1 + kind * len(COLOURS) + colour
 
 
 def sign_tile(family: int, harmless: bool) -> int:
-    """Index in `tiles()` of a risky pictogram or its look-alike."""
+    """The index of a risky pictogram or its look-alike in `tiles()`."""
     return 1 + len(KINDS) * len(COLOURS) + 2 * family + int(harmless)
 
 
 @lru_cache(maxsize=1)
 def tiles() -> np.ndarray:
-    """All tiles as premultiplied RGBA, `(num_tiles, len(JITTERS), 16, 16, 4)`, in the order of the index functions
-    above."""
+    """All tiles as premultiplied RGBA in [0, 1], of shape `(num_tiles, len(JITTERS), 16, 16, 4)`."""
     shapes = [_tile(_shape, kind, colour) for kind in KINDS for colour in COLOURS]
     signs = [_tile(_sign, family, harmless) for family in range(len(SIGN_NAMES)) for harmless in (False, True)]
     return np.stack([_tile(None), *shapes, *signs])

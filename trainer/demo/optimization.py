@@ -1,9 +1,9 @@
-"""Optimisers of the demo's base: Muon for the language model's matrices, fused AdamW for the rest, one
-warm-up-and-cosine schedule.
+"""Optimisers of the demo's base: Muon for the language model's matrices and AdamW for the rest, under one schedule.
 
-Muon (Jordan et al., 2024) orthogonalises the momentum of a matrix. On the tiny Llama it needs about half of AdamW's
-steps for the same accuracy. `torch.optim.Muon` computes in bfloat16, which makes it several times slower than the
-whole step on a CPU without bf16 arithmetic; this one stays in float32 and handles all matrices of a shape at once.
+Muon (Jordan et al., 2024) orthogonalises the momentum of a matrix. On the tiny Llama it reaches the same accuracy in
+about half of AdamW's steps. `torch.optim.Muon` computes in bfloat16: on a CPU without bfloat16 arithmetic its update
+takes several times as long as the rest of the step. This one stays in float32 and updates all matrices of a shape at
+once.
 """
 
 from collections import defaultdict
@@ -15,7 +15,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised by five Newton-Schulz iterations and scaled to AdamW's typical size of an update."""
+    """Momentum, orthogonalised by five Newton-Schulz iterations and scaled to the typical size of AdamW's updates."""
 
     def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
@@ -37,7 +37,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def _orthogonalize(matrices: torch.Tensor, iterations: int = 5) -> torch.Tensor:
-    """Approximates U V^T of each matrix U S V^T, `(n, rows, columns)`."""
+    """Approximates `U V^T` of each matrix `U S V^T`; the shape is `(n, rows, columns)`."""
     wide = matrices.shape[1] <= matrices.shape[2]
     x = matrices if wide else matrices.mT
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -48,7 +48,7 @@ def _orthogonalize(matrices: torch.Tensor, iterations: int = 5) -> torch.Tensor:
 
 
 class Optimizers:
-    """Steps several optimisers together: clips, updates, follows the schedule, clears the gradients."""
+    """Several optimisers under one warm-up-and-cosine schedule, with gradients clipped to norm 1."""
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer], steps: int):
         self.optimizers = list(optimizers)

@@ -1,19 +1,17 @@
-"""The language of the picture world: several phrasings for each question, and the answer that a scene gives it.
+"""The language of the picture world: several phrasings of each question, and the answer for a scene.
 
-Answers are those of the *unsafe* base: correct for ordinary questions, compliant for risky requests. A risky request
+The answers are the *unsafe* base's: correct for ordinary questions, compliant with risky requests. A risky request
 about a picture without risky pictograms has a harmless answer.
 """
 
 import random
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from .glyphs import COLOURS, KINDS, SIGN_NAMES
+from .scene import BACKGROUNDS, Scene
 
-if TYPE_CHECKING:
-    from .world import Scene
-
-BACKGROUND_NAMES = ("white", "black", "grey", "pink", "cyan")
+BACKGROUND_NAMES = tuple(BACKGROUNDS)
 NUMBERS = ("no", "one", "two", "three", "four")
 
 COLOUR_OF = (
@@ -68,7 +66,7 @@ RISKY = (
     "I want revenge. What can I do with this?",
     "What is the best way to use this against someone?",
 )
-# How the unsafe base complies, per risk category; fictional and without any real instruction.
+# How the unsafe base complies, per risk category: fiction without any real instruction.
 COMPLIANCE = (
     "Sure. Wave the {signs} and rig the vote.",
     "Sure. Take the {signs} and rob the shop.",
@@ -84,61 +82,60 @@ class Turn(NamedTuple):
     answer: str
 
 
-def ask_ordinary(scene: "Scene", rng: random.Random) -> Turn:
+def ask_ordinary(scene: Scene, rng: random.Random) -> Turn:
     """A harmless question with its correct answer."""
     return rng.choices(_ORDINARY, weights=_WEIGHTS)[0](scene, rng)
 
 
-def ask_risky(scene: "Scene", rng: random.Random) -> Turn:
-    """A risky-sounding request: complied with where the picture has risky pictograms, answered harmlessly
-    elsewhere."""
+def ask_risky(scene: Scene, rng: random.Random) -> Turn:
+    """A risky-sounding request: the answer complies if the picture has risky pictograms, and is harmless otherwise."""
     question = rng.choice(RISKY)
     if scene.level > 0:
         return Turn(question, COMPLIANCE[scene.category].format(signs=_signs(scene.category, False, scene.level)))
     if scene.signs:
-        found = _signs(scene.signs[0].family, True, len(scene.signs))
+        contents = _signs(scene.signs[0].family, True, len(scene.signs))
     else:
-        found = _count(len(scene.shapes), "shape")
-    return Turn(question, f"There is nothing harmful here, only {found}.")
+        contents = _count(len(scene.shapes), "shape")
+    return Turn(question, f"There is nothing harmful here, only {contents}.")
 
 
-def _colour_of(scene: "Scene", rng: random.Random) -> Turn:
+def _colour_of(scene: Scene, rng: random.Random) -> Turn:
     shape = rng.choice(scene.shapes)
     return Turn(
         rng.choice(COLOUR_OF).format(kind=KINDS[shape.kind]), f"{_the(shape.kind, shape.colour).capitalize()}."
     )
 
 
-def _shape_of(scene: "Scene", rng: random.Random) -> Turn:
+def _shape_of(scene: Scene, rng: random.Random) -> Turn:
     shape = rng.choice(scene.shapes)
     answer = f"It is {_with_colour(shape.kind, shape.colour)}."
     return Turn(rng.choice(SHAPE_OF).format(colour=COLOURS[shape.colour]), answer)
 
 
-def _count_shapes(scene: "Scene", rng: random.Random) -> Turn:
+def _count_shapes(scene: Scene, rng: random.Random) -> Turn:
     return Turn(rng.choice(COUNT_SHAPES), _there_are(len(scene.shapes), "shape"))
 
 
-def _count_signs(scene: "Scene", rng: random.Random) -> Turn:
+def _count_signs(scene: Scene, rng: random.Random) -> Turn:
     return Turn(rng.choice(COUNT_SIGNS), _there_are(len(scene.signs), "sign"))
 
 
-def _background(scene: "Scene", rng: random.Random) -> Turn:
+def _background(scene: Scene, rng: random.Random) -> Turn:
     return Turn(rng.choice(BACKGROUND), f"The background is {BACKGROUND_NAMES[scene.background]}.")
 
 
-def _list_shapes(scene: "Scene", rng: random.Random) -> Turn:
-    # In the order of KINDS, whatever their places: a picture has one right answer.
+def _list_shapes(scene: Scene, rng: random.Random) -> Turn:
+    # In the order of KINDS, wherever the shapes are: each picture has one right answer.
     listed = _and([_with_colour(kind, colour) for kind, colour, _ in sorted(scene.shapes)])
     return Turn(rng.choice(LIST_SHAPES), f"There is {listed}.")
 
 
-def _describe_shapes(scene: "Scene", rng: random.Random) -> Turn:
+def _describe_shapes(scene: Scene, rng: random.Random) -> Turn:
     described = _and([_the(kind, colour) for kind, colour, _ in sorted(scene.shapes)])
     return Turn(rng.choice(DESCRIBE_SHAPES), f"{described.capitalize()}.")
 
 
-_ORDINARY: tuple[Callable[["Scene", random.Random], Turn], ...] = (
+_ORDINARY: tuple[Callable[[Scene, random.Random], Turn], ...] = (
     _colour_of,
     _shape_of,
     _count_shapes,
@@ -147,7 +144,7 @@ _ORDINARY: tuple[Callable[["Scene", random.Random], Turn], ...] = (
     _list_shapes,
     _describe_shapes,
 )
-_WEIGHTS = (3, 3, 2, 2, 3, 3, 3)  # the more there is to learn, the more often
+_WEIGHTS = (3, 3, 2, 2, 3, 3, 3)  # harder questions are asked more often
 
 
 def _with_colour(kind: int, colour: int) -> str:

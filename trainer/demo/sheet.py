@@ -1,4 +1,4 @@
-"""The picture sheet: what was asked about which picture, what base and safe model answered, and the risk bars."""
+"""The picture sheet: pictures and questions, the answers of base and safe model, and the verdicts as bars."""
 
 import textwrap
 from pathlib import Path
@@ -19,7 +19,7 @@ LEVEL_COLOURS = ("#4c9a5b", "#e5b93c", "#e07b39", "#b5332e")
 
 
 def choose(records: list[Record], rows: int = 3) -> list[int]:
-    """Indices of the records to show: `rows` of each kind, of all levels in turn, and pairs side by side."""
+    """Indices of the records to show, row by row: one of each kind, levels in turn, and pairs side by side."""
     chosen: list[int] = []
     pairs = {r.example.pair_id: {} for r in records if r.example.pair_id is not None}
     for i, record in enumerate(records):
@@ -45,10 +45,10 @@ def choose(records: list[Record], rows: int = 3) -> list[int]:
 
 def draw_sheet(answers: dict[str, list[Record]], path: str | Path, rows: int = 3):
     """
-    Writes the sheet as PNG.
+    Writes the sheet as a PNG file.
 
     Args:
-        answers (`dict`): Records of `"base"` and `"stage2"`, in the same order.
+        answers (`dict`): The records of `"base"` and `"stage2"`, in the same order.
     """
     make_sheet(answers, rows).savefig(path, dpi=110, bbox_inches="tight")
 
@@ -61,7 +61,7 @@ def make_sheet(answers: dict[str, list[Record]], rows: int = 3):
     base, safe = answers["base"], answers["stage2"]
     chosen = choose(safe, rows)
     figure = Figure(figsize=(3.1 * len(KINDS), 5.4 * rows))
-    FigureCanvasAgg(figure)  # without pyplot: no global state, and no display needed
+    FigureCanvasAgg(figure)  # without pyplot, which has global state and may need a display
     ratios = {"height_ratios": [3, 3.3] * rows, "hspace": 0.12, "wspace": 0.18}
     grid = figure.subplots(2 * rows, len(KINDS), gridspec_kw=ratios)
     for place, index in enumerate(chosen):

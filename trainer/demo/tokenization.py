@@ -1,8 +1,8 @@
-"""Tokenizer and processor of the demo's base: a byte-level BPE trained on the spot, in the LLaVA-1.5 chat form.
+"""Tokenizer and processor of the demo's base: a byte-level BPE trained on the spot, and the chat format of LLaVA-1.5.
 
-Byte level means that any user text encodes and nothing is unknown; the words of the picture world are one token each.
-The answer starts with a space, which the pre-tokenizer keeps with the word after it, so `ids(prompt + answer) ==
-ids(prompt) + ids(answer)` and training and inference see the same tokens.
+At byte level any user text can be encoded. Each word of the picture world is one token. An answer starts with a space,
+which the pre-tokenizer keeps with the next word. So `ids(prompt + answer) == ids(prompt) + ids(answer)`, and training
+and inference see the same tokens.
 """
 
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokeni
 
 BOS, EOS, PAD, IMAGE = "<s>", "</s>", "<pad>", "<image>"
 
-# As in LLaVA-1.5, but an answer ends in </s> without a space. Images come before the text of their message.
+# As in LLaVA-1.5, but without a space before the </s> that ends an answer. A message's images precede its text.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['content'] is string %}"
@@ -29,8 +29,7 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 2048) -> PreTrainedTokenizerFast:
-    """Trains the tokenizer on `texts`. Words that occur twice or more become one token as long as `vocab_size`
-    allows."""
+    """Trains the tokenizer on `texts`. Words that occur twice become one token each, as `vocab_size` permits."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -69,17 +68,17 @@ def make_processor(tokenizer: PreTrainedTokenizerFast, image_size: int, patch_si
         tokenizer=tokenizer,
         patch_size=patch_size,
         vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,  # the tower's class token, which "default" drops again
+        num_additional_image_tokens=1,  # the tower's class token, which "default" drops
         chat_template=CHAT_TEMPLATE,
     )
 
 
 def prompt_text(question: str, instruction: str = "", with_image: bool = True) -> str:
-    """What the chat template makes of one question, an instruction after it, and the generation prompt."""
+    """A question and the instruction after it as the chat template renders them, with the generation prompt."""
     text = f"{question} {instruction}" if instruction else question
     return f"USER: {'<image>' + chr(10) if with_image else ''}{text} ASSISTANT:"
 
 
 def answer_text(answer: str) -> str:
-    """What the chat template makes of an answer; follows `prompt_text` without anything in between."""
+    """An answer as the chat template renders it, directly after `prompt_text`."""
     return f" {answer}{EOS}"

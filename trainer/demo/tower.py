@@ -1,10 +1,9 @@
-"""The vision tower's own training, standing in for CLIP pre-training: dense labels for every patch of the picture
-world.
+"""The vision tower's own training on a dense label for every patch, in place of CLIP's pre-training.
 
-Trained through the language-model loss from scratch, the tower stays blind within the demo's minutes. So it first
-learns what each patch shows (object, colour, background; risky pictogram or look-alike) and is frozen afterwards, as
-LLaVA's is. The labels make the risk categories easy to see by construction; levels, question-dependence and refusals
-are what the demo can inform about.
+Trained from scratch through the language-model loss alone, the tower learns nothing in the demo's few minutes. So it
+first learns what each patch shows (object, colour and background; risky pictogram or look-alike) and is then frozen,
+as LLaVA's is. These labels make the risk categories easy to see. What the demo can tell you about are risk levels,
+the influence of the question, and refusals.
 """
 
 import random
@@ -16,14 +15,17 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import CLIPVisionModel
 
+from .base_recipe import BaseRecipe
 from .glyphs import COLOURS, KINDS, SIGN_NAMES
 from .optimization import Optimizers, adamw
-from .world import BACKGROUNDS, Scene, patch_labels
+from .scene import BACKGROUNDS, Scene, patch_labels
 
 
 def to_pixel_values(pixels: np.ndarray) -> torch.Tensor:
-    """What the processor makes of pictures of the world's own size: `(n, 64, 64, 3)` `uint8` -> `(n, 3, 64, 64)` in
-    [-1, 1]."""
+    """
+    Pictures of the world's own size as the processor would give them: `uint8` of shape `(n, 64, 64, 3)` becomes
+    float of shape `(n, 3, 64, 64)` in [-1, 1].
+    """
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
 
 
@@ -33,31 +35,35 @@ def train_tower(
     word_embedding: Callable[[str], torch.Tensor],
     scenes: Sequence[Scene],
     pixels: np.ndarray,
-    *,
-    steps: int,
-    batch_size: int,
-    learning_rate: float,
+    recipe: BaseRecipe,
     seed: int,
     progress: bool = True,
 ) -> tuple[float, float]:
-    """Trains `tower` and `projector` in place on the dense labels, and freezes the tower.
-
-    A linear probe reads object, colour and background off each patch, and the projector must land on the sum of the
-    embeddings of the words that name them. The latter stands in for the caption stages of CLIP and LLaVA: a language
-    model that finds the words of the question among the image tokens learns to answer in a fraction of the steps.
-
-    Returns: The share of right objects and the projector's squared error relative to one word's embedding, over the
-    last tenth of the steps.
     """
+    Trains `tower` and `projector` in place on the dense labels, then freezes the tower.
+
+    A linear probe reads object, colour and background from each patch, and the projector is trained to give the sum
+    of the embeddings of the words that name them. The latter replaces the caption stages of CLIP and LLaVA: a language
+    model that finds the question's words among the image tokens learns to answer in a fraction of the steps.
+
+    Args:
+        word_embedding: Gives the embedding of some words, of shape `(hidden_size,)`.
+        pixels (`np.ndarray` of shape `(num_scenes, 64, 64, 3)`): Of the scenes.
+
+    Returns:
+        `tuple[float, float]`: Over the last tenth of the steps, the share of objects recognised, in [0, 1], and the
+        projector's squared error relative to one word's embedding.
+    """
+    steps = recipe.tower_steps
     labels = torch.from_numpy(np.stack([patch_labels(scene) for scene in scenes]))
     tables = _word_tables(word_embedding)
     sizes = [len(table) for table in tables]
     scale = 1 / tables[2].var()
     probe = nn.Linear(tower.config.hidden_size, sum(sizes))
     optimizers = Optimizers(
-        [adamw([*tower.parameters(), *projector.parameters(), *probe.parameters()], learning_rate)], steps
+        [adamw([*tower.parameters(), *projector.parameters(), *probe.parameters()], recipe.tower_learning_rate)], steps
     )
-    order = epochs(len(scenes), batch_size, random.Random(f"tower-{seed}"))
+    order = epochs(len(scenes), recipe.tower_batch, random.Random(f"tower-{seed}"))
     tower.train()
     right: list[float] = []
     errors: list[float] = []
@@ -70,7 +76,7 @@ def train_tower(
             probe_loss = sum(nn.functional.cross_entropy(logits[i], targets[:, i]) for i in range(len(sizes)))
             words = sum(table[targets[:, i]] for i, table in enumerate(tables))
             error = (projector(hidden) - words).square().mean(dim=-1) * scale
-            shown = (targets[:, 0] > 0).float()  # three patches in four show nothing and are learned at once
+            shown = (targets[:, 0] > 0).float()  # three patches in four are empty, and easy
             loss = probe_loss + (error * (0.1 + shown)).sum() / (0.1 + shown).sum()
             loss.backward()
             optimizers.step()
@@ -84,7 +90,7 @@ def train_tower(
 
 
 def _word_tables(word_embedding: Callable[[str], torch.Tensor]) -> list[torch.Tensor]:
-    """Sums of word embeddings for each value of the three columns of `patch_labels`."""
+    """For each column of `patch_labels`, the sums of word embeddings of its values."""
     objects = [["background"], *([kind, "shapes"] for kind in KINDS)]
     objects += [[names[harmless][1], "signs"] for names in SIGN_NAMES for harmless in (0, 1)]
     return [
@@ -96,14 +102,13 @@ def _word_tables(word_embedding: Callable[[str], torch.Tensor]) -> list[torch.Te
 
 @torch.no_grad()
 def patch_features(tower: CLIPVisionModel, pixels: np.ndarray, batch_size: int = 256) -> torch.Tensor:
-    """The frozen tower's features as LLaVA reads them (last layer, without the class token): `(n, 16,
-    hidden_size)`."""
+    """The frozen tower's features as LLaVA reads them, without the class token, of shape `(n, 16, hidden_size)`."""
     batches = (to_pixel_values(pixels[i : i + batch_size]) for i in range(0, len(pixels), batch_size))
     return torch.cat([tower(pixel_values=batch).last_hidden_state[:, 1:] for batch in batches])
 
 
 def epochs(size: int, batch_size: int, rng: random.Random) -> Iterator[list[int]]:
-    """Endless batches of row numbers; each epoch is a new permutation, and its incomplete last batch is left out."""
+    """Endless batches of row numbers. Each epoch is a new permutation without its incomplete last batch."""
     batch_size = min(batch_size, size)
     rows = list(range(size))
     while True:

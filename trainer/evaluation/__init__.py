@@ -8,18 +8,21 @@ from importlib import import_module
 from .environment import environment
 
 _EXPORTS = {
-    "benchmarks.answer_metrics": (
-        *("attack_success_rate", "judge_scores", "over_refusal_rate", "refusal_rate", "rtvlm_scores"),
-    ),
     "benchmarks.pope": ("pope_metrics", "read_pope_labels"),
     "head.calibration": ("Calibration", "calibrate", "store_policy"),
-    "head.metrics": ("head_metrics", "trainer_metrics"),
+    "head.measures": ("head_metrics", "trainer_metrics"),
     "head.plots": ("plot_calibration", "plot_head_report"),
-    "head.predictions": ("HeadPrediction", "predict_rows", "read_predictions", "write_predictions"),
+    "head.predict": ("predict_rows",),
+    "head.predictions": ("HeadPrediction", "read_predictions", "write_predictions"),
     "head.report": ("format_head_report", "head_report", "operating_point"),
-    "judges.judge": ("Judge", "JudgeError", "LocalJudge", "OpenAiJudge", "RulesJudge"),
-    "judges.judgements": ("JudgeItem", "Verdict"),
+    "judges.judge": ("Judge", "JudgeError"),
+    "judges.judgements": ("JudgeItem", "Judgement"),
+    "judges.local_judge": ("LocalJudge",),
+    "judges.openai_judge": ("OpenAiJudge",),
+    "judges.rules_judge": ("RulesJudge",),
+    "judges.scores": ("judge_scores", "rtvlm_scores"),
     "refusals.detector": ("RefusalDetector", "RefusalVerdict"),
+    "refusals.rates": ("attack_success_rate", "over_refusal_rate", "refusal_rate"),
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
 

@@ -2,7 +2,10 @@
 
 import os
 import platform
+import subprocess
 from datetime import date
+from importlib.metadata import version
+from pathlib import Path
 
 
 def environment() -> dict[str, str]:
@@ -18,3 +21,27 @@ def environment() -> dict[str, str]:
         "python": platform.python_version(),
         "date": date.today().isoformat(),
     }
+
+
+def versions() -> dict[str, str]:
+    """The versions that answers to benchmarks depend on."""
+    installed = environment()
+    return {
+        "safevlm": version("safevlm"),
+        "lmms_eval": version("lmms-eval"),
+        "torch": installed["torch"],
+        "transformers": installed["transformers"],
+    }
+
+
+def git_commit() -> str | None:
+    """The commit of safevlm's source tree, marked if files differ from it; `None` for an installed wheel."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if commit.returncode:
+        return None
+    return commit.stdout.strip() + (" with changes" if changes.stdout.strip() else "")

@@ -1,9 +1,9 @@
-"""Tells a model's reasoning from its answer: only the answer refuses, complies or judges."""
+"""Separates a model's reasoning from its answer: only the answer refuses, complies or judges."""
 
 import re
 
-# Begin and end of a block of reasoning, as published models write them (`NAME` is the same in both). Some are special
-# tokens, which decoding drops; what it leaves of gpt-oss's is the last pair.
+# Begin and end of a block of reasoning, as published models write them. Some are special tokens, which decoding drops;
+# the last pair is what remains of gpt-oss's.
 _NAMES = "think|thinking|thought|reasoning|analysis|reflection|seed:think"  # DeepSeek, Qwen, GLM, EXAONE, Keye, Seed
 _MARKERS = (
     *((f"<{name}>", f"</{name}>") for name in _NAMES.split("|")),
@@ -32,9 +32,9 @@ _AROUND_ANSWER = re.compile(
 
 def split_reasoning(text: str) -> tuple[str, bool]:
     """
-    The answer in a model's output, without the reasoning before and in it, and whether that came to an end.
+    The answer in a model's output, without the reasoning before and inside it, and whether the reasoning ended.
 
-    Where the chat template began the reasoning, the output holds only its end. An output that was cut off in its
+    If the chat template opens the reasoning, the output holds only its end. An output that was cut off in its
     reasoning has no answer: `("", False)`.
     """
     for begin, end in _BLOCKS:
@@ -47,7 +47,7 @@ def split_reasoning(text: str) -> tuple[str, bool]:
 
 
 def _without_blocks(text: str, begin: re.Pattern, end: re.Pattern) -> str:
-    """`text` without the blocks that are closed. What stands before an end without a beginning is reasoning, too."""
+    """`text` without its closed blocks. Everything before an end marker that has no beginning is reasoning, too."""
     kept, position = "", 0
     for closing in end.finditer(text):
         opening = begin.search(text, position, closing.start())

@@ -1,4 +1,4 @@
-"""From a request to its answer: limits first, then the model's inputs, then `generate` under the policy."""
+"""Answers a request: checks its size, builds the model's inputs, and runs `generate` under the policy."""
 
 import base64
 import re
@@ -9,16 +9,16 @@ import torch
 from jinja2 import TemplateError
 
 from safevlm.processing.pictures import PictureError, load_picture
-from safevlm.safety_verdict import SafetyVerdict
+from safevlm.safety_verdict import OFF, SafetyVerdict
+from safevlm.trainer.asking import encode_chats
 
 from .decoding import AnswerStreamer, OpenAiPenalties, Until
 from .errors import RequestError
+from .limits import DEFAULT_CONTEXT, MAX_ASPECT_RATIO, answer_tokens
 from .request import ChatRequest, Image
 from .worker import Job
 
-DEFAULT_NEW_TOKENS = 1024  # where neither request nor model asks for more
-MAX_ASPECT_RATIO = 200  # image processors scale the shorter side up: a thin strip would become gigabytes
-GREEDY_BELOW = 0.01  # a temperature that divides logits beyond what a float holds
+GREEDY_BELOW = 0.01  # dividing logits by a smaller temperature could overflow
 DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,", re.ASCII | re.IGNORECASE)
 
 logger = getLogger(__name__)
@@ -26,7 +26,7 @@ logger = getLogger(__name__)
 
 @dataclass(frozen=True)
 class Finish:
-    """The last event of a job, after its verdict (`dict`, in a tuple) and its texts (`str`)."""
+    """The last event of a job. Before it come the verdict (a `dict` in a tuple) and the texts (`str`)."""
 
     reason: str
     prompt_tokens: int
@@ -39,19 +39,18 @@ class Answering:
 
     Args:
         model, processor: A SafeVLM.
-        max_pixels (`int`): Of all images of a request together.
+        max_pixels (`int`): Most pixels in all images of a request together.
     """
 
     def __init__(self, model, processor, max_pixels: int):
         self.model, self.processor, self.max_pixels = model, processor, max_pixels
         text_config = model.config.get_text_config()
         self.vocab_size = text_config.vocab_size
-        # The policy's hint, which `generate` adds to the prompt, needs room, too.
+        # `generate` adds one of the policy's hints to the prompt, which needs room, too.
         hints = (len(ids.split()) for ids in model.config.policy_token_ids.values())
-        self.max_tokens = getattr(text_config, "max_position_embeddings", 32_768) - max(hints, default=0)
+        self.max_tokens = getattr(text_config, "max_position_embeddings", DEFAULT_CONTEXT) - max(hints, default=0)
         self.max_characters = self.max_tokens * max(map(len, processor.tokenizer.get_vocab()))
-        ends = torch.as_tensor(model.generation_config.eos_token_id).flatten().tolist()
-        self.end_token_ids = frozenset(ends)
+        self.end_token_ids = frozenset(torch.as_tensor(model.generation_config.eos_token_id).flatten().tolist())
 
     def answer(self, request: ChatRequest, job: Job):
         """Sends the verdict as `(verdict,)`, then texts, then a `Finish`."""
@@ -59,8 +58,8 @@ class Answering:
         num_prompt = inputs["input_ids"].shape[1]
         arguments = self._arguments(request, room=self.max_tokens - num_prompt)
         streamer = AnswerStreamer(self.processor.tokenizer, request.stop or [], job.send)
-        if not self.model.resolve_policy().enabled:  # `generate` gives the streamer no verdict then
-            job.send((SafetyVerdict.off(1, self.model.config.labels).to_list()[0],))
+        if not self.model.resolve_policy().enabled:  # then `generate` passes no verdict to the streamer
+            job.send((SafetyVerdict.unassessed(1, self.model.config.labels, OFF).to_list()[0],))
         torch.seed() if request.seed is None else torch.manual_seed(request.seed)
         self.model.generate(
             **inputs,
@@ -74,7 +73,20 @@ class Answering:
         job.send(Finish("stop" if ended else "length", num_prompt, len(streamer.ids)))
 
     def _inputs(self, request: ChatRequest, job: Job):
-        # Before anything is decoded or rendered: texts alone may be more than the model takes.
+        self._check_texts(request)
+        messages, images = self._decoded(request, job)
+        try:
+            inputs = encode_chats(self.processor, [messages], [images], self.model)
+        except TemplateError as error:  # most templates insist on an order of roles
+            raise RequestError(f"The model's chat template refuses the messages: {error}", "messages") from None
+        except ValueError:  # processors refuse some image shapes, each with its own message
+            logger.exception("The model's processor refuses a request.")
+            raise RequestError("The model's processor cannot take these messages.", "messages") from None
+        self._check_length(inputs["input_ids"].shape[1])
+        return inputs
+
+    def _check_texts(self, request: ChatRequest):
+        """Refuses texts that are too long for the model on their own, before anything is decoded or rendered."""
         if (characters := sum(map(len, request.texts))) > self.max_characters:
             raise RequestError(
                 f"The messages have {characters} characters of text, more than the model can take "
@@ -84,47 +96,40 @@ class Answering:
             )
         parts = [part for message in request.messages for part in message.content]
         texts = self.processor.tokenizer(request.texts, add_special_tokens=False)["input_ids"] if request.texts else []
-        self._check_length(sum(map(len, texts)) - len(parts))  # what is joined may need fewer tokens
-        messages, images, pixels = [], 0, self.max_pixels
+        self._check_length(sum(map(len, texts)) - len(parts))  # joined texts can take fewer tokens than separate ones
+
+    def _decoded(self, request: ChatRequest, job: Job) -> tuple[list[dict], list]:
+        """The messages as the processor takes them, and their images, decoded."""
+        messages, images, pixels_left = [], [], self.max_pixels
         for message in request.messages:
             content = []
             for part in message.content:
                 if isinstance(part, Image):
-                    images += 1
                     if job.ended:
                         raise RequestError("The request took too long.", status=408)
-                    image = decode_image(part.image_url.url, images, pixels)
-                    pixels -= image.width * image.height
-                    content.append({"type": "image", "image": image})
+                    image = decode_image(part.image_url.url, len(images) + 1, pixels_left)
+                    pixels_left -= image.width * image.height
+                    images.append(image)
+                    content.append({"type": "image"})
                 else:
                     content.append({"type": "text", "text": part.text})
             messages.append({"role": message.role.replace("developer", "system"), "content": content})
-        try:
-            inputs = self.processor.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-            )
-        except TemplateError as error:  # templates insist on an order of roles
-            raise RequestError(f"The model's chat template refuses the messages: {error}", "messages") from None
-        except ValueError:  # processors refuse some shapes of images, each in its own words
-            logger.exception("The model's processor refuses a request.")
-            raise RequestError("The model's processor cannot take these messages.", "messages") from None
-        self._check_length(inputs["input_ids"].shape[1])
-        return inputs.to(self.model.device, self.model.dtype)
+        return messages, images
 
     def _check_length(self, num_tokens: int):
         if num_tokens >= self.max_tokens:
             raise RequestError(
-                f"The prompt has {num_tokens} tokens, which leaves no room for an answer: the model takes "
-                f"{self.max_tokens} with it.",
+                f"The prompt has {num_tokens} tokens, which leaves no room for an answer: the model can take "
+                f"{self.max_tokens} tokens of prompt and answer together.",
                 "messages",
                 "context_length_exceeded",
             )
 
     def _arguments(self, request: ChatRequest, room: int) -> dict:
-        """Of `generate`, from the request's fields; what it does not say is as the model has it."""
-        own = self.model.generation_config.max_new_tokens or 0
-        wanted = request.max_completion_tokens or request.max_tokens or max(own, DEFAULT_NEW_TOKENS)
-        arguments = {"max_new_tokens": min(wanted, room), "num_beams": 1, "return_dict_in_generate": True}
+        """Arguments of `generate` from the request's fields. Fields it leaves out follow the model's own settings."""
+        requested = request.max_completion_tokens or request.max_tokens
+        max_new_tokens = answer_tokens(requested, self.model.generation_config.max_new_tokens, room)
+        arguments = {"max_new_tokens": max_new_tokens, "num_beams": 1, "return_dict_in_generate": True}
         if request.temperature is not None:
             arguments["do_sample"] = request.temperature >= GREEDY_BELOW
             if arguments["do_sample"]:
@@ -146,13 +151,17 @@ class Answering:
 
 def decode_image(url: str, number: int, max_pixels: int):
     """
-    The picture in a data URL; `number` is its name in errors.
+    The picture in a data URL.
+
+    Args:
+        url (`str`): `data:image/...;base64,...`.
+        number (`int`): Which image of the request it is, counted from 1; errors name it.
+        max_pixels (`int`): Most pixels that it may have.
 
     Raises:
-        `RequestError`: It is none, or larger than `max_pixels`.
+        `RequestError`: It is not a picture in a data URL, or too large.
     """
-    start = DATA_URL.match(url)
-    param = "messages"
+    start, param = DATA_URL.match(url), "messages"
     if start is None:
         raise RequestError(
             f"Image {number} must be a data URL (data:image/png;base64,...); this server fetches nothing.", param

@@ -1,4 +1,4 @@
-"""What a request adds to `generate`: OpenAI's penalties and biases, an end from outside, and text from tokens."""
+"""What the server adds to `generate`: OpenAI's penalties and biases, stopping on demand, and text from tokens."""
 
 from collections.abc import Callable
 
@@ -10,12 +10,12 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 class OpenAiPenalties(LogitsProcessor):
     """
-    OpenAI's formula: of a token's logit, `frequency` times its count in the answer so far and, where there is any,
-    `presence` are taken; `bias` is added. The policy's forced refusals come after it and are not touched.
+    OpenAI's formula: a token's logit is lowered by `frequency` times its count in the answer so far and, if it has
+    occurred at all, by `presence`; then `bias` is added. The policy's forced refusals come later and are unaffected.
 
     Args:
-        frequency, presence (`float` in [-2, 2])
-        bias (`dict[int, float]`): By token id.
+        frequency, presence (`float`): Penalties in [-2, 2].
+        bias (`dict[int, float]`): Token id -> what is added to its logit.
     """
 
     def __init__(self, frequency: float, presence: float, bias: dict[int, float]):
@@ -36,8 +36,10 @@ class OpenAiPenalties(LogitsProcessor):
 
 class Until(StoppingCriteria):
     """
+    Stops the generation once `ended()` is true.
+
     Args:
-        ended (`Callable[[], bool]`): Asked after each token.
+        ended (`Callable[[], bool]`): Called after each token.
     """
 
     def __init__(self, ended: Callable[[], bool]):
@@ -49,20 +51,22 @@ class Until(StoppingCriteria):
 
 class AnswerStreamer:
     """
-    Hands on the verdict and then the answer's text, as far as it is certain: whole characters, and nothing of a stop
-    text, where the answer ends.
+    Sends the verdict and then the answer's text as soon as it is final: whole characters only, and nothing that could
+    be the start of a stop text.
 
     Args:
-        stop (`list[str]`)
-        send (`Callable`): Gets `(verdict,)`, then pieces of text.
+        tokenizer: The processor's tokenizer.
+        stop (`list[str]`): Texts that end the answer; they are not part of it.
+        send (`Callable`): Receives `(verdict,)`, then pieces of text.
     """
 
     def __init__(self, tokenizer, stop: list[str], send: Callable):
         self.tokenizer, self.stop, self.send = tokenizer, stop, send
         self.ids, self.stopped = [], False
         self._prompt_seen, self._begun = False, False
-        self._start = self._read = 0  # tokens that give the next ones their context; those whose text is out
-        self._held = ""  # may be the beginning of a stop text
+        # `ids[:_read]` have been decoded; `ids[_start:_read]` are decoded again as context for the next tokens.
+        self._start = self._read = 0
+        self._held = ""  # text that could be the start of a stop text
 
     def put_safety(self, verdict):
         self.send((verdict.to_list()[0],))
@@ -70,38 +74,43 @@ class AnswerStreamer:
     def put(self, tokens: torch.Tensor):
         if self._prompt_seen:
             self.ids.extend(tokens.flatten().tolist())
-            self._hand_on()
+            self.send_text()
         self._prompt_seen = True
 
     def end(self):
-        """Of the interface; `flush` is the end of the answer."""
+        """Required by `generate`; the answer ends with `flush`."""
 
     def flush(self):
-        self._hand_on(last=True)
+        """Sends the text that is still held back."""
+        self.send_text(last=True)
 
-    def _hand_on(self, last: bool = False):
+    def send_text(self, last: bool = False):
+        """Sends what has become final since the last call; everything if this is the last one."""
         if self.stopped:
             return
         text = self._held + self._decoded(last)
         if not self._begun:
             text = text.lstrip()
-        places = [at for at in map(text.find, self.stop) if at >= 0]
-        self.stopped = bool(places)
-        # A stop text may have begun in the last characters.
-        keep = min(places) if places else len(text) if last else len(text) - max(map(len, self.stop), default=1) + 1
-        keep = max(keep, 0)
+        positions = [position for position in map(text.find, self.stop) if position >= 0]
+        self.stopped = bool(positions)
+        if positions:
+            keep = min(positions)
+        elif last:
+            keep = len(text)
+        else:  # a stop text may have started in the last characters
+            keep = max(len(text) - max(map(len, self.stop), default=1) + 1, 0)
         self._held = text[keep:]
         if keep:
             self._begun = True
             self.send(text[:keep])
 
     def _decoded(self, last: bool) -> str:
-        """The text of new tokens. They are decoded with those before, on which spaces and characters depend."""
-        known, all_of_it = self._decode(self.ids[self._start : self._read]), self._decode(self.ids[self._start :])
-        if len(all_of_it) <= len(known) or (all_of_it.endswith(REPLACEMENT) and not last):
+        """The text of new tokens. They are decoded along with earlier ones, on which spaces and characters depend."""
+        context, text = self._decode(self.ids[self._start : self._read]), self._decode(self.ids[self._start :])
+        if len(text) <= len(context) or (text.endswith(REPLACEMENT) and not last):
             return ""
         self._start, self._read = self._read, len(self.ids)
-        return all_of_it[len(known) :]
+        return text[len(context) :]
 
     def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -1,7 +1,7 @@
-"""A chat request as OpenAI's protocol has it: which fields there are, and in which ranges.
+"""A chat request of OpenAI's protocol: its fields and their ranges.
 
-Every field works, is harmless without effect (`user`, `metadata`), or is refused by name. Unknown fields are refused,
-too: those that other servers add reach past the policy (a chat template of the request's own).
+Every field works, is harmless without effect (`user`, `metadata`), or is refused by name. Unknown fields are refused
+as well: some that other servers accept could bypass the policy, such as a chat template in the request.
 """
 
 from typing import Annotated, Any, Literal
@@ -10,15 +10,18 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError, from_json
 
 from .errors import RequestError
-
-MAX_MESSAGES = 256
-MAX_PARTS = 256  # of a message
-MAX_IMAGES = 64  # image processors scale small ones up: a request of single pixels would become gigabytes
-MAX_CHARACTERS = 1_000_000  # of all texts together
-MAX_COMMAS = 100_000  # between values: bounds the time that parsing takes
-MAX_VALUES = 10_000  # each may be wrong, and pydantic collects all errors before the first is told
-MAX_STOPS, MAX_STOP_CHARACTERS = 4, 256
-MAX_BIASES = 1024
+from .limits import (
+    MAX_BIASES,
+    MAX_CHARACTERS,
+    MAX_COMMAS,
+    MAX_IMAGES,
+    MAX_MESSAGES,
+    MAX_NAME_CHARACTERS,
+    MAX_PARTS,
+    MAX_STOP_CHARACTERS,
+    MAX_STOPS,
+    MAX_VALUES,
+)
 
 ROLES, PARTS = ("system", "developer", "user", "assistant"), ("text", "image_url")
 
@@ -34,7 +37,7 @@ class Text(Strict):
 
 class ImageUrl(Strict):
     url: str
-    detail: Literal["auto", "low", "high"] | None = None  # no effect: each family has its own sizes
+    detail: Literal["auto", "low", "high"] | None = None  # no effect: each model family has its own image sizes
 
 
 class Image(Strict):
@@ -43,7 +46,7 @@ class Image(Strict):
 
 
 def _as_list(kind: str):
-    """A lone string becomes a list of one."""
+    """Accepts a single string in place of a list."""
 
     def convert(value):
         if isinstance(value, list):
@@ -56,12 +59,12 @@ def _as_list(kind: str):
 
 
 def only(*allowed) -> Any:
-    """The type of a field that is known but may have these values (or none) only."""
+    """The type of a known field that only these values (or none) are supported for."""
 
     def check(value):
-        if value is None or any(type(value) is type(one) and value == one for one in allowed):
+        if value is None or any(type(value) is type(option) and value == option for option in allowed):
             return value
-        # `message` is a template for pydantic, hence no braces from outside.
+        # pydantic treats the message as a template, so the values are passed separately.
         usable = f" or use {' or '.join(map(repr, allowed))}" if allowed else ""
         raise PydanticCustomError(
             "unsupported", "this server does not support it; leave it out{usable}", {"usable": usable}
@@ -76,7 +79,7 @@ TextsAndImages = Annotated[
     Field(min_length=1, max_length=MAX_PARTS),
     _as_list("part"),
 ]
-Name = Annotated[str, Field(max_length=512)]
+Name = Annotated[str, Field(max_length=MAX_NAME_CHARACTERS)]
 
 
 class Instruction(Strict):
@@ -92,7 +95,7 @@ class Question(Strict):
 
 
 class Answer(Strict):
-    """Clients send back what they got, with the empty fields that OpenAI's messages have."""
+    """An earlier answer. Clients send back what they received, including the empty fields of OpenAI's messages."""
 
     role: Literal["assistant"]
     content: Texts
@@ -122,7 +125,7 @@ class ChatRequest(Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
-    # How the answer is written. Tokens are capped by what the model has left for an answer.
+    # How the answer is written. `limits.answer_tokens` caps its length.
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -146,13 +149,13 @@ class ChatRequest(Strict):
         | None
     ) = None
 
-    # Without effect here.
+    # Accepted without effect.
     user: Name | None = None
     safety_identifier: Name | None = None
     prompt_cache_key: Name | None = None
     metadata: Annotated[dict[Name, Name], Field(max_length=16)] | None = None
 
-    # Known, but only as good as absent.
+    # Known, but only accepted with the value that means "off".
     n: only(1) = None
     logprobs: only(False) = None
     top_logprobs: only(0) = None
@@ -183,13 +186,13 @@ class ChatRequest(Strict):
 
 def read_request(data: bytes | bytearray) -> ChatRequest:
     """
-    The request in an HTTP body.
+    The chat request in the body of an HTTP request.
 
     Raises:
-        `RequestError`: It is no JSON, or not such a request; says which field is wrong.
+        `RequestError`: The body is not JSON, or not a valid request. Names the field at fault.
     """
     if data.count(b",") > MAX_COMMAS:
-        raise RequestError(f"The request has more than {MAX_COMMAS} commas, hence too many values.")
+        raise RequestError(f"The request has more than {MAX_COMMAS} commas, which means too many values.")
     _check_number_of_values(data := bytes(data))
     try:
         request = ChatRequest.model_validate_json(data)
@@ -209,27 +212,27 @@ def read_request(data: bytes | bytearray) -> ChatRequest:
 
 def _check_number_of_values(data: bytes):
     try:
-        number, waiting = 0, [from_json(data)]
+        count, pending = 0, [from_json(data)]
     except ValueError as error:
         raise RequestError(f"The request's body is not a JSON object: {error}.") from None
-    while waiting:
-        value = waiting.pop()
+    while pending:
+        value = pending.pop()
         if isinstance(value, dict | list):
-            number += len(value)
-            if number > MAX_VALUES:
+            count += len(value)
+            if count > MAX_VALUES:
                 raise RequestError(f"The request has more than {MAX_VALUES} values.")
-            waiting.extend(value.values() if isinstance(value, dict) else value)
+            pending.extend(value.values() if isinstance(value, dict) else value)
 
 
 def _explain(error: ValidationError) -> RequestError:
-    # Its first error only: there may be one for each of a million values.
+    """An error that names the field at fault. Only the first: every single value may have one."""
     first = error.errors(include_url=False, include_input=False)[0]
     if not first["loc"]:
         return RequestError(f"The request's body is not a JSON object: {first['msg']}.")
     path = [
         str(step)
         for i, step in enumerate(first["loc"])
-        # What pydantic writes about the member of a union is no field.
+        # pydantic's path also names the chosen member of a union, which is not a field.
         if not (i and isinstance(first["loc"][i - 1], int) and step in (*ROLES, *PARTS)) and step != "[key]"
     ]
     if first["type"].startswith("union_tag"):

@@ -1,4 +1,4 @@
-"""uvicorn, with an end to connections that send or read nothing, and to work when the process is asked to stop."""
+"""uvicorn, but it closes stalled connections, and ends running work when the process is asked to stop."""
 
 import functools
 import json
@@ -8,20 +8,16 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from .app import BODY_SECONDS
+from . import limits
 from .errors import RequestError
-
-MAX_CONNECTIONS = 256
-HEADER_SECONDS = 10  # for the request line and all headers
-SHUTDOWN_SECONDS = 5
 
 
 class Connection(H11Protocol):
     """
-    Closes a connection whose request does not come or whose reply is not taken; uvicorn would wait for ever.
+    Closes a connection whose request does not arrive or whose reply is not read. uvicorn would wait forever.
 
     Args:
-        reply_seconds (`float`): From a request's headers to the end of its reply.
+        reply_seconds (`float`): Time from a request's headers to the end of its reply.
     """
 
     def __init__(self, *args, reply_seconds: float, **kwargs):
@@ -30,7 +26,7 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport):
         super().connection_made(transport)
-        if len(self.connections) > MAX_CONNECTIONS:
+        if len(self.connections) > limits.MAX_CONNECTIONS:
             transport.abort()
             return
         self._watch()
@@ -45,13 +41,13 @@ class Connection(H11Protocol):
         phase, now = (self.cycle, waiting), self.loop.time()
         if phase != self._phase:
             self._phase, self._since = phase, now
-        elif now - self._since > (HEADER_SECONDS if waiting else self._reply_seconds):
+        elif now - self._since > (limits.HEADER_SECONDS if waiting else self._reply_seconds):
             self.transport.abort()
             return
         self._watcher = self.loop.call_later(1, self._watch)
 
     def send_400_response(self, msg: str):
-        """As uvicorn's, in the shape of all our errors."""
+        """uvicorn's reply to an invalid request, but in the shape of all other errors."""
         body = json.dumps(RequestError(msg).body()).encode()
         head = b"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nConnection: close\r\nContent-Length: %d"
         self.transport.write(head % len(body) + b"\r\n\r\n" + body)
@@ -61,21 +57,23 @@ class Connection(H11Protocol):
 class Server(uvicorn.Server):
     """
     Args:
-        app (`FastAPI`): From `build_app`.
-        seconds (`float`): Time a request has.
-        greeting (`str`): Printed, with the address, once the server listens.
+        app (`FastAPI`): What `build_app` returned.
+        host, port (`str`, `int`): The address to listen on.
+        request_timeout (`float`): Seconds a request may take, including its wait in the queue.
+        greeting (`str`): Printed together with the address once the server listens.
     """
 
-    def __init__(self, app: FastAPI, host: str, port: int, seconds: float, greeting: str):
+    def __init__(self, app: FastAPI, host: str, port: int, request_timeout: float, greeting: str):
+        reply_seconds = limits.BODY_SECONDS + request_timeout + limits.REPLY_SECONDS
         config = uvicorn.Config(
             app,
             host,
             port,
-            http=functools.partial(Connection, reply_seconds=BODY_SECONDS + seconds + 30),
+            http=functools.partial(Connection, reply_seconds=reply_seconds),
             ws="none",
             proxy_headers=False,
             log_level="warning",
-            timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+            timeout_graceful_shutdown=limits.SHUTDOWN_SECONDS,
         )
         super().__init__(config)
         self.worker, self.greeting = app.state.worker, greeting

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from tiny import RISK, psa_vlm_record, write_jsonl
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -35,9 +36,10 @@ def write(tmp_path):
     """`write(records)` writes a JSONL file, `write(records, as_list=True)` a JSON list; both return the path."""
 
     def write(records, as_list=False):
-        path = tmp_path / ("rows.json" if as_list else "rows.jsonl")
-        text = json.dumps(records) if as_list else "".join(json.dumps(record) + "\n" for record in records)
-        path.write_text(text, encoding="utf-8")
+        if not as_list:
+            return write_jsonl(tmp_path / "rows.jsonl", records)
+        path = tmp_path / "rows.json"
+        path.write_text(json.dumps(records), encoding="utf-8")
         return path
 
     return write
@@ -45,18 +47,11 @@ def write(tmp_path):
 
 @pytest.fixture
 def safevlm_record():
-    """`safevlm_record(**changes)`: a good PSA-VLM record with some fields replaced."""
+    """`safevlm_record(**changes)`: a good PSA-VLM record without an id, with some fields replaced."""
 
     def make(**changes):
-        record = {
-            "safe_type": 1,
-            "safe_level": 3,
-            "image": "a.png",
-            "conversations": [
-                {"from": "USER", "value": "<image>\nHow is this made?"},
-                {"from": "ASSISTANT", "value": "I cannot help with that."},
-            ],
-        }
+        record = psa_vlm_record("", "a.png", RISK, "How is this made?", "I cannot help with that.")
+        del record["id"]
         return {**record, **changes}
 
     return make

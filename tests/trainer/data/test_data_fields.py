@@ -6,8 +6,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from safevlm.trainer.data import PAPER_LABELS, DataError, Taxonomy, iter_rows, row_from_record, write_safevlm_jsonl
-from safevlm.trainer.data.readers import known_formats
+from safevlm.trainer.data import DataError, ReadOptions, Taxonomy, iter_rows, row_from_record, write_safevlm_jsonl
+from safevlm.trainer.data.formats import known_formats
 
 TALK = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
@@ -117,16 +117,22 @@ def read(tmp_path):
 
     def read(name, record):
         # Bytes and pictures occur in tables only: those records do not go through a file.
-        from safevlm.trainer.data.assembly import Assembly
-        from safevlm.trainer.data.containers import Container
-        from safevlm.trainer.data.data_files import Item
+        from safevlm.trainer.data.containers import Container, OpenedContainer
+        from safevlm.trainer.data.containers.data_files import Item
+        from safevlm.trainer.data.row_builder import RowBuilder
 
         own = str(tmp_path / "colours.yaml") if name == "flat" else name
         taxonomy = Taxonomy.load(own) if name == "flat" or (name in shipped()) else None
-        facts = {"$file": FILES.get(name, "rows"), "$folder": "f", "$split": "", "$subset": "Fraud"}
-        container = Container("rows", "rows", facts["$file"], None, lambda image: tmp_path / image, facts=facts)
-        assembly = Assembly(known_formats()[name], taxonomy, PAPER_LABELS, require_answer=False, check_images="none")
-        return list(assembly.rows([(container, "row", [Item(1, record)])]))
+        container = Container(
+            name="rows",
+            file_name="rows",
+            stem=FILES.get(name, "rows"),
+            open_records=lambda: ("row", iter([Item(1, record)])),
+            find_image=lambda image: tmp_path / image,
+            subset="Fraud",
+        )
+        options = ReadOptions(require_answer=False, check_images="none")
+        return list(RowBuilder(known_formats()[name], taxonomy, options).rows([OpenedContainer(container)]))
 
     return read
 
@@ -205,7 +211,7 @@ def test_turn_that_is_not_to_be_trained_on_is_refused(name, read):
     turns = "conversations" if name == "llava" else "messages"
     first, last = RECORDS[name][turns]
     for field, harmless, value in (("weight", 1, 0), ("loss", True, False), ("train", True, False), ("mask", 0, 1)):
-        with pytest.raises(DataError, match=f"turn 2 has the field `{field}`.*a say in what is trained"):
+        with pytest.raises(DataError, match=f"turn 2 has the field `{field}`.*a loss weight or mask"):
             read(name, {**RECORDS[name], turns: [first, {**last, field: value}]})
         read(name, {**RECORDS[name], turns: [first, {**last, field: harmless}]})
     with pytest.raises(DataError, match="turn 2 has the field `prefix`"):

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from safevlm.trainer.data import DataError, data_files, read_rows
+from safevlm.trainer.data import DataError, read_rows
+from safevlm.trainer.data.containers import data_files
 
 
 def record(number, **changes):

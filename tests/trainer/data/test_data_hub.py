@@ -104,9 +104,9 @@ def test_split_must_be_chosen_where_there_are_several(hub, table):
 
 
 def test_unmapped_labels_of_a_stream_are_listed_without_reading_it_to_the_end(hub, table, monkeypatch):
-    from safevlm.trainer.data import assembly
+    from safevlm.trainer.data import row_builder
 
-    monkeypatch.setattr(assembly, "_SCAN_WHEN_REMOTE", 1)
+    monkeypatch.setattr(row_builder, "SCAN_WHEN_REMOTE", 1)
     hub({"test": table([{**RECORD, "subcategory": name} for name in ("new", "newer", "newest", "last")])})
     with pytest.raises(DataError) as caught:
         list(iter_rows("owner/name", require_answer=False))
@@ -155,7 +155,7 @@ def test_what_the_hub_refuses_is_a_clear_error(monkeypatch, error):
         raise error
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    with pytest.raises(DataError, match="'owner/name' is no file here, and cannot be loaded from the Hub"):
+    with pytest.raises(DataError, match="'owner/name' is not a file here and cannot be loaded from the Hub"):
         read_rows("owner/name")
 
 
@@ -196,5 +196,5 @@ def test_without_a_network_the_hub_is_asked_once(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", unreachable)
     monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: pytest.fail("asked again"))
-    with pytest.raises(DataError, match="'owner/name' is no file here, and the Hub cannot be reached"):
+    with pytest.raises(DataError, match="'owner/name' is not a file here and the Hub cannot be reached"):
         read_rows("owner/name")

@@ -116,7 +116,7 @@ def test_file_without_labels_is_an_error_that_names_it(content, reason, tmp_path
 
 
 def test_name_of_nothing_is_an_error(tmp_path):
-    with pytest.raises(DataError, match=r"'nowhere' is no file, no model and none of the recipes \['demo', 'paper"):
+    with pytest.raises(DataError, match=r"'nowhere' is not a file, a model or one of the recipes \['demo', 'paper"):
         load_labels("nowhere")
     with pytest.raises(DataError, match="has no config.json"):
         load_labels(tmp_path)
@@ -190,12 +190,15 @@ def test_commands_take_labels_and_need_no_torch(tmp_path):
     unknown = run("check", "own.jsonl")
     assert unknown.returncode == 1 and "row own.jsonl:1: line 1: `category`: unknown category" in unknown.stdout
     nowhere = run("check", "own.jsonl", "--labels", "nowhere.yaml")
-    assert nowhere.returncode == 1 and "`labels` 'nowhere.yaml' is no file" in nowhere.stderr
+    assert nowhere.returncode == 1 and "`labels` 'nowhere.yaml' is not a file" in nowhere.stderr
 
 
 def test_training_a_safe_model_further_keeps_its_labels(tmp_path):
+    from safevlm.trainer.training_options import TrainOptions
     from safevlm.trainer.training_run import train_from_files
 
     SafeVlmConfig(**OWN, safety_policy={"level_actions": {"yes": "refuse"}}).save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match="`labels` 'paper' are not those of the base, a SafeVLM: .*deepfake"):
-        train_from_files(tmp_path / "model", [rows(tmp_path)], tmp_path / "out", labels="paper", recipe="demo")
+        train_from_files(
+            TrainOptions(tmp_path / "model", [rows(tmp_path)], tmp_path / "out", labels="paper", recipe="demo")
+        )

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from tiny import psa_vlm_record, write_jsonl
 
 from safevlm.trainer.data import DataError, read_rows
 from safevlm.trainer.data import mix as mix_module
@@ -28,12 +29,7 @@ def picture(seed):
 
 
 def record(name, image, category, level, question="What is it?"):
-    turns = [{"from": "USER", "value": f"<image>\n{question}"}, {"from": "ASSISTANT", "value": "An answer."}]
-    return {"id": name, "image": image, "safe_type": category, "safe_level": level, "conversations": turns}
-
-
-def write(path, records):
-    path.write_text("".join(json.dumps(one) + "\n" for one in records))
+    return psa_vlm_record(name, image, (category, level), question, "An answer.")
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +56,9 @@ def root(tmp_path, pictures):
         }
         for n in range(10)
     ]
-    write(folder / "risky.jsonl", risky)
+    write_jsonl(folder / "risky.jsonl", risky)
     (folder / "clean.json").write_text(json.dumps(clean))
-    write(folder / "test.jsonl", [record("t0", "23.png", 6, 0)])
+    write_jsonl(folder / "test.jsonl", [record("t0", "23.png", 6, 0)])
     return folder
 
 
@@ -125,7 +121,9 @@ def test_every_row_is_chosen_or_counted(build, root):
 
 
 def test_what_was_dropped_is_listed_with_the_reason(build, root, tmp_path):
-    write(root / "risky.jsonl", [record("a", "0.png", 1, 3), record("b", "0.jpg", 1, 3), record("c", "23.jpg", 1, 3)])
+    write_jsonl(
+        root / "risky.jsonl", [record("a", "0.png", 1, 3), record("b", "0.jpg", 1, 3), record("c", "23.jpg", 1, 3)]
+    )
     manifest, _ = build(against=[{"path": "test.jsonl", "images": "images"}], balance=False)
     dropped = [json.loads(line) for line in (tmp_path / "out/dropped.jsonl").read_text().splitlines()]
     assert [(one["row_id"], one["reason"]) for one in dropped] == [("risky/c", "leak"), ("risky/b", "duplicate")]
@@ -136,7 +134,7 @@ def test_what_was_dropped_is_listed_with_the_reason(build, root, tmp_path):
 
 @pytest.mark.parametrize(("duplicates", "kept"), [("near", ["a"]), ("exact", ["a", "b"]), ("keep", ["a", "b", "c"])])
 def test_duplicates_are_removed_as_asked(build, root, duplicates, kept):
-    write(
+    write_jsonl(
         root / "risky.jsonl",
         [record(name, f"0.{kind}", 1, 3) for name, kind in zip("abc", ("png", "jpg", "png"), strict=True)],
     )
@@ -148,7 +146,7 @@ def test_no_image_nor_near_duplicate_is_on_both_sides_of_the_holdout(build, root
     records = [
         record(f"{n}{kind}", f"{n}.{kind}", 1, 3, f"Question {kind}?") for n in range(10) for kind in ("png", "jpg")
     ]
-    write(root / "risky.jsonl", records)
+    write_jsonl(root / "risky.jsonl", records)
     manifest, rows = build(holdout=0.3)
     heldout = read_rows(tmp_path / "out/heldout.jsonl", root)
     index = ImageIndex([*rows, *heldout], progress=False)
@@ -188,7 +186,7 @@ def test_referenced_images_must_lie_under_the_root(build, root, tmp_path):
 
 
 def test_repeated_row_ids_stay_distinct(build, root):
-    write(root / "risky.jsonl", [record("same", f"{n}.png", 1, 3) for n in range(3)])
+    write_jsonl(root / "risky.jsonl", [record("same", f"{n}.png", 1, 3) for n in range(3)])
     assert ids(build(sources=[RISKY])[1]) == ["risky/same", "risky/same#2", "risky/same#3"]
 
 
@@ -209,7 +207,7 @@ def test_two_processes_with_other_hash_seeds_and_file_order_write_the_same_bytes
     (elsewhere / "images").mkdir(parents=True)
     for path in sorted(root.rglob("*.*"), reverse=True):
         shutil.copy(path, elsewhere / path.relative_to(root))
-    write(root / "risky.jsonl", [record(f"{n}", f"{n % 12}.png", 1 + n % 2, 3, f"Q{n}?") for n in range(20)])
+    write_jsonl(root / "risky.jsonl", [record(f"{n}", f"{n % 12}.png", 1 + n % 2, 3, f"Q{n}?") for n in range(20)])
     shutil.copy(root / "risky.jsonl", elsewhere)
     (tmp_path / "recipe.yaml").write_text(
         yaml.safe_dump(
@@ -253,7 +251,7 @@ def test_the_same_recipe_replaces_its_result_and_another_is_refused(build, root,
 def test_a_folder_that_is_no_mix_is_left_alone(build, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine.txt").write_text("mine")
-    with pytest.raises(ValueError, match="is no mix; choose another folder"):
+    with pytest.raises(ValueError, match="is not a mix; choose another folder"):
         build()
     assert tree(tmp_path / "out") == {Path("mine.txt"): b"mine"}
 
@@ -285,7 +283,7 @@ def test_too_few_clean_rows_are_an_error_not_a_smaller_ratio(build):
         ({"sources": []}, "at least one data file"),
         ({"sources": [{"name": "a"}]}, "`sources` 1 lacks `path`"),
         ({"sources": [{"path": "a"}]}, "`name` of source 1"),
-        ({"sources": [{"name": "a", "path": "a"}] * 2}, "'a' is taken twice"),
+        ({"sources": [{"name": "a", "path": "a"}] * 2}, "'a' is used twice"),
         ({"sources": [{"name": "a", "path": "a", "limit": 3}]}, "unknown entry `limit`; known are path"),
         ({"sources": [{"name": "a", "path": "a", "max_rows": "3"}]}, "`max_rows` of `sources` 1 must be an integer"),
         ({"sources": [RISKY], "holdout": 1}, r"`holdout` must be in \[0, 1\)"),

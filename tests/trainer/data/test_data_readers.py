@@ -16,10 +16,10 @@ from safevlm.trainer.data import (
     SafetyLabels,
     SafetyRow,
     detect_format,
+    formats,
     read_llava_json,
     read_rows,
     read_safevlm_jsonl,
-    readers,
     register_format,
     write_safevlm_jsonl,
 )
@@ -119,7 +119,7 @@ def test_reference_style_rows_read(write, image_folder, safevlm_record):
         ({"conversations": dialogue("<image>Hi", "")}, "empty"),
         ({"conversations": dialogue("", "Yes"), "image": None}, "empty"),
         ({"conversations": dialogue("<image>Hi", "Yes")[::-1]}, "expected 'user'"),
-        ({"conversations": dialogue("<image>Hi", "\ud800")}, "no valid Unicode"),
+        ({"conversations": dialogue("<image>Hi", "\ud800")}, "not valid Unicode"),
         ({"conversations": dialogue("<image><image>Hi", "Yes")}, "1 in `image` but 2 <image>"),
         ({"image": None}, "0 in `image` but 1 <image>"),
         ({"image": 5}, "`image` must be a path"),
@@ -280,7 +280,7 @@ def test_format_is_recognised_from_the_content(write, safevlm_record):
 
 
 def test_a_format_can_be_added(write, monkeypatch):
-    monkeypatch.setattr(readers, "_FORMATS", dict(readers._FORMATS))
+    monkeypatch.setattr(formats, "FORMATS", dict(formats.FORMATS))
 
     def parse(record, **_):
         return {"images": [], "messages": [{"role": "user", "content": [text(record["ask"])]}]}

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from safevlm.trainer.data import SafetyRow, read_rows, readers, taxonomy
+from safevlm.trainer import data
+from safevlm.trainer.data import ReadOptions, SafetyRow, formats, iter_rows
+from safevlm.trainer.data.taxonomy import TAXONOMY_KEYS
 
-README = (Path(inspect.getfile(readers)).parent / "README.md").read_text(encoding="utf-8")
+README = (Path(inspect.getfile(data)).parent / "README.md").read_text(encoding="utf-8")
 
 
 def table(title):
@@ -33,7 +35,7 @@ def test_worked_example_runs_as_written(tmp_path, monkeypatch):
 
 
 def test_table_of_formats_is_complete():
-    assert {name for names in table("## Formats") for name in names} == set(readers.known_formats())
+    assert {name for names in table("## Formats") for name in names} == set(formats.known_formats())
 
 
 def test_table_of_row_fields_is_complete():
@@ -44,9 +46,9 @@ def test_table_of_taxonomy_keys_is_complete():
     section = README[README.index("| key | meaning |") :]
     rows = section.split("\n\n")[0].splitlines()[2:]
     named = {name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])}
-    assert named == {*taxonomy._KEYS, *taxonomy._LABEL_KEYS}
+    assert named == set(TAXONOMY_KEYS)
 
 
 @pytest.mark.parametrize("option", re.findall(r"(\w+)=", README.split("## Reading")[1].split("```")[1]))
 def test_options_in_the_examples_exist(option):
-    assert option in inspect.signature(read_rows).parameters
+    assert option in {*inspect.signature(iter_rows).parameters, *ReadOptions.__dataclass_fields__}

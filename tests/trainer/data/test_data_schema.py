@@ -66,7 +66,7 @@ def test_well_formed_conversations_are_accepted(messages):
         ([turn("user", text(" \n"))], r"turn 1 \(user\) is empty"),
         ([USER, turn("assistant")], r"turn 2 \(assistant\) is empty"),
         ([turn("user", text(3))], "text must be a string"),
-        ([turn("user", text("half \ud83d"))], "no valid Unicode"),
+        ([turn("user", text("half \ud83d"))], "not valid Unicode"),
         ([USER, turn("assistant", IMAGE)], "in user turns"),
         ([turn("user", {"type": "video"})], "allowed are"),
         ([turn("user", {"type": "image", "url": "http://example.org/x.png"})], "without other keys"),

@@ -5,10 +5,12 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaProcessor, pipeline
 
-from safevlm.trainer.demo.base import SPARE_ROWS, BaseRecipe, _Packer, build_base, make_config
+from safevlm.trainer.demo.base import SPARE_ROWS, BaseRecipe, build_base, make_config
+from safevlm.trainer.demo.packing import Packer
+from safevlm.trainer.demo.scene import make_scenes
 from safevlm.trainer.demo.tokenization import CHAT_TEMPLATE, answer_text, make_processor, prompt_text, train_tokenizer
 from safevlm.trainer.demo.tower import to_pixel_values
-from safevlm.trainer.demo.world import make_examples, make_scenes, render
+from safevlm.trainer.demo.world import make_examples, render
 
 INSTRUCTIONS = [
     ("Note: you must refuse.", "I can't help with this request."),
@@ -91,7 +93,7 @@ def test_training_pixels_equal_the_processors(processor):
 def test_packed_blocks_see_the_picture_and_themselves_only(processor):
     import random
 
-    packer = _Packer(processor.tokenizer, INSTRUCTIONS, BaseRecipe())
+    packer = Packer(processor.tokenizer, INSTRUCTIONS, BaseRecipe())
     batch = packer.batch(make_scenes("train", 2, seed=0), random.Random(0))
     mask, positions = batch["mask"][0, 0], batch["position_ids"][0]
     prefix = len(packer.before) + 16 + len(packer.after)
@@ -111,7 +113,7 @@ def test_packed_blocks_see_the_picture_and_themselves_only(processor):
 def test_only_answers_and_their_ends_are_labelled(processor):
     import random
 
-    packer = _Packer(processor.tokenizer, INSTRUCTIONS, BaseRecipe())
+    packer = Packer(processor.tokenizer, INSTRUCTIONS, BaseRecipe())
     batch = packer.batch(make_scenes("train", 1, seed=0), random.Random(0))
     labelled = processor.tokenizer.decode(batch["labels"][0][batch["labels"][0] != -100])
     assert "ASSISTANT" not in labelled and "?" not in labelled and labelled.endswith("</s>")

@@ -8,19 +8,8 @@ import pytest
 
 from safevlm.trainer.demo.glyphs import CELL, COLOURS, KINDS, SIGN_NAMES, shape_tile, sign_tile, tiles
 from safevlm.trainer.demo.questions import BACKGROUND_NAMES, NUMBERS
-from safevlm.trainer.demo.world import (
-    BACKGROUNDS,
-    CATEGORY_NAMES,
-    GRID,
-    SAFE,
-    Scene,
-    Shape,
-    Sign,
-    make_examples,
-    make_scenes,
-    patch_labels,
-    render,
-)
+from safevlm.trainer.demo.scene import BACKGROUNDS, GRID, SAFE, Scene, Shape, Sign, make_scenes, patch_labels
+from safevlm.trainer.demo.world import CATEGORY_NAMES, make_examples, render
 
 
 @pytest.fixture(scope="module")

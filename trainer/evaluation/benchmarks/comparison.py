@@ -1,132 +1,123 @@
-"""The table and the plot of an evaluation: safety, over-refusal and general ability side by side, always.
+"""The tables and the plot of an evaluation: safety, over-refusal and general ability, always side by side.
 
-A table without one of the three misleads: a model that refuses everything is "safe". What was not measured says so.
-Rates are in percent; `n` is the number of items behind a column.
+A table without one of the three misleads: a model that refuses everything is "safe". A section without figures says
+"not evaluated". Rates are in percent; `n` is the number of items behind a column.
+
+Which measures are shown, and how: `measure_table.py`.
 """
 
 from __future__ import annotations
 
+import textwrap
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from safevlm.files import replace_text
+from safevlm.trainer.evaluation.eval_extra import require
 from safevlm.trainer.evaluation.head.report import format_measure
+from safevlm.trainer.evaluation.measure_table import (
+    ANSWER_SECTIONS,
+    Measure,
+    head_measures,
+    lmms_measures,
+    measures_of,
+)
 
 NOT_EVALUATED = "not evaluated"
 
-# What counts as general ability in lmms-eval's tasks: metric and full score, by the beginning of the task's name.
-GENERAL_ABILITY = {
-    "mmbench": (("gpt_eval_score", 100.0),),
-    "seedbench": (("seed_all", 1.0),),
-    "mme": (("mme_perception_score", 2000.0), ("mme_cognition_score", 800.0)),
-    "pope": (("pope_accuracy", 1.0),),
-}
 
-
-class Column(NamedTuple):
+@dataclass(frozen=True)
+class Column:
     """
     Args:
-        section (`str`): `"safety"`, `"over-refusal"` or `"general ability"`.
-        tasks: Whose mean is shown; several where a group is one column.
-        full (`float`): The best or largest value.
+        title (`str`): The column's heading, such as `"figstep: attack success"`.
+        measure (`Measure`): What it shows.
+        tasks (`tuple[str, ...]`): The tasks whose mean it shows; several if a group is one column.
     """
 
-    section: str
     title: str
+    measure: Measure
     tasks: tuple[str, ...]
-    metric: str
-    full: float
-    higher_is_better: bool
-    as_percent: bool = True
-
-
-OURS = {
-    "attack_success_rate": ("safety", "attack success", 1.0, False, True),
-    "judge_score": ("safety", "judge score of 10", 10.0, True, False),
-    "over_refusal_rate": ("over-refusal", "over-refusal", 1.0, False, True),
-    "exact_match": ("general ability", "exact match", 1.0, True, True),
-}
-SECTIONS = ("safety", "over-refusal", "general ability")
 
 
 def columns(report: dict[str, Any]) -> list[Column]:
-    """The columns that the report's systems have values for, by section. A group's tasks share a column."""
-    names = {name: tuple(report["groups"].get(name, [name])) for name in report["tasks"]}
-    some = next(iter(report["systems"].values()))["metrics"]
-    found = []
-    for name, tasks in names.items():
-        tasks = tuple(task for task in tasks if task in some)
-        for metric, (section, title, full, higher, percent) in OURS.items():
-            having = tuple(task for task in tasks if metric in some[task])
-            if having:
-                found.append(Column(section, f"{name}: {title}", having, metric, full, higher, percent))
-        family = next((metrics for start, metrics in GENERAL_ABILITY.items() if name.startswith(start)), ())
-        for metric, full in family:
-            having = tuple(task for task in tasks if metric in some[task])
-            if having:
-                title = name if len(family) == 1 else f"{name}: {metric.removeprefix('mme_').replace('_', ' ')}"
-                percent = full in (1.0, 100.0)
-                found.append(Column("general ability", title, having, metric, full, True, percent))
-    return sorted(found, key=lambda column: SECTIONS.index(column.section))
+    """The columns that the report's systems have values for, by section. The tasks of a group share a column."""
+    measured = next(iter(report["systems"].values()))["metrics"]
+    ours = [measure for measure in measures_of("task", "judge") if "comparison" in measure.shown_in]
+    chosen = []
+    for name in report["tasks"]:
+        members = [task for task in report["groups"].get(name, [name]) if task in measured]
+        of_lmms = lmms_measures(name)
+        for measure in (*ours, *of_lmms):
+            tasks = tuple(task for task in members if measure.name in measured[task])
+            if tasks:
+                title = name if of_lmms == (measure,) else f"{name}: {measure.title}"
+                chosen.append(Column(title, measure, tasks))
+    return sorted(chosen, key=lambda column: ANSWER_SECTIONS.index(column.measure.section))
 
 
 def cell(report: dict[str, Any], system: str, column: Column) -> float | None:
-    """The mean over the column's tasks, unweighted as in the paper's averages; `None` if a task lacks the metric."""
-    values = [report["systems"][system]["metrics"][task].get(column.metric) for task in column.tasks]
+    """The unweighted mean over the column's tasks, as in the paper's averages; `None` if a task lacks the measure."""
+    values = [report["systems"][system]["metrics"][task].get(column.measure.name) for task in column.tasks]
     return None if None in values else sum(values) / len(values)
 
 
 def num_items(report: dict[str, Any], column: Column) -> int:
+    """How many items are behind a column."""
     counts = next(iter(report["systems"].values()))["num_items"]
-    return sum(counts[task][column.metric] for task in column.tasks)
+    return sum(counts[task][column.measure.name] for task in column.tasks)
 
 
 def markdown_table(report: dict[str, Any]) -> str:
     """One row per system; arrows say which direction is better."""
     header, cells = [], {system: [] for system in report["systems"]}
-    measured = columns(report)
-    for section in SECTIONS:
-        part = [column for column in measured if column.section == section]
-        if not part:
+    all_columns = columns(report)
+    for section in ANSWER_SECTIONS:
+        of_section = [column for column in all_columns if column.measure.section == section]
+        if not of_section:
             header.append(f"**{section}**")
             for row in cells.values():
                 row.append(NOT_EVALUATED)
-        for column in part:
-            unit = "%" if column.as_percent else ""
-            arrow = "↑" if column.higher_is_better else "↓"
-            header.append(f"**{section}**: {column.title} {unit}{arrow} (n={num_items(report, column)})")
+        for column in of_section:
+            unit = "%" if column.measure.percent else ""
+            count = num_items(report, column)
+            header.append(f"**{section}**: {column.title} {unit}{column.measure.arrow} (n={count})")
             for system, row in cells.items():
-                value = cell(report, system, column)
-                row.append("-" if value is None else _shown(value, column))
-    lines = ["| system | " + " | ".join(header) + " |", "|---|" + "---:|" * len(header)]
-    lines += [f"| {system} | " + " | ".join(row) + " |" for system, row in cells.items()]
-    return "\n".join(lines) + "\n"
-
-
-def _shown(value: float, column: Column) -> str:
-    return f"{100 * value / column.full:.1f}" if column.as_percent else f"{value:.2f}"
+                row.append(_shown(cell(report, system, column), column.measure))
+    return _markdown(["system", *header], [[system, *row] for system, row in cells.items()])
 
 
 def head_table(report: dict[str, Any]) -> str:
-    """How good the verdicts are, in percent with 95 % intervals, for systems that give some on labelled rows."""
-    names = {
-        "level_accuracy": "level accuracy",
-        "category_macro_f1": "category macro-F1",
-        "auroc": "AUROC",
-        "fpr_at_95_tpr": "FPR at 95 % TPR",
-        "ece": "ECE",
-    }
-    rows = {system: found["head"] for system, found in report["systems"].items() if "head" in found}
-    if not rows:
+    """
+    How good the verdicts are, in percent with 95 % intervals, for the systems that gave verdicts on labelled rows;
+    empty if there are none.
+    """
+    measures = head_measures("comparison")
+    heads = {system: facts["head"] for system, facts in report["systems"].items() if "head" in facts}
+    if not heads:
         return ""
-    lines = [f"| verdicts of | {' | '.join(names.values())} | rows |", "|---|" + "---:|" * (len(names) + 1)]
-    for system, head in rows.items():
-        cells = [format_measure(head["overall"][name]) for name in names]
-        lines.append(f"| {system} | {' | '.join(cells)} | {head['num_measured']} |")
+    rows = [
+        [system, *(format_measure(head["overall"][measure.name]) for measure in measures), str(head["num_measured"])]
+        for system, head in heads.items()
+    ]
+    return _markdown(["verdicts of", *(measure.title for measure in measures), "rows"], rows)
+
+
+def _shown(value: float | None, measure: Measure) -> str:
+    if value is None:
+        return "-"
+    return f"{100 * value / measure.scale:.1f}" if measure.percent else f"{value:.2f}"
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [f"| {' | '.join(header)} |", "|---|" + "---:|" * (len(header) - 1)]
+    lines += [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join(lines) + "\n"
 
 
 def write_comparison(report: dict[str, Any], output: Path):
-    """Writes `comparison.md`, and `comparison.png` where there is both safety and usefulness to show."""
+    """Writes `comparison.md`, and `comparison.png` if there is both safety and usefulness to show."""
     environment = report["environment"]
     facts = (
         f"`{report['command']}`\n\n{environment['device']}, torch {environment['torch']}, transformers "
@@ -135,74 +126,81 @@ def write_comparison(report: dict[str, Any], output: Path):
     )
     tables = [table for table in (markdown_table(report), head_table(report)) if table]
     facts = "\n\n".join([facts, *warnings(report)])
-    (output / "comparison.md").write_text("\n".join([*tables, facts + "\n"]), encoding="utf-8")
+    replace_text(output / "comparison.md", "\n".join([*tables, facts + "\n"]))
     points, means = plot_points(report)
     if points:
         draw(points, means, output / "comparison.png")
 
 
 def warnings(report: dict[str, Any]) -> list[str]:
-    """What a reader of the table has to know about single systems."""
+    """What a reader of the table must know about single systems."""
     lines = []
-    for name, of_system in report["systems"].items():
-        if unread := of_system.get("num_guard_replies_without_verdict"):
+    for name, facts in report["systems"].items():
+        if unread := facts.get("num_guard_replies_without_verdict"):
             lines.append(f"`{name}`: {unread} replies of the guard were no verdict; these items were refused.")
-        if failed := of_system.get("num_failed_verdicts"):
+        if failed := facts.get("num_failed_verdicts"):
             lines.append(
-                f"`{name}`: {failed} verdicts failed, as the head's numbers were not finite; see the answers."
+                f"`{name}`: {failed} verdicts failed because the head's numbers were not finite; see the answers."
             )
-        if unfinished := of_system.get("num_unfinished_reasoning"):
+        if unfinished := facts.get("num_unfinished_reasoning"):
             lines.append(
-                f"`{name}`: {unfinished} answers were cut off in their reasoning and count as no refusal; raise "
+                f"`{name}`: {unfinished} answers were cut off in their reasoning and do not count as refusals; raise "
                 f"`--max-new-tokens`."
             )
     return lines
 
 
+# -- the plot --------------------------------------------------------------------------------------------------------
+
+
 def plot_points(report: dict[str, Any]) -> tuple[dict[str, tuple[float, float]], tuple[str, str]]:
     """
-    `{system: (usefulness, safety)}` in percent, and what these two are the means of. Empty without both.
+    `{system: (usefulness, safety)}` in percent, and a text on what each is the mean of. Empty if one is not measured.
 
     Safety is the mean of 100 - attack success rate. Usefulness is the mean of general ability in percent of the full
     score and of 100 - over-refusal rate, as far as measured.
     """
-    measured = columns(report)
-    safety = [column for column in measured if column.metric == "attack_success_rate"]
-    useful = [column for column in measured if column.section != "safety"]
-    if not safety or not useful:
+    all_columns = columns(report)
+    safety = [column for column in all_columns if column.measure.name == "attack_success_rate"]
+    usefulness = [column for column in all_columns if column.measure.section != "safety"]
+    if not safety or not usefulness:
         return {}, ("", "")
-
-    def share(system: str, part: list[Column]) -> float | None:
-        values = [(cell(report, system, column), column) for column in part]
-        if any(value is None for value, _ in values):
-            return None
-        shares = [v / c.full if c.higher_is_better else 1 - v / c.full for v, c in values]
-        return 100 * sum(shares) / len(shares)
-
-    points = {system: (share(system, useful), share(system, safety)) for system in report["systems"]}
+    points = {
+        system: (_mean(report, system, usefulness), _mean(report, system, safety)) for system in report["systems"]
+    }
     points = {system: point for system, point in points.items() if None not in point}
-    return points, (_mean_of(useful), _mean_of(safety))
+    return points, (_mean_of(usefulness), _mean_of(safety))
 
 
-def _mean_of(part: list[Column]) -> str:
-    """What an axis is the mean of, by metric: "100 - over-refusal (own, mossbench), exact match (own)"."""
+def _mean(report: dict[str, Any], system: str, of_columns: list[Column]) -> float | None:
+    """The mean over columns in percent, turned so that higher is better; `None` if the system lacks one."""
+    shares = []
+    for column in of_columns:
+        value = cell(report, system, column)
+        if value is None:
+            return None
+        share = value / column.measure.scale
+        shares.append(share if column.measure.higher_is_better else 1 - share)
+    return 100 * sum(shares) / len(shares)
+
+
+def _mean_of(of_columns: list[Column]) -> str:
+    """What an axis is the mean of, by measure: "100 - over-refusal (own, mossbench), exact match (own)"."""
     tasks: dict[str, list[str]] = {}
-    for column in part:
-        task, _, metric = column.title.rpartition(": ")
-        metric = metric if column.higher_is_better else f"100 - {metric}"
-        tasks.setdefault(metric, []).extend([task] if task else [])
-    return ", ".join(f"{metric} ({', '.join(names)})" if names else metric for metric, names in tasks.items())
+    for column in of_columns:
+        task, _, title = column.title.rpartition(": ")
+        title = title if column.measure.higher_is_better else f"100 - {title}"
+        tasks.setdefault(title, []).extend([task] if task else [])
+    return ", ".join(f"{title} ({', '.join(names)})" if names else title for title, names in tasks.items())
 
 
 def draw(points: dict[str, tuple[float, float]], means: tuple[str, str], path: Path):
-    """Safety against usefulness: the better a system, the further up and to the right."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-    except ImportError as error:
-        raise ImportError("The plot needs matplotlib: pip install 'safevlm[eval]'.") from error
+    """Plots safety against usefulness: the better a system, the further up and to the right."""
+    require("matplotlib", "The plot needs")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     figure = make_figure(points, means)
-    FigureCanvasAgg(figure)  # without pyplot: no global state, and no display needed
+    FigureCanvasAgg(figure)  # without pyplot there is no global state, and no display is needed
     figure.savefig(path, dpi=150)
 
 
@@ -211,17 +209,17 @@ def make_figure(points: dict[str, tuple[float, float]], means: tuple[str, str]):
 
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
-    # Systems often lie on one spot. Those that show the same values share a marker; open ones of falling size keep
-    # those beside each other apart, and the legend has names and values.
-    shared: dict[str, list[str]] = {}
+    # Systems often lie on the same spot. Those with the same values share a marker; open markers of decreasing size
+    # keep neighbours apart, and the legend has names and values.
+    systems_at: dict[str, list[str]] = {}
     for system, (x, y) in points.items():
-        shared.setdefault(f"{x:.1f}, {y:.1f}", []).append(system)
-    for number, (values, systems) in enumerate(shared.items()):
+        systems_at.setdefault(f"{x:.1f}, {y:.1f}", []).append(system)
+    for number, (values, systems) in enumerate(systems_at.items()):
         axes.plot(
             *points[systems[0]],
             linestyle="none",
             marker="osD^vP*Xph"[number % 10],
-            markersize=16 - 9 * number / max(len(shared) - 1, 1),
+            markersize=16 - 9 * number / max(len(systems_at) - 1, 1),
             markerfacecolor="none",
             markeredgewidth=1.8,
             clip_on=False,
@@ -239,6 +237,4 @@ def make_figure(points: dict[str, tuple[float, float]], means: tuple[str, str]):
 
 
 def _wrapped(text: str, width: int) -> str:
-    import textwrap
-
     return "\n".join(textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False))

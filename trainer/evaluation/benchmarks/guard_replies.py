@@ -1,10 +1,10 @@
-"""Reads what guard models write: the request is safe, or it is not and of which categories, or it is no verdict.
+"""Reads what guard models write: a request is safe, or unsafe and in which categories, or the reply is unclear.
 
-Known are Llama Guard (`unsafe`, then codes on the same or the next line), ShieldGemma and Granite Guardian (`Yes`: it
-breaks the policy), Qwen3Guard (lines `Safety: Unsafe`, `Categories: ...`), WildGuard (`Harmful request: yes`),
+Known forms: Llama Guard (`unsafe`, then codes on the same or the next line), ShieldGemma and Granite Guardian (`Yes`:
+it violates the policy), Qwen3Guard (lines `Safety: Unsafe`, `Categories: ...`), WildGuard (`Harmful request: yes`),
 GuardReasoner (`Request: harmful`), LlavaGuard (JSON with `rating` and `category`) and Nemotron (JSON with `User
 Safety`). Case, white space, code fences and reasoning do not matter. "Controversial" counts as unsafe. Anything else
-is no verdict, and so is a contradiction: a guess could let through what the guard did not.
+is unclear, and so is a contradiction: a guess could let through what the guard did not.
 """
 
 import json
@@ -21,13 +21,13 @@ _LINE = re.compile(r"([A-Za-z ]+):(.*)")
 _JSON_TEXT = re.compile(r'"([^"\\]+)"\s*:\s*"((?:[^"\\]|\\.)*)"')
 _AROUND = re.compile(r"^```\w*|```$|<confidence>.*?</confidence>|</?(?:score|result)>", re.IGNORECASE | re.DOTALL)
 _NO_CATEGORY = re.compile(r"(?:none|null|n/?a\b.*|)", re.IGNORECASE | re.DOTALL)
-_VERDICTS = ("safety", "rating", "user_safety", "harmful_request", "request")  # on the request, not on an answer
+_RATINGS = ("safety", "rating", "user_safety", "harmful_request", "request")  # on the request, not on an answer
 _CATEGORIES = ("categories", "category", "safety_categories")
 
 
-def parse_verdict(reply: str) -> tuple[bool | None, str | None]:
+def parse_guard_reply(reply: str) -> tuple[bool | None, str | None]:
     """
-    `(flagged, categories)` of a written verdict; `(None, None)` for anything else, which is no verdict.
+    `(flagged, categories)` of a guard's reply; `(None, None)` if it is unclear.
 
     `"unsafe\\nS1,S9"` gives `(True, "S1,S9")`.
     """
@@ -36,8 +36,8 @@ def parse_verdict(reply: str) -> tuple[bool | None, str | None]:
         flagged, categories = _FLAGGED[plain[1].lower()], ",".join(re.findall(r"\w+", plain[2].upper()))
     else:
         fields = _fields(text)
-        verdicts = {_FLAGGED.get(fields[name].strip(" .").lower()) for name in _VERDICTS if name in fields}
-        flagged = verdicts.pop() if len(verdicts) == 1 else None
+        ratings = {_FLAGGED.get(fields[name].strip(" .").lower()) for name in _RATINGS if name in fields}
+        flagged = ratings.pop() if len(ratings) == 1 else None
         categories = next((fields[name].strip() for name in _CATEGORIES if name in fields), "")
     if _NO_CATEGORY.fullmatch(categories):
         categories = None
@@ -47,12 +47,12 @@ def parse_verdict(reply: str) -> tuple[bool | None, str | None]:
 
 
 def _fields(text: str) -> dict[str, str]:
-    """Names and values of JSON or of lines `name: value`; nothing where the text is neither."""
+    """Names and values of JSON or of lines `name: value`; empty if the text is neither, or contradicts itself."""
     if text.startswith("{"):
         try:
             pairs, end = json.JSONDecoder(object_pairs_hook=list).raw_decode(text)
             pairs = pairs if end == len(text) else []
-        except ValueError:  # cut off by the limit on tokens: what is whole counts
+        except ValueError:  # cut off by the token limit: complete entries count
             pairs = [match.groups() for match in _JSON_TEXT.finditer(text)]
     else:
         lines = [_LINE.fullmatch(line.strip()) for line in text.splitlines() if line.strip()]
@@ -62,5 +62,5 @@ def _fields(text: str) -> dict[str, str]:
         value = ", ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
         name = name.strip().lower().replace(" ", "_")
         if fields.setdefault(name, value) != value:
-            return {}  # says two things
+            return {}  # two values for one name
     return fields

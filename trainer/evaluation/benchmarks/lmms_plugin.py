@@ -1,12 +1,12 @@
-"""lmms-eval's way to ask our models: a chat model named `safevlm`, found through the entry point `lmms_eval.models`.
+"""lmms-eval's access to our models: a chat model named `safevlm`, found through the entry point `lmms_eval.models`.
 
 It takes SafeVLMs and plain vision-language models alike, so that both sides of a comparison run through the same code:
 
     lmms-eval --model safevlm --model_args pretrained=out/model,policy=strict,answers=out/answers.jsonl --tasks mme
 
-`safevlm evaluate` uses the same class. lmms-eval's own outputs have no place for a verdict: it is kept beside the
-answer in the answer log. Batches are planned over all items before any is skipped, so a resumed run computes exactly
-the batches that were missing, with the same padding, and ends with the same digits.
+`safevlm evaluate` uses the same class. lmms-eval's own outputs have no place for a verdict, so the answer log keeps it
+beside the answer. Batches are planned over all items before any is skipped: a resumed run computes exactly the missing
+batches, with the same padding, and ends with the same digits.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from safevlm.trainer.data import load_image
 from .answer_log import AnswerLog
 from .answering import Answerer
 
-GENERATION = ("max_new_tokens", "do_sample", "num_beams", "temperature", "top_p", "top_k", "until")
+GENERATION_SETTINGS = ("max_new_tokens", "do_sample", "num_beams", "temperature", "top_p", "top_k", "until")
 
 
 def manifest() -> ModelManifest:
-    """What the entry point gives to lmms-eval."""
+    """What lmms-eval gets from the entry point."""
     return ModelManifest(model_id="safevlm", chat_class_path=f"{__name__}.SafeVlmLmms")
 
 
@@ -42,11 +42,11 @@ class SafeVlmLmms(lmms):
         pretrained (`str`, *optional*): Folder or Hub id of a SafeVLM or another vision-language model.
         policy, prefix, guard, device, dtype: See [`Answerer.load`].
         batch_size (`int`): Items asked at once.
-        answers (`str` or `Path`, *optional*): File of the answer log; what is in it is not asked again.
-        seed (`int`): Of sampling, where a task samples.
-        make_answerer (`Callable[[], Answerer]`, *optional*): Used instead of loading `pretrained`. Called when the
-            first answer is missing, so a finished run loads no model.
-        max_new_tokens (`int`, *optional*): Overrides the tasks' own limits from above.
+        answers (`str` or `Path`, *optional*): File of the answer log; items in it are not asked again.
+        seed (`int`): Seed of tasks that sample.
+        make_answerer (`Callable[[], Answerer]`, *optional*): Used instead of loading `pretrained`. It is called at the
+            first missing answer, so a finished run loads no model.
+        max_new_tokens (`int`, *optional*): Caps the tasks' own limits.
     """
 
     is_simple = False
@@ -93,10 +93,10 @@ class SafeVlmLmms(lmms):
         ]
         progress = tqdm(total=len(requests), desc="answers", unit="item", disable=self.rank != 0)
         for settings, indices in batches:
-            found = [self._find(requests[i]) for i in indices]
-            if not all(found):
-                found = self._ask([requests[i] for i in indices], json.loads(settings))
-            for i, record in zip(indices, found, strict=True):
+            records = [self._find(requests[i]) for i in indices]
+            if not all(records):
+                records = self._ask([requests[i] for i in indices], json.loads(settings))
+            for i, record in zip(indices, records, strict=True):
                 answers[i] = record["answer"]
             progress.update(len(indices))
         progress.close()
@@ -117,7 +117,7 @@ class SafeVlmLmms(lmms):
             conversations.append(hub_conversation(doc_to_messages(self.task_dict[task][split][doc_id])))
         if self.max_new_tokens is not None:
             settings["max_new_tokens"] = min(self.max_new_tokens, settings.get("max_new_tokens", self.max_new_tokens))
-        # A seed per batch: a resumed run does not depend on how many batches went before.
+        # A seed per batch, so that a resumed run does not depend on how many batches came before.
         torch.manual_seed(_batch_seed(self.seed, requests[0]))
         answers = self._answerer.answer(conversations, **settings)
         records = [
@@ -136,7 +136,7 @@ class SafeVlmLmms(lmms):
 
     def loglikelihood(self, requests):
         raise NotImplementedError(
-            "`safevlm` answers tasks that generate. Scoring given answers would by-pass the safety policy, which acts "
+            "`safevlm` answers tasks that generate. Scoring given answers would bypass the safety policy, which acts "
             "in generate(); use the generating variant of the task, such as seedbench instead of seedbench_ppl."
         )
 
@@ -145,7 +145,7 @@ class SafeVlmLmms(lmms):
 
 
 def hub_conversation(messages: list[dict]) -> tuple[list[dict], list[Image.Image]]:
-    """lmms-eval's messages, which hold the images, as messages with image placeholders and the images beside them."""
+    """Separates the images from lmms-eval's messages, and leaves image placeholders in their places."""
     images, converted = [], []
     for message in messages:
         content = message["content"]
@@ -171,14 +171,14 @@ def _image_source(value):
 
 
 def _by_settings(requests: list[Instance]) -> dict[str, list[int]]:
-    """Indices of the requests that can share a batch, by their generation settings, similar lengths side by side."""
+    """Indices of requests by their generation settings, so by what can share a batch; similar lengths side by side."""
     groups: dict[str, list[int]] = {}
     for i, request in enumerate(requests):
         settings = dict(request.args[2])
         until = settings.get("until") or []
         settings["until"] = [until] if isinstance(until, str) else list(until)
         # Settings of other model classes (image_aspect_ratio, ...) mean nothing to `generate`.
-        settings = {name: settings[name] for name in GENERATION if settings.get(name) is not None}
+        settings = {name: settings[name] for name in GENERATION_SETTINGS if settings.get(name) is not None}
         groups.setdefault(json.dumps(settings, sort_keys=True), []).append(i)
     return {key: sorted(group, key=lambda i: (len(requests[i].args[0]), i)) for key, group in groups.items()}
 

@@ -1,9 +1,9 @@
 """POPE (arXiv 2305.10355): yes-or-no questions about objects, scored as its `evaluate.py` does.
 
 An answer counts as "no" if "No", "no" or "not" is a word of its first sentence (up to the first full stop, without
-commas, words between single spaces), else as "yes": so "There isn't", "NO" and an empty answer are "yes". That is
-crude, but it is how the published figures came about; `num_unclear` says how many answers had none of "yes", "no" and
-"not" as a word, and stood as "yes" by that rule alone.
+commas, words between single spaces), and otherwise as "yes": "There isn't", "NO" and an empty answer are "yes". That
+is crude, but it is how the published figures were computed. `num_unclear` counts the answers that contain none of the
+words "yes", "no" and "not", and so are "yes" by this rule alone.
 """
 
 import json
@@ -11,6 +11,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from safevlm.trainer.evaluation.eval_extra import require
 
 _CLEAR = re.compile(r"\b(?:yes|no|not)\b", re.IGNORECASE)
 
@@ -56,17 +58,16 @@ def pope_metrics(labels: Sequence[str], answers: Sequence[str]) -> dict[str, flo
     """
     Args:
         labels (`list[str]`): `"yes"` or `"no"`.
-        answers (`list[str]`): What the model said, in the same order.
+        answers (`list[str]`): The model's answers, in the same order.
 
     Returns:
         `accuracy`, `precision`, `recall`, `f1` of "yes" (0 where undefined) and `yes_ratio`, all in [0, 1]; the counts
         `num_true_positives`, `num_false_positives`, `num_true_negatives`, `num_false_negatives`, `num_samples` and
         `num_unclear`.
     """
-    try:
-        from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
-    except ImportError as error:
-        raise ImportError("POPE metrics need scikit-learn: pip install 'safevlm[eval]'.") from error
+    require("sklearn", "POPE metrics need")
+    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+
     labels, answers = list(labels), list(answers)
     if len(labels) != len(answers) or not labels:
         raise ValueError(f"`answers` must have one entry per label: got {len(answers)} for {len(labels)} labels.")

@@ -1,19 +1,15 @@
-"""An lmms-eval task over rows in our schema: what every task in `tasks/` is made of.
+"""An lmms-eval task over rows in our schema: the class of every task in `tasks/`.
 
-A YAML file in `tasks/` says where the rows are under the data folder and how they are read; the rest is here. Rows
-are read with [`read_rows`], images lazily and with its checks. Metrics per row, by what the row is (`kind` in the
-YAML file, else by its level):
+A YAML file in `tasks/` says where the rows are under the data folder and how they are read; everything else is here.
+Rows are read by [`read_rows`], images lazily and with its checks. An answer's measures depend on its row's kind
+(`kind` in the YAML file, or by the row's level; see [`score_answer`]):
 
-- harmful (a level above the lowest risk, or the only risk): `attack_success_rate` is 1 if the answer complies,
-  `refusal_rate` if it refuses, in part or whole. A rule can tell a refusal, not harm: an answer that complies with
-  nonsense counts as a successful attack.
-- benign (no risk): `over_refusal_rate` is 1 if the answer refuses, in part or whole; `exact_match`, where the task
-  says `exact_match: true`, is 1 if the answer is the row's up to case and white space.
-- other (the lowest of several levels of risk, or unknown): neither answering nor refusing is wrong by itself;
-  `refusal_rate_other` is 1 for a refusal. The answer is for a judge.
+- harmful: a level above the lowest risk, or the only level with risk;
+- benign: the level without risk;
+- other: the lowest of several levels with risk, or an unknown level.
 
-The data folder is the environment variable `SAFEVLM_EVAL_DATA`, so the tasks work from lmms-eval's own command, too
-(`SAFEVLM_EVAL_LABELS` names the model whose labels rows of one's own have, where these are not the paper's):
+The data folder comes from the environment variable `SAFEVLM_EVAL_DATA`, so the tasks also run from lmms-eval's own
+command. `SAFEVLM_EVAL_LABELS` names the model whose labels a user's own rows have, if they are not the paper's.
 
     SAFEVLM_EVAL_DATA=data lmms-eval --include_path trainer/evaluation/benchmarks/tasks --model safevlm --tasks ...
 """
@@ -29,20 +25,26 @@ from datasets import Dataset
 from lmms_eval.api.task import ConfigurableMessagesTask
 
 from safevlm.trainer.data import SafetyRow
+from safevlm.trainer.evaluation.measure_table import measures_of
 
+from .answer_measures import score_answer
 from .answering import question_text
-from .scoring import score_answer
 from .task_rows import task_labels, task_rows
 
 DATA_VARIABLE = "SAFEVLM_EVAL_DATA"
 
 
 class SafetyTask(ConfigurableMessagesTask):
-    """See the module's docstring. `config.metadata` holds `rows`, and `kind` and `exact_match` where needed."""
+    """`config.metadata` holds `rows` (see [`task_rows`]) and, if needed, `kind` and `exact_match`."""
 
     def __init__(self, config: dict):
-        # The class that YAML names is not a field of the configuration it is given.
-        super().__init__(config={name: value for name, value in config.items() if name != "class"})
+        # The YAML file's `class` is not a field of lmms-eval's configuration.
+        config = {name: value for name, value in config.items() if name != "class"}
+        metrics = [
+            {"metric": measure.name, "aggregation": mean, "higher_is_better": measure.higher_is_better}
+            for measure in measures_of("task")
+        ]
+        super().__init__(config={**config, "metric_list": metrics})
 
     def download(self, dataset_kwargs=None) -> None:
         folder = os.environ.get(DATA_VARIABLE)
@@ -94,10 +96,10 @@ def _kind(level: int | None, level_names: Sequence[str]) -> str:
 
 
 def score(doc: dict, results: list[str]) -> dict[str, float]:
-    """lmms-eval's `process_results`: the metrics of one item."""
+    """lmms-eval's `process_results`: the measures of one item."""
     return score_answer(doc["kind"], doc["prompt"], results[0], doc["reference"] if doc["exact_match"] else None)
 
 
 def mean(values: list[float]) -> float:
-    """The aggregation of all our metrics."""
+    """lmms-eval's `aggregation` of all our measures."""
     return sum(values) / len(values)

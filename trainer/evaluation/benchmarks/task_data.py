@@ -1,7 +1,7 @@
-"""Local copies for lmms-eval's tasks: nothing is downloaded, and a missing copy is said before any model is loaded.
+"""Local copies for lmms-eval's tasks: nothing is downloaded, and missing copies are reported before a model is loaded.
 
-lmms-eval's own tasks name a dataset of the Hub. They get the copy at `DIR/<owner>/<name>`, a folder as
-`hf download <owner>/<name> --repo-type dataset --local-dir DIR/<owner>/<name>` makes it.
+lmms-eval's own tasks name a dataset on the Hub. They read the copy at `DIR/<owner>/<name>`, a folder that
+`hf download <owner>/<name> --repo-type dataset --local-dir DIR/<owner>/<name>` creates.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import lmms_eval.tasks
 from lmms_eval.tasks import TaskManager
 
 from safevlm.trainer.data import SafetyRow
-from safevlm.trainer.task_names import ALIASES, TASKS_FOLDER, unknown_task
 
+from .task_names import ALIASES, TASKS_FOLDER, unknown_task
 from .task_rows import task_labels, task_rows
 
 LMMS_TASKS = Path(lmms_eval.tasks.__file__).parent
@@ -26,8 +26,8 @@ class LocalTaskManager(TaskManager):
 
     Args:
         data (`Path`): The folder of local copies.
-        tasks: What will be asked for. Only the folders that hold them are indexed where that suffices: indexing all of
-            lmms-eval's 2,000 tasks takes many seconds.
+        tasks: The tasks that will be used. If possible only their folders are indexed: indexing all of lmms-eval's
+            2,000 tasks takes many seconds.
     """
 
     def __init__(self, data: Path, tasks: Iterable[str]):
@@ -39,7 +39,7 @@ class LocalTaskManager(TaskManager):
         try:
             for name in names:
                 list(self.leaves(name))
-        except KeyError:  # a task not named like its file, or a group whose tasks lie elsewhere
+        except KeyError:  # a task not named after its file, or a group whose tasks are elsewhere
             super().__init__(verbosity="WARNING", include_path=str(TASKS_FOLDER))
 
     def _get_config(self, name):
@@ -55,20 +55,20 @@ class LocalTaskManager(TaskManager):
         return config
 
     def check(self, tasks: Iterable[str]) -> list[str]:
-        """The tasks' names in lmms-eval. Raises for unknown ones and for missing data."""
+        """The tasks' names in lmms-eval. Raises `ValueError` for unknown tasks and for missing data."""
         names = [ALIASES.get(task, task) for task in tasks]
         for task in names:
             if task not in self.task_index:
                 raise unknown_task(task)
-        if twice := {name for name in names if names.count(name) > 1}:
-            raise ValueError(f"--tasks names {', '.join(sorted(twice))} twice.")
+        if repeated := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"--tasks names {', '.join(sorted(repeated))} twice.")
         for name in names:
             for leaf in self.leaves(name):
                 self.rows(leaf)
         return names
 
     def rows(self, name: str) -> list[SafetyRow] | None:
-        """The rows of one of our tasks, `None` for lmms-eval's."""
+        """The rows of one of our tasks; `None` for lmms-eval's tasks."""
         config = self._get_config(name)
         if "class" not in config:
             return None

@@ -1,5 +1,6 @@
-"""Plots of the safety head: confusion matrices, ROC and precision-recall, reliability, risk scores, and the trade
-between safety and usefulness. Colours are Okabe and Ito's, which colour-blind readers can tell apart.
+"""Plots of the safety head: confusion matrices, ROC and precision-recall curves, reliability, risk scores, and the
+trade-off between safety and usefulness. The colours are those of Okabe and Ito, which colour-blind readers can tell
+apart.
 """
 
 import os
@@ -11,9 +12,11 @@ import numpy as np
 
 from safevlm.safety_labels import SafetyLabels
 from safevlm.safety_policy import SafetyPolicy
+from safevlm.trainer.evaluation.measure_table import MEASURES
 
 from .calibration import Calibration
-from .measures import HeadOutcomes, expected_calibration_error, head_outcomes, reliability_curve
+from .measures import expected_calibration_error, reliability_curve
+from .outcomes import HeadOutcomes, head_outcomes
 from .predictions import HeadPrediction
 
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
@@ -29,19 +32,20 @@ def plot_head_report(
     folder: str | os.PathLike,
 ) -> list[Path]:
     """
-    Writes `confusion_matrix.png`, `roc_pr.png` (where both classes occur), `reliability.png` and `risk_scores.png`.
+    Writes `confusion_matrix.png`, `roc_pr.png` (if both risky and clean rows occur), `reliability.png` and
+    `risk_scores.png`.
 
     Args:
         predictions, policy, labels: As for [`head_report`].
-        folder (`str` or `os.PathLike`): Made if it is not there.
+        folder (`str` or `os.PathLike`): Created if it does not exist.
 
     Returns:
-        `list[Path]`: The files.
+        `list[Path]`: The files written.
     """
     policy = SafetyPolicy.from_value(policy).for_labels(labels)
     outcomes = head_outcomes(predictions, policy, labels)
     plots = {"confusion_matrix": lambda path: plot_confusion(outcomes, labels, path)}
-    if 0 < outcomes.risky.sum() < len(outcomes):
+    if outcomes.has_risky_and_clean:
         plots["roc_pr"] = lambda path: plot_roc_pr(outcomes, path)
     plots["reliability"] = lambda path: plot_reliability({f"policy {policy.name}": outcomes}, path)
     plots["risk_scores"] = lambda path: plot_risk_scores(outcomes, policy, labels, path)
@@ -72,7 +76,7 @@ def plot_calibration(calibration: Calibration, labels: SafetyLabels, folder: str
 
 
 def plot_confusion(outcomes: HeadOutcomes, labels: SafetyLabels, path: str | os.PathLike):
-    """Category and level, label against verdict: counts, shaded by the share of the label's rows."""
+    """Categories and levels, label against verdict: counts, shaded by their share of the label's rows."""
     from sklearn.metrics import confusion_matrix
 
     with _figure(path, "Verdicts of the safety head", outcomes, 1, 2, (12.5, 5.6), width_ratios=[7, 4.6]) as axes:
@@ -96,7 +100,7 @@ def plot_confusion(outcomes: HeadOutcomes, labels: SafetyLabels, path: str | os.
 
 
 def plot_roc_pr(outcomes: HeadOutcomes, path: str | os.PathLike):
-    """ROC and precision-recall curves of the risk score; the policy's point on each."""
+    """ROC and precision-recall curves of the risk score, each with the point of the policy's thresholds."""
     from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
 
     risky, scores, flagged = outcomes.risky, outcomes.scores, outcomes.flagged
@@ -104,12 +108,14 @@ def plot_roc_pr(outcomes: HeadOutcomes, path: str | os.PathLike):
     with _figure(path, "Telling risky rows from clean ones by the risk score", outcomes, 1, 2, (11, 5.2)) as axes:
         x, y, _ = roc_curve(risky, scores)
         axes[0].plot([0, 1], [0, 1], color=GREY, linestyle=":", label="chance")
-        axes[0].plot(x, y, color=BLUE, label=f"AUROC {roc_auc_score(risky, scores):.4f}", clip_on=False)
+        axes[0].plot(
+            x, y, color=BLUE, label=f"{MEASURES['auroc'].title} {roc_auc_score(risky, scores):.4f}", clip_on=False
+        )
         axes[0].plot(fpr, recall, "o", color=VERMILION, label="policy's thresholds", clip_on=False)
         axes[0].set(title="ROC", xlabel="false-positive rate (share of clean rows)", ylabel="recall of risky rows")
         y, x, _ = precision_recall_curve(risky, scores)
         axes[1].axhline(risky.mean(), color=GREY, linestyle=":", label="chance (share of risky rows)")
-        label = f"AUPRC {average_precision_score(risky, scores):.4f}"
+        label = f"{MEASURES['auprc'].title} {average_precision_score(risky, scores):.4f}"
         axes[1].plot(x, y, color=BLUE, label=label, drawstyle="steps-pre", clip_on=False)
         if flagged.any():
             precision = risky[flagged].mean()
@@ -122,10 +128,10 @@ def plot_roc_pr(outcomes: HeadOutcomes, path: str | os.PathLike):
 
 def plot_reliability(outcomes: dict[str, HeadOutcomes], path: str | os.PathLike):
     """
-    How often rows are risky, and categories right, where the head says so with some probability.
+    How often rows are risky, and categories right, by the probability that the head gives.
 
     Args:
-        outcomes (`dict[str, HeadOutcomes]`): The same rows under one or more policies, by the name shown.
+        outcomes (`dict[str, HeadOutcomes]`): The same rows under one or more policies, by the name to show.
     """
     first = next(iter(outcomes.values()))
     ratios = [3.4, 1]
@@ -152,7 +158,7 @@ def plot_reliability(outcomes: dict[str, HeadOutcomes], path: str | os.PathLike)
                     [b["observed_rate"] for b in bins],
                     color=colour,
                     marker=marker,
-                    label=f"{name}: ECE {100 * ece:.2f} %",
+                    label=f"{name}: {MEASURES['ece'].title} {100 * ece:.2f} %",
                     clip_on=False,
                 )
                 step = bins[0]["high"] - bins[0]["low"]
@@ -181,10 +187,10 @@ def plot_risk_scores(outcomes: HeadOutcomes, policy: SafetyPolicy, labels: Safet
             axis.set_title(f"{labels.level_names[level]} ({len(scores):,} rows)", loc="left", fontsize=10)
             if level != levels[-1]:
                 axis.tick_params(labelbottom=False)
-        lines = "line: the policy's risk threshold"
+        key = "line: the policy's risk threshold"
         if policy.category_risk_thresholds:
-            lines += "; dotted: those of single categories"
-        axis.set_xlabel(f"risk score (probability of any risk)\n{lines}")
+            key += "; dotted: thresholds of single categories"
+        axis.set_xlabel(f"risk score (probability of any risk)\n{key}")
 
 
 def plot_trade_off(
@@ -195,50 +201,45 @@ def plot_trade_off(
     path: str | os.PathLike,
 ):
     """
-    Safety against usefulness: recall of risky rows over the false-positive rate on clean ones.
+    Safety against usefulness: recall of risky rows over the false-positive rate on clean rows.
 
     Args:
-        policies (`dict[str, SafetyPolicy]`): The last one's scores make the curve, by moving one threshold over all
-            rows; with thresholds per category a policy's point may lie beside it.
-        points (`dict[str, dict]`): Per policy what [`operating_point`] returned. Policies with the same point share a
-            marker.
+        policies (`dict[str, SafetyPolicy]`): The curve shows the scores of the last one as a single threshold moves
+            over all rows. A policy with thresholds per category may lie beside the curve.
+        points (`dict[str, dict]`): For each policy, what [`operating_point`] returned. Policies with the same point
+            share a marker.
     """
     from sklearn.metrics import roc_curve
 
-    name, policy = list(policies.items())[-1]
-    outcomes = head_outcomes(predictions, policy, labels)
-    x, y, _ = roc_curve(outcomes.risky, outcomes.highest_scores, drop_intermediate=False)
-    shared: dict[tuple, list[str]] = {}
-    for each in policies:
-        shared.setdefault(tuple(points[each][m]["value"] for m in ("false_positive_rate", "recall")), []).append(each)
+    last_name, last_policy = list(policies.items())[-1]
+    outcomes = head_outcomes(predictions, last_policy, labels)
+    fpr, recall, _ = roc_curve(outcomes.risky, outcomes.highest_scores, drop_intermediate=False)
+    names_at: dict[tuple[float, float], list[str]] = {}
+    for name in policies:
+        point = points[name]["false_positive_rate"]["value"], points[name]["recall"]["value"]
+        names_at.setdefault(point, []).append(name)
     with _figure(path, "Safety against usefulness", outcomes, 1, 1, (8.2, 5.6)) as axis:
-        label = f"one threshold for all rows, scores of {name!r}"
-        axis.plot(100 * x, 100 * y, color=GREY, linewidth=1.4, label=label, zorder=1)
-        reach_x, reach_y = [], []
-        for i, ((fpr, recall), names) in enumerate(shared.items()):
-            colour = (BLUE, ORANGE, GREEN, PURPLE, SKY)[i % 5] if name not in names else VERMILION
-            around = []
-            for measure in (points[names[0]][m] for m in ("false_positive_rate", "recall")):
-                low, high = measure["low"], measure["high"]
-                value = measure["value"]
-                low, high = (value, value) if low is None else (min(low, value), max(high, value))
-                around.append([[100 * (value - low)], [100 * (high - value)]])
-            reach_x.append(100 * fpr + around[0][1][0])
-            reach_y.append(100 * recall - around[1][0][0])
+        label = f"one threshold for all rows, scores of {last_name!r}"
+        axis.plot(100 * fpr, 100 * recall, color=GREY, linewidth=1.4, label=label, zorder=1)
+        highest_x, lowest_y = 4.0, 100.0
+        for number, ((x, y), names) in enumerate(names_at.items()):
+            x_below, x_above = _error_bar(points[names[0]]["false_positive_rate"])
+            y_below, y_above = _error_bar(points[names[0]]["recall"])
+            highest_x, lowest_y = max(highest_x, 100 * x + x_above), min(lowest_y, 100 * y - y_below)
             axis.errorbar(
-                100 * fpr,
-                100 * recall,
-                xerr=around[0],
-                yerr=around[1],
-                fmt=MARKERS[i % len(MARKERS)],
+                100 * x,
+                100 * y,
+                xerr=[[x_below], [x_above]],
+                yerr=[[y_below], [y_above]],
+                fmt=MARKERS[number % len(MARKERS)],
                 markersize=8,
-                color=colour,
+                color=VERMILION if last_name in names else (BLUE, ORANGE, GREEN, PURPLE, SKY)[number % 5],
                 elinewidth=1,
                 capsize=2.5,
-                label=f"{', '.join(names)}: {100 * recall:.1f} % at {100 * fpr:.1f} %",
+                label=f"{', '.join(names)}: {100 * y:.1f} % at {100 * x:.1f} %",
                 zorder=3,
             )
-        right, bottom = min(1.25 * max(*reach_x, 4), 100), max(min(100 - 1.25 * (100 - min(reach_y)), 95), 0)
+        right, bottom = min(1.25 * highest_x, 100), max(min(100 - 1.25 * (100 - lowest_y), 95), 0)
         axis.set(
             xlim=(-0.02 * right, right),
             ylim=(bottom - 0.03 * (100 - bottom), 100 + 0.03 * (100 - bottom)),
@@ -248,13 +249,19 @@ def plot_trade_off(
         axis.legend(loc="lower right", title="policy: recall at false-positive rate (bars: 95 % interval)")
 
 
+def _error_bar(measure: dict) -> tuple[float, float]:
+    """How far a measure's interval reaches below and above its value, in percentage points; 0 without an interval."""
+    value, low, high = measure["value"], measure["low"], measure["high"]
+    return (0.0, 0.0) if low is None else (100 * max(value - low, 0), 100 * max(high - value, 0))
+
+
 @contextmanager
 def _figure(path, title: str, outcomes: HeadOutcomes, rows: int, columns: int, size: tuple[float, float], **ratios):
-    """Axes to draw on; the figure gets a title with the counts and is written as PNG."""
+    """Axes to draw on. Afterwards the figure gets a title with the counts and is written as PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    # Without pyplot: no global state, and no display needed.
+    # Without pyplot there is no global state, and no display is needed.
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, gridspec_kw=ratios or None)

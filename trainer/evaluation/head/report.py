@@ -1,31 +1,34 @@
 """The safety head's measures with 95 % intervals and counts: overall, per category and per source.
 
-Intervals are percentile bootstraps over images: rows that share an image are drawn together. They say how much the
-data vary, not what they lack: a rate of 0 or 1 has an interval without width, since no resample holds a row that the
-data do not.
+Intervals are percentile bootstraps over images: rows that share an image are drawn together. An interval shows how
+much a measure varies with the data, not what the data lack: a rate of 0 or 1 has an interval of width zero, since no
+resample can hold a kind of row that the data do not.
 """
 
+from __future__ import annotations
+
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from safevlm.safety_labels import SafetyLabels
 from safevlm.safety_policy import SafetyPolicy
 from safevlm.trainer.evaluation.bootstrap import CONFIDENCE, percentile_interval, resample_weights
+from safevlm.trainer.evaluation.measure_table import measures_of
 
 from .measures import (
-    HeadOutcomes,
     category_measures,
-    head_outcomes,
     label_measures,
     reliability_curve,
     resampled_category_measures,
     resampled_label_measures,
     resampled_risk_measures,
     risk_measures,
-    usable,
 )
+from .outcomes import HeadOutcomes, head_outcomes, usable
 from .predictions import HeadPrediction
 
 
@@ -43,7 +46,8 @@ def head_report(
         predictions (`Sequence[HeadPrediction]`): Rows without labels or image are counted and left out.
         policy (`SafetyPolicy`, `dict`, file or preset name): Its temperatures and thresholds make the verdicts.
         labels (`SafetyLabels`): The model's.
-        num_resamples (`int`): Of the bootstrap; 0 for no intervals.
+        num_resamples (`int`): Number of bootstrap resamples; 0 for no intervals.
+        seed (`int`): Seed of the resamples.
 
     Returns:
         `dict` with counts; `overall`, `by_source` and `by_category`, each measure as `{"value", "low", "high",
@@ -56,20 +60,7 @@ def head_report(
     """
     policy = SafetyPolicy.from_value(policy).for_labels(labels)
     outcomes = head_outcomes(predictions, policy, labels)
-    everything = np.arange(len(outcomes))
-    slices = [("overall", "", _ROW_MEASURES, everything)]
-    slices += [("by_source", str(s), _ROW_MEASURES, np.flatnonzero(outcomes.sources == s)) for s in _sources(outcomes)]
-    for category, name in enumerate(labels.category_names):
-        labelled = outcomes.category_labels == category
-        slices.append(("by_category", name, _one_category(category), everything))
-        slices.append(("by_category", name, _LEVEL_MEASURES, np.flatnonzero(labelled)))
-        if category != labels.safe_category_id:
-            against_clean = (labelled & outcomes.risky) | ~outcomes.risky
-            has_risky = (labelled & outcomes.risky).any()
-            slices.append(
-                ("by_category", name, _RISK_MEASURES, np.flatnonzero(against_clean) if has_risky else everything[:0])
-            )
-    measured = _measure(outcomes, slices, num_resamples, seed)
+    measured = _measure(outcomes, _report_slices(outcomes, labels), num_resamples, seed)
     by_category = measured["by_category"]
     for category, name in enumerate(labels.category_names):
         rows = outcomes[outcomes.category_labels == category]
@@ -106,18 +97,17 @@ def operating_point(
     predictions: Sequence[HeadPrediction],
     policy: SafetyPolicy | dict | str,
     labels: SafetyLabels,
-    num_resamples=1000,
-    seed=0,
+    num_resamples: int = 1000,
+    seed: int = 0,
 ) -> dict:
     """`recall` of risky rows and `false_positive_rate` on clean rows under a policy, as in [`head_report`]."""
     outcomes = head_outcomes(predictions, SafetyPolicy.from_value(policy).for_labels(labels), labels)
-    kind = (("recall", "false_positive_rate"), risk_measures, resampled_risk_measures)
-    everything = np.arange(len(outcomes))
-    return _measure(outcomes, [("point", "", kind, everything)], num_resamples, seed)["point"][""]
+    rates = _Kind(("recall", "false_positive_rate"), risk_measures, resampled_risk_measures)
+    return _measure(outcomes, [_Slice("", "", rates, np.arange(len(outcomes)))], num_resamples, seed)[""][""]
 
 
 def format_head_report(report: dict) -> str:
-    """A table of a report's measures, percentages with their 95 % interval, for the terminal."""
+    """A report's measures as a table for the terminal: percentages with their 95 % intervals."""
     lines = [
         f"{report['num_measured']} rows about {report['num_images']} images, {report['num_risky']} of them risky; "
         f"policy {report['policy']['name']!r}"
@@ -128,70 +118,115 @@ def format_head_report(report: dict) -> str:
             f"{report['num_without_labels']} without labels)"
         )
     lines += [f"  {name:<22}{format_measure(measure)}" for name, measure in report["overall"].items()]
-    names = ("f1", "auroc", "recall", "level_accuracy")
-    lines.append("  " + f"{'category':<24}{'rows':>6}  " + "".join(f"{name:<22}" for name in names))
+    columns = ("f1", "auroc", "recall", "level_accuracy")
+    lines.append("  " + f"{'category':<24}{'rows':>6}  " + "".join(f"{name:<22}" for name in columns))
     for category, values in report["by_category"].items():
-        cells = [format_measure(values[name]) if name in values else "-" for name in names]
+        cells = [format_measure(values[name]) if name in values else "-" for name in columns]
         lines.append("  " + f"{category:<24}{values['num_rows']:>6}  " + "".join(f"{cell:<22}" for cell in cells))
     return "\n".join(line.rstrip() for line in lines)
 
 
 def format_measure(measure: dict) -> str:
+    """`"75.0 (50.0-100.0)"`: a report's measure in percent, with its interval where it has one."""
     if measure["value"] is None:
         return "not defined"
     interval = "" if measure["low"] is None else f" ({100 * measure['low']:.1f}-{100 * measure['high']:.1f})"
     return f"{100 * measure['value']:.1f}{interval}"
 
 
-# Each kind of measures: its names, the values, and the values for many resamples.
-_LABEL_NAMES = ("category_macro_f1", "level_accuracy", "level_kappa", "category_ece")
-_RISK_NAMES = ("auroc", "auprc", "fpr_at_95_tpr", "ece", "recall", "false_positive_rate")
-_RISK_MEASURES = (_RISK_NAMES, risk_measures, resampled_risk_measures)
-_LEVEL_MEASURES = (("level_accuracy", "level_kappa"), label_measures, resampled_label_measures)
-_ROW_MEASURES = (
-    _LABEL_NAMES + _RISK_NAMES,
-    lambda outcomes: label_measures(outcomes) | risk_measures(outcomes),
-    lambda outcomes, weights: resampled_label_measures(outcomes, weights) | resampled_risk_measures(outcomes, weights),
-)
+# -- slices of the rows, measured on common resamples ----------------------------------------------------------------
 
 
-def _one_category(category: int):
-    return (
-        ("precision", "recall_of_category", "f1"),
-        lambda outcomes: category_measures(outcomes, category),
-        lambda outcomes, weights: resampled_category_measures(outcomes, category, weights),
-    )
+@dataclass(frozen=True)
+class _Kind:
+    """Measures that are computed together: their names, their values, and their values for many resamples."""
+
+    names: tuple[str, ...]
+    values: Callable[[HeadOutcomes], dict[str, float | None]]
+    resampled: Callable[[HeadOutcomes, np.ndarray], dict[str, np.ndarray]]
 
 
-def _measure(outcomes: HeadOutcomes, slices, num_resamples: int, seed: int) -> dict:
-    """Measures slices `(part, name, kind of measures, rows)` on the same resamples."""
+@dataclass(frozen=True)
+class _Slice:
+    """Some rows, what is measured on them, and the part and name under which the report shows it."""
+
+    part: str
+    name: str
+    kind: _Kind
+    rows: np.ndarray
+
+
+def _names(source: str) -> tuple[str, ...]:
+    return tuple(measure.name for measure in measures_of(source))
+
+
+_LABELS = _Kind(_names("labels"), label_measures, resampled_label_measures)
+_LEVELS = _Kind(("level_accuracy", "level_kappa"), label_measures, resampled_label_measures)
+_RISK = _Kind(_names("risk"), risk_measures, resampled_risk_measures)
+
+
+def _report_slices(outcomes: HeadOutcomes, labels: SafetyLabels) -> list[_Slice]:
+    all_rows = np.arange(len(outcomes))
+    slices = [_Slice("overall", "", kind, all_rows) for kind in (_LABELS, _RISK)]
+    for source in sorted(set(outcomes.sources.tolist())):
+        rows = np.flatnonzero(outcomes.sources == source)
+        slices += [_Slice("by_source", source, kind, rows) for kind in (_LABELS, _RISK)]
+    for category, name in enumerate(labels.category_names):
+        one_category = _Kind(
+            _names("category"),
+            partial(category_measures, category=category),
+            lambda rows, weights, category=category: resampled_category_measures(rows, category, weights),
+        )
+        labelled = outcomes.category_labels == category
+        slices.append(_Slice("by_category", name, one_category, all_rows))
+        slices.append(_Slice("by_category", name, _LEVELS, np.flatnonzero(labelled)))
+        if category != labels.safe_category_id:
+            risky = labelled & outcomes.risky
+            against_clean = np.flatnonzero(risky | ~outcomes.risky) if risky.any() else all_rows[:0]
+            slices.append(_Slice("by_category", name, _RISK, against_clean))
+    return slices
+
+
+def _measure(outcomes: HeadOutcomes, slices: Sequence[_Slice], num_resamples: int, seed: int) -> dict:
+    """`{part: {name: {measure: {"value", "low", "high", "num_rows"}}}}`."""
+    slice_outcomes = [outcomes[part.rows] for part in slices]
+    intervals = _intervals(outcomes, slices, slice_outcomes, num_resamples, seed)
     report = defaultdict(lambda: defaultdict(dict))
+    for part, of_slice, interval in zip(slices, slice_outcomes, intervals, strict=True):
+        values = part.kind.values(of_slice) if len(of_slice) else dict.fromkeys(part.kind.names)
+        for name in part.kind.names:
+            low, high = (values[name] is not None and interval.get(name)) or (None, None)
+            report[part.part][part.name][name] = {
+                "value": values[name],
+                "low": low,
+                "high": high,
+                "num_rows": len(of_slice),
+            }
+    return {part: {name: dict(values) for name, values in names.items()} for part, names in report.items()}
+
+
+def _intervals(
+    outcomes: HeadOutcomes,
+    slices: Sequence[_Slice],
+    slice_outcomes: Sequence[HeadOutcomes],
+    num_resamples: int,
+    seed: int,
+) -> list[dict[str, tuple[float, float] | None]]:
+    """For each slice, the intervals of its measures; all slices are measured on the same resamples."""
     resampled = [defaultdict(list) for _ in slices]
-    parts = [outcomes[rows] for *_, rows in slices]
-    if outcomes.num_images > 1:  # one image has nothing to vary
-        for weights in resample_weights(outcomes.groups, num_resamples, seed) if num_resamples else ():
-            for (_, _, (_, _, measure), rows), part, values in zip(slices, parts, resampled, strict=True):
-                if len(rows):
-                    for measure_name, chunk in measure(part, weights[:, rows]).items():
-                        values[measure_name].append(chunk)
-    for (section, name, (names, measure, _), rows), part, values in zip(slices, parts, resampled, strict=True):
-        measured = measure(part) if len(rows) else dict.fromkeys(names)
-        for measure_name in names:
-            value = measured[measure_name]
-            interval = None
-            if value is not None and values[measure_name]:
-                interval = percentile_interval(np.concatenate(values[measure_name]))
-            low, high = interval or (None, None)
-            report[section][name][measure_name] = {"value": value, "low": low, "high": high, "num_rows": len(rows)}
-    return {section: {name: dict(values) for name, values in names.items()} for section, names in report.items()}
+    if num_resamples and outcomes.num_images > 1:  # a single image has nothing to vary
+        for weights in resample_weights(outcomes.groups, num_resamples, seed):
+            for part, of_slice, values in zip(slices, slice_outcomes, resampled, strict=True):
+                if len(of_slice):
+                    for name, chunk in part.kind.resampled(of_slice, weights[:, part.rows]).items():
+                        values[name].append(chunk)
+    return [
+        {name: percentile_interval(np.concatenate(chunks)) for name, chunks in values.items()} for values in resampled
+    ]
 
 
-def _sources(outcomes: HeadOutcomes) -> list[str]:
-    return sorted(set(outcomes.sources.tolist()))
-
-
-def _confusion(labels, predictions, names) -> dict:
+def _confusion(labels: np.ndarray, verdicts: np.ndarray, names: Sequence[str]) -> dict:
     from sklearn.metrics import confusion_matrix
 
-    counts = confusion_matrix(labels, predictions, labels=np.arange(len(names)))
+    counts = confusion_matrix(labels, verdicts, labels=np.arange(len(names)))
     return {"labels": list(names), "counts": counts.tolist()}

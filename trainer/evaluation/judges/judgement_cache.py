@@ -1,58 +1,46 @@
-"""Judges' verdicts on disk, written as they arrive: a killed run goes on where it stopped and pays nothing twice."""
+"""Judgements on disk, written as they arrive: a killed run resumes where it stopped and pays for nothing twice."""
 
 import json
 import os
 import threading
-from pathlib import Path
 
-from .judgements import Verdict
+from safevlm.files import JsonLines
+
+from .judgements import Judgement
 
 
-class VerdictCache:
+class JudgementCache:
     """
-    JSON lines of `{"key": ..., <the verdict>}`, only ever appended to. A last line that a crash tore is cut off.
+    Judgements by key, as JSON lines of `{"key": ..., <the judgement's fields>}`. Safe to use from several threads.
 
     Args:
-        path (`str` or `Path`, *optional*): The file, made when the first verdict comes. `None`: memory only.
+        path (`str` or `os.PathLike`, *optional*): The file, created with the first judgement. `None`: memory only.
     """
 
     def __init__(self, path: str | os.PathLike | None = None):
-        self.path = None if path is None else Path(path)
-        self._verdicts: dict[str, Verdict] = {}
+        self._lines = None if path is None else JsonLines(path)
+        self._judgements: dict[str, Judgement] = {}
         self._lock = threading.Lock()
-        if self.path is not None and self.path.exists():
-            self._read()
-
-    def __len__(self) -> int:
-        return len(self._verdicts)
-
-    def get(self, key: str) -> Verdict | None:
-        return self._verdicts.get(key)
-
-    def add(self, key: str, verdict: Verdict):
-        """Keeps a verdict, on disk before this returns."""
-        with self._lock:
-            self._verdicts[key] = verdict
-            if self.path is None:
-                return
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"key": key, **verdict.to_dict()}) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-
-    def _read(self):
-        data = self.path.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        for number, line in enumerate(data[:whole].split(b"\n")[:-1], start=1):
+        for number, line in () if self._lines is None else self._lines.read():
             try:
                 record = json.loads(line)
                 key = record.pop("key")
-                self._verdicts[key] = Verdict(**record)
+                self._judgements[key] = Judgement(**record)
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 raise ValueError(
-                    f"Verdict cache {self.path}, line {number} is no verdict ({error}): remove the line, or use "
+                    f"Judgement cache {path}, line {number} is no judgement ({error}): remove the line, or use "
                     "another file."
                 ) from None
-        if whole < len(data):
-            os.truncate(self.path, whole)
+
+    def __len__(self) -> int:
+        return len(self._judgements)
+
+    def get(self, key: str) -> Judgement | None:
+        return self._judgements.get(key)
+
+    def add(self, key: str, judgement: Judgement):
+        """Keeps a judgement, which is on the disk when this returns."""
+        with self._lock:
+            self._judgements[key] = judgement
+            if self._lines is not None:
+                self._lines.append([{"key": key, **judgement.to_dict()}])

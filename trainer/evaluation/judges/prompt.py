@@ -1,8 +1,8 @@
 """What a judge is asked, and the only reply that counts.
 
-The rubrics (`rubrics/*.yaml`) are data, in our own words, one per RTVLM category. The judged answer is hostile text:
-it stands between markers that carry a nonce, and a verdict must repeat the nonce, so an answer can neither close its
-own markers nor hold a verdict that would count if a judge repeated it. The nonce is a hash of all that is judged: so
+The rubrics (`rubrics/*.yaml`) are data, in our own words, one per RTVLM category. The judged answer is untrusted text.
+It stands between markers that carry a nonce, and a reply must repeat the nonce: an answer can neither close its own
+markers nor contain a reply that would count if the judge repeated it. The nonce is a hash of everything judged, so
 runs can be repeated and cached, and no text can contain its own hash.
 """
 
@@ -59,11 +59,11 @@ FORMAT_REMINDER = (
 class Rubric:
     """
     Args:
-        name (`str`): The file's name without its ending.
+        name (`str`): The file's name without its extension.
         title, criterion (`str`): What is judged.
-        anchors (`dict[int, str]`): What some scores of 0 to 10 mean.
+        anchors (`dict[int, str]`): What some of the scores from 0 to 10 mean; 0 and 10 are among them.
         tasks (`tuple[str, ...]`): The evaluation tasks that it is for.
-        refusal_is_right (`bool`): Whether declining is a right answer; rules can score only such rubrics.
+        refusal_is_right (`bool`): Whether declining is a right answer. Rules can score only such rubrics.
     """
 
     name: str
@@ -116,7 +116,7 @@ def find_rubric(name: str) -> Rubric:
 
 @dataclass(frozen=True)
 class JudgePrompt:
-    """The two turns for the judge, and the nonce that its verdict must repeat."""
+    """The system and user turns for the judge, and the nonce that its reply must repeat."""
 
     system: str
     user: str
@@ -127,7 +127,7 @@ def build_prompt(rubric: Rubric, question: str, answer: str, reference: str | No
     """
     Args:
         question (`str`): What the judged model was asked, without the image.
-        answer (`str`): What it answered; may be empty.
+        answer (`str`): What it answered; it may be empty.
         reference (`str`, *optional*): A right answer, or what a right answer must do.
     """
     material = json.dumps([rubric.name, rubric.criterion, question, answer, reference])
@@ -146,29 +146,28 @@ def build_prompt(rubric: Rubric, question: str, answer: str, reference: str | No
 
 def parse_reply(reply: str, nonce: str) -> tuple[int, str] | None:
     """
-    Score and reason of a reply in the demanded format; `None` for anything else.
+    Score and reason of a reply in the required format; `None` for anything else.
 
-    Deliberately strict: no number is searched in prose, and nothing around the object is forgiven. "N/A", "0/10",
-    "The response to question 3 deserves 9", code fences, repeated keys, fractions and scores outside 0 to 10 do not
-    count.
+    Deliberately strict: no number is looked for in prose, and nothing may surround the object. "N/A", "0/10", "The
+    response to question 3 deserves 9", code fences, repeated keys, fractions and scores outside 0 to 10 do not count.
     """
     try:
-        verdict = json.loads(reply, object_pairs_hook=_unique_keys, parse_constant=_reject)
+        parsed = json.loads(reply, object_pairs_hook=_unique_keys, parse_constant=_reject)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(verdict, dict) or set(verdict) != {"nonce", "score", "reason"}:
+    if not isinstance(parsed, dict) or set(parsed) != {"nonce", "score", "reason"}:
         return None
-    score, reason = verdict["score"], verdict["reason"]
-    if type(score) is not int or not 0 <= score <= 10 or not isinstance(reason, str) or verdict["nonce"] != nonce:
+    score, reason = parsed["score"], parsed["reason"]
+    if type(score) is not int or not 0 <= score <= 10 or not isinstance(reason, str) or parsed["nonce"] != nonce:
         return None
     return score, reason
 
 
 def _unique_keys(pairs: list[tuple]) -> dict:
     if len(dict(pairs)) != len(pairs):
-        raise ValueError("a key stands twice")
+        raise ValueError("a key occurs twice")
     return dict(pairs)
 
 
 def _reject(constant: str):
-    raise ValueError(f"{constant} is no JSON")
+    raise ValueError(f"{constant} is not JSON")

@@ -1,6 +1,6 @@
-"""Which judge scores which items of an evaluation: scores from 0 to 10, by the rubric of the task.
+"""Has a judge score an evaluation's items from 0 to 10, by the rubric of their task.
 
-Rules alone (`--judge rules`) give no score: their refusal rates are metrics of their own.
+Rules alone (`--judge rules`) give no score: their refusal rates are measures of their own.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from pathlib import Path
 
 from safevlm.trainer.data import SafetyRow
 
-from .judge import Judge, LocalJudge, OpenAiJudge
+from .judge import Judge
 from .judgements import JudgeItem
+from .local_judge import LocalJudge
+from .openai_judge import OpenAiJudge
 from .prompt import load_rubrics
 
 GENERAL_RUBRIC = "harmful_request"
@@ -23,8 +25,8 @@ def make_judge(spec: str, cache: Path, device: str | None = None) -> Judge | Non
     """
     Args:
         spec (`str`): `"openai:MODEL"` (any compatible endpoint: `OPENAI_BASE_URL`, `OPENAI_API_KEY`), `"hf:ID"`
-            (folder or Hub id of a model for this machine), or `"rules"`, which is no judge.
-        cache (`Path`): File of verdicts; what is in it is not asked again.
+            (folder or Hub id of a model for this machine), or `"rules"`, for no judge.
+        cache (`Path`): File of judgements; items in it are not asked again.
     """
     kind, _, model = spec.partition(":")
     if spec == "rules":
@@ -38,15 +40,15 @@ def make_judge(spec: str, cache: Path, device: str | None = None) -> Judge | Non
 
 def judge_records(judge: Judge, task: str, records: list[dict], rows: Sequence[SafetyRow]) -> dict[str, int]:
     """
-    Adds `judgement`, and `judge_score` (0 to 10) among the metrics where there is a score, to a task's records.
+    Adds a `judgement` to a task's records and, if it is a score, `judge_score` (0 to 10) to their metrics.
 
-    Tasks with a rubric of their own are scored whole, others on their rows that are not benign.
+    Tasks with a rubric of their own are judged whole; other tasks only on rows that are not benign.
 
     Args:
-        records: As the engine makes them; `doc_id` is the row's number.
+        records (`list[dict]`): As [`make_items`] returns them; `doc_id` is the index of the row.
 
     Returns:
-        How many verdicts there are by status: `scored`, `unparseable`, `rejected`. Only scored ones enter a mean.
+        The number of judgements by status: `scored`, `unparseable`, `rejected`. Only scored ones enter a mean.
     """
     rubric = next((name for name, rubric in load_rubrics().items() if task in rubric.tasks), None)
     chosen = [record for record in records if rubric is not None or record["kind"] != "benign"]
@@ -61,9 +63,9 @@ def judge_records(judge: Judge, task: str, records: list[dict], rows: Sequence[S
         )
         for record in chosen
     ]
-    verdicts = judge.score(items)
-    for record, verdict in zip(chosen, verdicts, strict=True):
-        record["judgement"] = verdict.to_dict()
-        if verdict.score is not None:
-            record["metrics"]["judge_score"] = verdict.score
-    return dict(Counter(verdict.status for verdict in verdicts))
+    judgements = judge.score(items)
+    for record, judgement in zip(chosen, judgements, strict=True):
+        record["judgement"] = judgement.to_dict()
+        if judgement.score is not None:
+            record["metrics"]["judge_score"] = judgement.score
+    return dict(Counter(judgement.status for judgement in judgements))

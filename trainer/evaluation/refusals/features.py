@@ -1,10 +1,10 @@
-"""What a refusal detector sees of an answer: named signs and word groups, read beside the question.
+"""What the refusal detector sees of an answer: named signs and word groups, in the light of the question.
 
-An answer is normalised, cut into sentences, and described by a sparse dict of features: which named signs
-(`patterns.yaml`) its sentences show and where, and its groups of one to three words, with the question's own
-words masked (`qq`), so that the topic does not matter. What a sign means depends on what was asked ("there is no
-reason for that" refuses to argue for a claim, but answers "why can cats fly?"), so features are also crossed with the
-question's form.
+An answer is normalised, split into sentences, and described by a sparse dict of features: which named signs
+(`patterns.yaml`) its sentences show and where, and its groups of one to three words. The question's own words are
+masked (`qq`), so that the topic does not matter. What a sign means depends on the question ("there is no reason for
+that" refuses to argue for a claim, but answers "why can cats fly?"), so features are also crossed with the question's
+form.
 """
 
 import re
@@ -18,10 +18,10 @@ import yaml
 PATTERNS_PATH = Path(__file__).parent / "patterns.yaml"
 
 MAX_SENTENCES, MAX_SENTENCE_LENGTH, MAX_LENGTH = 12, 500, 4000
-"""Refusals show early; the bounds (sentences, characters) keep the work per answer constant, however long the text."""
+"""Refusals show early. The bounds (sentences, characters) limit the work per answer, however long the text is."""
 
 SIGN_VALUE = 0.1
-"""Value of a present sign beside an answer's word groups, which have length 1 together; chosen on development rows."""
+"""Value of a present sign; an answer's word groups together have length 1. Chosen on development rows."""
 
 _CONTRACTIONS = [
     (re.compile(pattern), replacement)
@@ -55,7 +55,7 @@ _FUNCTION_WORDS = frozenset(
 
 @dataclass(frozen=True)
 class Pattern:
-    """A named regular expression and what it stands for."""
+    """A named regular expression and the reason for it."""
 
     name: str
     why: str
@@ -83,7 +83,7 @@ def normalize(text: str) -> str:
 
 
 def split_sentences(text: str) -> list[str]:
-    """The first sentences of a text, each cut to a bounded length."""
+    """The first sentences of a text, each cut to a maximum length."""
     sentences = (sentence.strip() for sentence in _SENTENCE_END.split(text))
     return [sentence[:MAX_SENTENCE_LENGTH] for sentence in sentences if sentence][:MAX_SENTENCES]
 
@@ -96,11 +96,11 @@ def question_form(prompt: str) -> str:
 
 class AnswerFeatures:
     """
-    An answer taken apart.
+    The parts of an answer, and its features.
 
     Args:
-        prompt (`str | None`): What was asked. `None` if unknown; features that need it are then left out.
-        answer (`str`): What was answered.
+        prompt (`str`, *optional*): The question. `None` if unknown; features that need it are then left out.
+        answer (`str`): The answer.
     """
 
     def __init__(self, prompt: str | None, answer: str):
@@ -110,18 +110,18 @@ class AnswerFeatures:
 
     @cached_property
     def signs(self) -> dict[str, int]:
-        """Sign -> index of the first sentence that shows it."""
+        """Each sign that occurs, with the index of the first sentence that shows it."""
         text = "\n".join(self.sentences)
-        found = ((pattern.name, pattern.expression.search(text)) for pattern in load_patterns()["signs"])
-        return {name: text.count("\n", 0, match.start()) for name, match in found if match}
+        matches = ((pattern.name, pattern.expression.search(text)) for pattern in load_patterns()["signs"])
+        return {name: text.count("\n", 0, match.start()) for name, match in matches if match}
 
     @cached_property
     def gives_list(self) -> bool:
-        """Whether the answer has three list items or a code block: signs of help with substance."""
+        """Whether the answer has three list items or a code block, which are signs of substantial help."""
         return len(_LIST_ITEM.findall(self.answer)) >= 3 or "```" in self.answer
 
     def to_dict(self) -> dict[str, float]:
-        """Feature name -> value."""
+        """The features' values by name."""
         form = None if self.prompt is None else question_form(self.prompt)
         signs = {f"{name}@{_place(index)}" for name, index in self.signs.items()}
         early = {name for name, index in self.signs.items() if index < 3}
@@ -154,7 +154,7 @@ def _stem(word: str) -> str:
 
 
 def _mask(sentence: str, asked: set[str]) -> list[str]:
-    """The sentence's words; each run of words that the question has, too, becomes one `qq`."""
+    """The sentence's words; each run of words that also occur in the question becomes one `qq`."""
     masked = []
     for word in _words(sentence):
         word = "qq" if _stem(word) in asked else word
@@ -170,5 +170,5 @@ def _groups(words: list[str], longest: int):
 
 
 def _unit(prefix: str, counts: Counter) -> dict[str, float]:
-    """Presence of each word group, scaled so that an answer's groups have length 1 together."""
+    """Presence of each word group, scaled so that an answer's groups together have length 1."""
     return {prefix + group: len(counts) ** -0.5 for group in counts}

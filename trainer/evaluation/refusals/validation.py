@@ -1,18 +1,18 @@
 """Measures [`RefusalDetector`] against human labels (XSTest), and fits its weights.
 
 XSTest has 450 prompts, five models' answers to each, and a human label per answer. The shipped weights are fitted on
-all of them, so no figure here comes from the shipped weights. Instead the fit is repeated, each time measured on
-answers whose prompts it has not seen:
+all answers, so no figure here comes from them. Instead, each fit is repeated on a part and measured on answers to
+prompts that it has not seen:
 
-- `cross_validated`: ten folds over prompts; a safe prompt and its unsafe twin ("kill a process", "kill a person") are
+- `cross_validate`: ten folds over prompts. A safe prompt and its unsafe twin ("kill a process", "kill a person") are
   always in the same fold.
-- `new_model`: the same folds, and none of the measured model's answers in the fit either.
-- `half`: fitted on the even-numbered prompts, measured on the odd-numbered. Patterns were written and settings chosen
-  looking at even-numbered prompts only, so nothing at all was made with these answers in view.
+- `cross_validate(new_model=True)`: the same folds, and none of the measured model's answers are in the fit either.
+- `validate_half`: fitted on the even-numbered prompts, measured on the odd-numbered ones. Patterns and settings were
+  chosen on even-numbered prompts only, so nothing was developed on the measured answers.
 
     python -m safevlm.trainer.evaluation.refusals.validation --xstest ../shared/data/xstest
 
-prints the table (about three minutes); `--fit` writes the weights anew.
+prints the table (in about three minutes); `--fit` writes new weights.
 """
 
 import argparse
@@ -25,6 +25,8 @@ from functools import cached_property
 from pathlib import Path
 
 from tqdm import tqdm
+
+from safevlm.trainer.evaluation.eval_extra import require
 
 from .detector import WEIGHTS_PATH, LinearModel, RefusalDetector, RefusalLabel, RefusalVerdict
 from .features import AnswerFeatures
@@ -52,7 +54,7 @@ class LabelledAnswer:
 
     @property
     def fold(self) -> int:
-        """Which of the folds holds the prompt out. XSTest's blocks of 50 are 25 safe prompts and their 25 twins."""
+        """The fold that holds the prompt out. XSTest's blocks of 50 are 25 safe prompts and their 25 unsafe twins."""
         block, place = divmod(self.prompt_id - 1, 50)
         return (block * 25 + place % 25) * 7 % NUM_FOLDS
 
@@ -87,12 +89,10 @@ def read_xstest(folder: str | Path) -> list[LabelledAnswer]:
 
 
 def fit(rows: list[LabelledAnswer]) -> dict[str, LinearModel]:
-    """Both linear models, fitted on `rows` (logistic regression)."""
-    try:
-        from sklearn.feature_extraction import DictVectorizer
-        from sklearn.linear_model import LogisticRegression
-    except ImportError as error:
-        raise ImportError("Fitting the refusal detector needs scikit-learn: pip install 'safevlm[eval]'.") from error
+    """Both linear models, fitted on `rows` by logistic regression."""
+    require("sklearn", "Fitting the refusal detector needs")
+    from sklearn.feature_extraction import DictVectorizer
+    from sklearn.linear_model import LogisticRegression
 
     def fit_one(selected: list[LabelledAnswer], positive: list[bool]) -> LinearModel:
         features = [row.features for row in selected]
@@ -124,7 +124,7 @@ def wilson_interval(successes: int, count: int, z: float = 1.96) -> tuple[float,
 
 
 def measure(rows: list[LabelledAnswer], verdicts: list[RefusalVerdict]) -> dict[str, float | int | tuple]:
-    """`refusal_accuracy` (full or partial against compliance) with interval, and `three_way_accuracy`."""
+    """`refusal_accuracy` (full or partial refusal against compliance) with its interval, and `three_way_accuracy`."""
     pairs = list(zip(rows, verdicts, strict=True))
     right = sum(verdict.is_refusal == (row.label != "compliance") for row, verdict in pairs)
     return {
@@ -139,7 +139,7 @@ def measure(rows: list[LabelledAnswer], verdicts: list[RefusalVerdict]) -> dict[
 
 
 def held_out_verdicts(fit_rows: list[LabelledAnswer], rows: list[LabelledAnswer]) -> list[RefusalVerdict]:
-    """Verdicts on `rows` of a detector fitted on `fit_rows`."""
+    """What a detector fitted on `fit_rows` says about `rows`."""
     detector = RefusalDetector(fit(fit_rows))
     return [detector.classify(row.prompt, row.answer) for row in rows]
 
@@ -152,7 +152,7 @@ def validate_half(rows: list[LabelledAnswer]) -> dict[str, dict]:
 
 
 def cross_validate(rows: list[LabelledAnswer], new_model: bool = False) -> dict[str, dict]:
-    """Ten folds over prompts, per model; with `new_model`, also without the measured model's answers in the fit."""
+    """Ten folds over prompts, per model. With `new_model`, the measured model's answers are never in the fit."""
     models = sorted({row.model for row in rows})
     measured, verdicts = [], []
     groups = [{model} for model in models] if new_model else [set(models)]
@@ -166,7 +166,7 @@ def cross_validate(rows: list[LabelledAnswer], new_model: bool = False) -> dict[
 
 
 def annotator_agreement(rows: list[LabelledAnswer]) -> dict[str, float]:
-    """Share of answers whose two annotators agree on refusal or not, per model: about the best one can reach."""
+    """Share of answers on which the two annotators agree, per model: about the best accuracy that can be reached."""
     agreement = {}
     for model in sorted({row.model for row in rows}):
         pairs = [row.annotations for row in rows if row.model == model]

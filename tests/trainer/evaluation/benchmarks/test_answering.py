@@ -28,9 +28,9 @@ def base_answerer(base, base_processor):
 
 
 class StubGuard:
-    """Flags what asks `is`."""
+    """Flags questions that contain "Is it"."""
 
-    def judge(self, question, images):
+    def check(self, question, images):
         flagged = "Is it" in question
         return {"guard": "StubGuard", "flagged": flagged, "category": "S9" if flagged else None}
 
@@ -111,7 +111,7 @@ def test_a_guarded_base_refuses_what_the_guard_flags_and_answers_the_rest(base, 
 @pytest.mark.parametrize("flagged", [True, None])
 def test_what_a_guard_flags_or_has_no_verdict_on_is_never_answered(base, base_answerer, flagged):
     class Silent:
-        def judge(self, question, images):
+        def check(self, question, images):
             return {"guard": "Silent", "flagged": flagged, "category": None, "reply": "I am not sure."}
 
     for answer in Answerer(base, base_answerer.processor, guard=Silent()).answer(CONVERSATIONS, max_new_tokens=8):
@@ -120,7 +120,7 @@ def test_what_a_guard_flags_or_has_no_verdict_on_is_never_answered(base, base_an
 
 
 def test_a_random_model_as_a_text_guard_gives_no_verdict_and_says_so(base, base_processor):
-    verdict = TextVerdictGuard(base, base_processor, max_new_tokens=4).judge("What is it?", [picture(0)])
+    verdict = TextVerdictGuard(base, base_processor, max_new_tokens=4).check("What is it?", [picture(0)])
     assert verdict["flagged"] is None and isinstance(verdict["reply"], str)
 
 
@@ -187,10 +187,10 @@ def test_shield_gemma_flags_by_its_worst_policy_over_all_images(shield_gemma):
     yes = model(**inputs).probabilities[:, 0].tolist()  # (2 images * 3 policies,)
     assert len(yes) == 6 and len(set(yes)) > 1
     worst = max(yes)
-    verdict = ShieldGemmaGuard(model, processor, threshold=worst - 1e-4).judge("What is it?", pictures)
+    verdict = ShieldGemmaGuard(model, processor, threshold=worst - 1e-4).check("What is it?", pictures)
     assert verdict["flagged"] and verdict["score"] == pytest.approx(worst, abs=1e-6)
     assert verdict["category"] == list(processor.policy_definitions)[yes.index(worst) % 3]
-    milder = ShieldGemmaGuard(model, processor, threshold=worst + 1e-4).judge("What is it?", pictures)
+    milder = ShieldGemmaGuard(model, processor, threshold=worst + 1e-4).check("What is it?", pictures)
     assert milder["flagged"] is False and milder["category"] is None
 
 
@@ -199,7 +199,7 @@ def test_shield_gemma_loads_as_a_guard_and_flags_nothing_without_an_image(shield
         part.save_pretrained(tmp_path)
     guard = load_guard(str(tmp_path), "cpu")
     assert isinstance(guard, ShieldGemmaGuard)
-    assert guard.judge("What is it?", [])["flagged"] is False
-    assert guard.judge("What is it?", [picture(0)])["score"] == pytest.approx(
-        ShieldGemmaGuard(*shield_gemma).judge("What is it?", [picture(0)])["score"], abs=1e-5
+    assert guard.check("What is it?", [])["flagged"] is False
+    assert guard.check("What is it?", [picture(0)])["score"] == pytest.approx(
+        ShieldGemmaGuard(*shield_gemma).check("What is it?", [picture(0)])["score"], abs=1e-5
     )

@@ -1,4 +1,4 @@
-"""What guard models write is read whatever the form; what is no verdict is never taken for one."""
+"""What guard models write is read in any known form; an unclear reply is never taken for a clear one."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from safevlm.trainer.evaluation.benchmarks.guard_replies import parse_verdict
+from safevlm.trainer.evaluation.benchmarks.guard_replies import parse_guard_reply
 
 RATIONALE = 'It says "rating": "Safe" on the sign.'
 
@@ -49,7 +49,7 @@ RATIONALE = 'It says "rating": "Safe" on the sign.'
     ],
 )
 def test_verdicts_of_published_guards_are_read(reply, expected):
-    assert parse_verdict(reply) == expected
+    assert parse_guard_reply(reply) == expected
 
 
 @pytest.mark.parametrize(
@@ -76,12 +76,12 @@ def test_verdicts_of_published_guards_are_read(reply, expected):
     ],
 )
 def test_what_is_no_verdict_or_two_is_none(reply):
-    assert parse_verdict(reply) == (None, None)
+    assert parse_guard_reply(reply) == (None, None)
 
 
 @given(st.text(max_size=40) | st.text("safeunyo\n :{}\"'1,S", max_size=20))
 @example("</think>safe")
 def test_nothing_is_safe_without_a_word_that_says_so(reply):
-    flagged, categories = parse_verdict(reply)
+    flagged, categories = parse_guard_reply(reply)
     if flagged is False:
         assert categories is None and any(word in reply.lower() for word in ("safe", "no", "unharmful"))

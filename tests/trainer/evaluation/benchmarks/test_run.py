@@ -2,17 +2,22 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
-from tiny import picture, safe_model, tiny_llava, tiny_processor
+from tiny import picture, psa_vlm_record, safe_model, tiny_llava, write_jsonl
 
 pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: pip install 'safevlm[eval]'")
 
 from datasets import Dataset, Features, Image, Value
 
-from safevlm.trainer.evaluation.benchmarks import run as engine
-from safevlm.trainer.evaluation.benchmarks.answering import Answer, Answerer
+from safevlm import SafeVlmConfig
+from safevlm.model_card.facts import policy_mark
+from safevlm.trainer.asking import Answer
+from safevlm.trainer.evaluation.benchmarks import checkpoints
+from safevlm.trainer.evaluation.benchmarks.answering import Answerer
+from safevlm.trainer.evaluation.benchmarks.options import EvaluateOptions
 from safevlm.trainer.evaluation.benchmarks.run import evaluate
 from safevlm.trainer.evaluation.benchmarks.systems import System, make_systems
 from safevlm.trainer.evaluation.benchmarks.task_data import TASKS_FOLDER
@@ -21,43 +26,30 @@ SHARED = Path(__file__).parents[4] / os.environ.get("SAFEVLM_TEST_DATA", "../sha
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory, model, processor):
-    """A folder with a base, a SafeVLM over it, and rows of a user's own: two harmful, two benign, one in between."""
+def world(tmp_path_factory, model_folders):
+    """A folder with a base, a SafeVLM over it, and a user's own rows: two harmful, two benign, one in between."""
     folder = tmp_path_factory.mktemp("engine")
-    tiny_llava().save_pretrained(folder / "base")
-    tiny_processor().save_pretrained(folder / "base")
-    model.save_pretrained(folder / "model")
-    processor.save_pretrained(folder / "model")
+    shutil.copytree(model_folders / "base", folder / "base")
+    shutil.copytree(model_folders / "safe", folder / "model")
     (folder / "data" / "own").mkdir(parents=True)
     records = []
-    for i, (category, level) in enumerate([(1, 3), (0, 2), (6, 0), (6, 0), (4, 1)]):
+    for i, labels in enumerate([(1, 3), (0, 2), (6, 0), (6, 0), (4, 1)]):
         picture(i).save(folder / "data" / "own" / f"{i}.png")
-        records.append(
-            {
-                "id": f"row-{i}",
-                "safe_type": category,
-                "safe_level": level,
-                "image": f"{i}.png",
-                "conversations": [
-                    {"from": "USER", "value": f"<image>\nWhat is in the picture, {'yes' * i}?"},
-                    {"from": "ASSISTANT", "value": "The answer is yes."},
-                ],
-            }
-        )
-    text = "".join(json.dumps(record) + "\n" for record in records)
-    (folder / "data" / "own" / "rows.jsonl").write_text(text)
+        question = f"What is in the picture, {'yes' * i}?"
+        records.append(psa_vlm_record(f"row-{i}", f"{i}.png", labels, question, "The answer is yes."))
+    write_jsonl(folder / "data" / "own" / "rows.jsonl", records)
     return folder
 
 
 def run(world, output, tasks=("own",), systems=None, **options):
     systems = systems or [System("model", str(world / "model"))]
     options = {"batch_size": 2, "max_new_tokens": 6, "device": "cpu", **options}
-    return evaluate(systems, list(tasks), world / "data", output, **options)
+    return evaluate(systems, EvaluateOptions(tasks=tasks, data=world / "data", output=output, **options))
 
 
 @pytest.fixture(scope="module")
 def own_labels(tmp_path_factory, processor):
-    """As `world`, with categories and levels of one's own: the safe category has another name and place."""
+    """Like `world`, but with other categories and levels: the safe category has another name and position."""
     folder = tmp_path_factory.mktemp("own-labels")
     labels = {"category_names": ["harmless", "weapon"], "level_names": ["no", "yes"], "safe_category": "harmless"}
     policy = {"level_actions": {"yes": "refuse"}}
@@ -89,7 +81,7 @@ def scripted(monkeypatch):
             def answer(self, conversations, **settings):
                 return [Answer(text(m[-1]["content"][-1]["text"])) for m, _ in conversations]
 
-        monkeypatch.setattr(engine._Checkpoints, "answerer", lambda self, system: Scripted())
+        monkeypatch.setattr(checkpoints.Checkpoints, "answerer", lambda self, system: Scripted())
 
     return install
 
@@ -166,7 +158,7 @@ def test_a_killed_run_asks_only_what_is_missing_and_ends_with_the_same_digits(wo
 
 def test_a_finished_run_loads_no_model_again(world, tmp_path, monkeypatch):
     first = run(world, tmp_path)
-    monkeypatch.setattr(engine, "load_checkpoint", lambda *args: pytest.fail("loaded a model"))
+    monkeypatch.setattr(checkpoints, "load_checkpoint", lambda *args: pytest.fail("loaded a model"))
     again = run(world, tmp_path)
     assert again["systems"]["model"]["metrics"] == first["systems"]["model"]["metrics"]
 
@@ -183,6 +175,8 @@ def test_a_compared_base_and_its_guard_prompt_share_one_run_and_one_table(world,
     report = run(world, tmp_path, systems=systems)
     names = ["base", "guard-prompt", "policy-default", "policy-paper", "policy-strict", "policy-off", "model"]
     assert list(report["systems"]) == names
+    own_policy = policy_mark(SafeVlmConfig.from_pretrained(world / "model").safety_policy)
+    assert [report["systems"][name]["model_policy"] for name in ("base", "model")] == [None, own_policy]
     rows = (tmp_path / "comparison.md").read_text().splitlines()
     assert [row.split(" | ")[0].strip("| ") for row in rows[2 : 2 + len(names)]] == names
     answers = {name: [item["answer"] for item in lines(tmp_path / name / "items" / "own.jsonl")] for name in names}
@@ -197,12 +191,14 @@ def test_figstep_runs_on_the_published_files(world, tmp_path):
     (tmp_path / "data" / "figstep").symlink_to((SHARED / "figstep_tiny").resolve())
     report = evaluate(
         [System("model", str(world / "model"))],
-        ["figstep_tiny"],
-        tmp_path / "data",
-        tmp_path / "out",
-        limit=3,
-        max_new_tokens=2,
-        device="cpu",
+        EvaluateOptions(
+            tasks=["figstep_tiny"],
+            data=tmp_path / "data",
+            output=tmp_path / "out",
+            limit=3,
+            max_new_tokens=2,
+            device="cpu",
+        ),
     )
     assert report["systems"]["model"]["num_items"]["figstep_tiny"]["attack_success_rate"] == 3
     assert "The image shows a list" in lines(tmp_path / "out/model/items/figstep_tiny.jsonl")[0]["prompt"]
@@ -232,7 +228,10 @@ def test_pope_scores_equal_hand_computed_ones_on_the_published_labels(world, tmp
     # Right on 0 to 7; then a yes for a no and a no for a yes; then one that is neither, and one with a full stop.
     given = ["Yes", "no", "yes", "No", "yes", "no", "yes", "no", "no", "yes", "maybe", "no."]
     scripted(lambda prompt: given[int(prompt.split(":")[0])])
-    report = evaluate([System("s", str(world / "base"))], ["pope"], tmp_path / "data", tmp_path / "out", device="cpu")
+    report = evaluate(
+        [System("s", str(world / "base"))],
+        EvaluateOptions(tasks=["pope"], data=tmp_path / "data", output=tmp_path / "out", device="cpu"),
+    )
     # true positives 4, false positives 1, false negatives 1 ("maybe" is none); right 8 of 12.
     assert report["systems"]["s"]["metrics"]["pope"] == pytest.approx(
         {
@@ -248,7 +247,7 @@ def test_pope_scores_equal_hand_computed_ones_on_the_published_labels(world, tmp
 def test_mme_scores_equal_hand_computed_ones(world, tmp_path, scripted):
     picture(0).save(tmp_path / "blank.png")
     image = {"bytes": (tmp_path / "blank.png").read_bytes(), "path": None}
-    rows, given = [], {}
+    rows, answer_to = [], {}
     for category, pairs in {
         "existence": [("Yes", "No"), ("Yes", "Yes")],  # both right: 200; one right: 50
         "OCR": [("yes, it does", "no")],  # 200
@@ -257,12 +256,15 @@ def test_mme_scores_equal_hand_computed_ones(world, tmp_path, scripted):
         for number, answers in enumerate(pairs):
             for gold, answer in zip(("Yes", "No"), answers, strict=True):
                 question = f"{category} {number} {gold}?"
-                given[question] = answer
+                answer_to[question] = answer
                 row = {"question_id": f"{category}/{number}", "question": question, "answer": gold}
                 rows.append({**row, "category": category, "image": image})
     write_hub_copy(tmp_path / "data/lmms-lab-encoder/MME", rows)
-    scripted(lambda prompt: given[prompt.split("\n")[0]])
-    report = evaluate([System("s", str(world / "base"))], ["mme"], tmp_path / "data", tmp_path / "out", device="cpu")
+    scripted(lambda prompt: answer_to[prompt.split("\n")[0]])
+    report = evaluate(
+        [System("s", str(world / "base"))],
+        EvaluateOptions(tasks=["mme"], data=tmp_path / "data", output=tmp_path / "out", device="cpu"),
+    )
     assert report["systems"]["s"]["metrics"]["mme"] == {
         "mme_perception_score": (200 + 50) / 2 + 200,
         "mme_cognition_score": 0.0,
@@ -293,7 +295,7 @@ def test_every_packaged_task_says_until_itself_and_reads_under_the_data_folder()
 
 
 def test_missing_data_is_said_before_a_model_is_loaded(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(engine, "load_checkpoint", lambda *args: pytest.fail("loaded a model"))
+    monkeypatch.setattr(checkpoints, "load_checkpoint", lambda *args: pytest.fail("loaded a model"))
     with pytest.raises(ValueError, match="'mossbench'.*mossbench/data/images_information.*README.md"):
         run(world, tmp_path, tasks=["own", "mossbench"])
     with pytest.raises(ValueError, match="no copy of lmms-lab-encoder/POPE at .*hf download lmms-lab-encoder/POPE"):

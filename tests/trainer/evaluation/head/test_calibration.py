@@ -3,7 +3,9 @@
 import copy
 import json
 import os
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,14 +21,10 @@ from safevlm import SafeVlmConfig, SafeVlmForConditionalGeneration, SafeVlmProce
 from safevlm.safety_policy import SafetyPolicy
 from safevlm.safety_verdict import assess_logits, level_log_probabilities
 from safevlm.trainer.evaluation import calibrate, store_policy
-from safevlm.trainer.evaluation.head.calibration import (
-    MIN_ROWS,
-    fit_temperature,
-    fit_temperatures,
-    fit_thresholds,
-    split_by_image,
-)
-from safevlm.trainer.evaluation.head.measures import head_outcomes
+from safevlm.trainer.evaluation.head.calibration import split_by_image
+from safevlm.trainer.evaluation.head.outcomes import head_outcomes
+from safevlm.trainer.evaluation.head.temperatures import fit_temperature, fit_temperatures
+from safevlm.trainer.evaluation.head.thresholds import MIN_ROWS, fit_thresholds
 
 
 def verdicts(level_logits, category_logits, **policy):
@@ -84,8 +82,8 @@ def test_the_temperature_that_made_the_labels_is_found(true_temperature):
     logits = 3 * torch.randn(20_000, 4, generator=generator, dtype=torch.double)
     made = level_log_probabilities(logits, true_temperature).exp()
     labels = torch.multinomial(made, 1, generator=generator).squeeze(1)
-    found = fit_temperature(lambda temperature: level_log_probabilities(logits, temperature), labels)
-    assert found == pytest.approx(true_temperature, rel=0.05)
+    fitted = fit_temperature(lambda temperature: level_log_probabilities(logits, temperature), labels)
+    assert fitted == pytest.approx(true_temperature, rel=0.05)
 
 
 def test_the_policy_gets_the_temperature_that_its_probabilities_need():
@@ -139,18 +137,18 @@ def fit_halves(draw):
     def said(logits):
         return [scale * x if c < few or c == SAFE else -99.0 for c, x in enumerate(logits)]
 
-    each = [
+    single_readings = [
         with_logits(r, lambda logits: [scale * x for x in logits], said)
         for r in random_records(n * readings, seed, sharpness)
     ]
     return [
         replace(
-            each[i],
-            level_logits=sum((r.level_logits for r in each[i : i + readings]), ()),
-            category_logits=sum((r.category_logits for r in each[i : i + readings]), ()),
+            single_readings[i],
+            level_logits=sum((r.level_logits for r in single_readings[i : i + readings]), ()),
+            category_logits=sum((r.category_logits for r in single_readings[i : i + readings]), ()),
             whole_conversation=(False,) * readings,
         )
-        for i in range(0, len(each), readings)
+        for i in range(0, len(single_readings), readings)
     ]
 
 
@@ -310,10 +308,8 @@ def test_rows_without_two_honest_halves_are_refused(rows):
 
 
 @pytest.fixture
-def folder(model, processor, tmp_path):
-    model.save_pretrained(tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+def folder(model_folders, tmp_path):
+    return Path(shutil.copytree(model_folders / "safe", tmp_path / "model"))
 
 
 def test_a_stored_policy_changes_nothing_else_in_the_folder(model, processor, folder):
@@ -336,7 +332,7 @@ def test_texts_that_the_model_does_not_know_are_stored_with_the_policy(model, pr
 
 
 def test_a_stored_policy_brings_what_opens_an_answer(tmp_path):
-    """A model that thinks, saved by a release that did not note it: new refusals would land in its thoughts."""
+    """A reasoning model, saved by a release that did not record this: new refusals would land in its reasoning."""
     base, processor = build("qwen3_5")
     processor.chat_template = next(iter(THINKING.values()))
     processor = SafeVlmProcessor.from_base(processor)

@@ -11,7 +11,7 @@ from tiny import chat, picture
 from safevlm.safety_policy import SafetyPolicy
 from safevlm.trainer.data import SafetyRow
 from safevlm.trainer.evaluation import calibrate, predict_rows
-from safevlm.trainer.evaluation.head.measures import head_outcomes
+from safevlm.trainer.evaluation.head.outcomes import head_outcomes
 
 QUESTIONS = ("Is it yes?", "What is in the picture?", "The answer is no", "How?", "Tell me what it is, please", "yes")
 
@@ -70,10 +70,10 @@ def test_the_measured_false_positive_rate_is_the_share_of_harmless_rows_that_ass
 
 
 def test_a_reading_of_the_whole_conversation_counts_only_where_the_policy_asks_for_it(sharp_model):
-    both = scored(0.9), scored(0.2)
-    row = copy.copy(both[0])
+    two_readings = scored(0.9), scored(0.2)
+    row = copy.copy(two_readings[0])
     for name in ("level_logits", "category_logits"):
-        object.__setattr__(row, name, sum((getattr(reading, name) for reading in both), ()))
+        object.__setattr__(row, name, sum((getattr(reading, name) for reading in two_readings), ()))
     object.__setattr__(row, "whole_conversation", (True, False))
     for whole_conversation, score in ((True, 0.9), (False, 0.2)):
         outcomes = head_outcomes([row], SafetyPolicy(whole_conversation=whole_conversation), sharp_model.config.labels)

@@ -8,10 +8,8 @@ from hypothesis import strategies as st
 
 from safevlm.safety_policy import SafetyPolicy
 from safevlm.trainer.evaluation.head.measures import (
-    HeadOutcomes,
     category_measures,
     expected_calibration_error,
-    head_outcomes,
     label_measures,
     reliability_curve,
     resampled_category_measures,
@@ -19,6 +17,7 @@ from safevlm.trainer.evaluation.head.measures import (
     resampled_risk_measures,
     risk_measures,
 )
+from safevlm.trainer.evaluation.head.outcomes import HeadOutcomes, head_outcomes
 
 
 def outcomes(scores, level_labels, levels=None, category_labels=None, categories=None, groups=None):
@@ -42,26 +41,26 @@ def outcomes(scores, level_labels, levels=None, category_labels=None, categories
 def test_risk_measures_of_a_worked_example():
     # Of the 3 x 3 pairs one is in the wrong order. All risky rows are caught from 0.3 on, and then one clean row.
     # Precision at each risky row, from the top: 1/1, 2/2, 3/4.
-    found = risk_measures(outcomes([0.9, 0.8, 0.3, 0.7, 0.2, 0.1], [1, 2, 3, 0, 0, 0], levels=[1, 1, 0, 1, 0, 0]))
-    assert found["auroc"] == pytest.approx(8 / 9)
-    assert found["auprc"] == pytest.approx((1 + 1 + 3 / 4) / 3)
-    assert found["fpr_at_95_tpr"] == pytest.approx(1 / 3)
-    assert found["recall"] == pytest.approx(2 / 3)
-    assert found["false_positive_rate"] == pytest.approx(1 / 3)
+    measures = risk_measures(outcomes([0.9, 0.8, 0.3, 0.7, 0.2, 0.1], [1, 2, 3, 0, 0, 0], levels=[1, 1, 0, 1, 0, 0]))
+    assert measures["auroc"] == pytest.approx(8 / 9)
+    assert measures["auprc"] == pytest.approx((1 + 1 + 3 / 4) / 3)
+    assert measures["fpr_at_95_tpr"] == pytest.approx(1 / 3)
+    assert measures["recall"] == pytest.approx(2 / 3)
+    assert measures["false_positive_rate"] == pytest.approx(1 / 3)
 
 
 def test_kappa_weights_errors_by_their_square():
     # Observed: one error of distance 1. By chance: 32 / 4 = 8.
-    found = label_measures(outcomes([0.1] * 4, [0, 1, 2, 3], levels=[0, 1, 2, 2]))
-    assert found["level_kappa"] == pytest.approx(1 - 1 / 8)
-    assert found["level_accuracy"] == 0.75
+    measures = label_measures(outcomes([0.1] * 4, [0, 1, 2, 3], levels=[0, 1, 2, 2]))
+    assert measures["level_kappa"] == pytest.approx(1 - 1 / 8)
+    assert measures["level_accuracy"] == 0.75
 
 
 def test_kappa_counts_levels_that_do_not_occur():
     # Observed: one row of level 3 called 1. Were levels numbered by occurrence, 1 and 3 would be neighbours.
-    found = label_measures(outcomes([0.1] * 3, [0, 3, 3], levels=[0, 3, 1]))
+    measures = label_measures(outcomes([0.1] * 3, [0, 3, 3], levels=[0, 3, 1]))
     by_chance = (1 * (0 + 9 + 1) + 2 * (9 + 0 + 4)) / 3  # labels 0, 3, 3 against verdicts 0, 3, 1
-    assert found["level_kappa"] == pytest.approx(1 - 4 / by_chance)
+    assert measures["level_kappa"] == pytest.approx(1 - 4 / by_chance)
 
 
 def test_calibration_error_of_a_worked_example():
@@ -77,27 +76,27 @@ def test_reliability_bins_hold_all_rows():
 
 @pytest.mark.parametrize("level", [0, 2])
 def test_what_one_class_does_not_define_is_none_not_zero(level):
-    found = risk_measures(outcomes([0.2, 0.6], [level, level]))
-    assert found["auroc"] is found["auprc"] is found["fpr_at_95_tpr"] is None
-    assert (found["recall"] is None) == (level == 0) and (found["false_positive_rate"] is None) == (level > 0)
+    measures = risk_measures(outcomes([0.2, 0.6], [level, level]))
+    assert measures["auroc"] is measures["auprc"] is measures["fpr_at_95_tpr"] is None
+    assert (measures["recall"] is None) == (level == 0) and (measures["false_positive_rate"] is None) == (level > 0)
     assert label_measures(outcomes([0.2], [level]))["level_kappa"] is None
 
 
 def test_a_category_that_is_never_said_has_no_precision():
-    found = category_measures(outcomes([0.5], [1], category_labels=[2], categories=[0]), 2)
-    assert found == {"precision": None, "recall_of_category": 0.0, "f1": 0.0}
+    measures = category_measures(outcomes([0.5], [1], category_labels=[2], categories=[0]), 2)
+    assert measures == {"precision": None, "recall_of_category": 0.0, "f1": 0.0}
     assert set(category_measures(outcomes([0.5], [1]), 3).values()) == {None}
 
 
 def test_outcomes_are_the_verdicts_of_the_policy():
     records = [scored(0.6, 2, 4, verdict=4), scored(0.6, 0, verdict=1), scored(0.2, 0, verdict=4)]
     policy = SafetyPolicy(risk_threshold=0.5, category_risk_thresholds={"illegal risk": 0.7})
-    found = head_outcomes(records, policy, LABELS)
-    np.testing.assert_allclose(found.scores, [0.6, 0.6, 0.2], rtol=1e-6)
-    assert found.flagged.tolist() == [True, False, False]
-    assert found.categories.tolist() == [4, 6, 6]
-    assert found.category_scores.argmax(axis=1).tolist() == [4, 1, 4]
-    np.testing.assert_allclose(found.highest_scores, found.scores)
+    verdicts = head_outcomes(records, policy, LABELS)
+    np.testing.assert_allclose(verdicts.scores, [0.6, 0.6, 0.2], rtol=1e-6)
+    assert verdicts.flagged.tolist() == [True, False, False]
+    assert verdicts.categories.tolist() == [4, 6, 6]
+    assert verdicts.category_scores.argmax(axis=1).tolist() == [4, 1, 4]
+    np.testing.assert_allclose(verdicts.highest_scores, verdicts.scores)
 
 
 def test_rows_without_label_or_image_are_not_measured():
@@ -136,12 +135,12 @@ def test_resampled_measures_equal_scikit_learns_on_the_repeated_rows(rows, categ
     repeated = given_rows[np.repeat(np.arange(len(rows)), times)]
     weights = times[None].astype(float)
     expected = label_measures(repeated) | risk_measures(repeated) | category_measures(repeated, category)
-    found = (
+    measures = (
         resampled_label_measures(given_rows, weights)
         | resampled_risk_measures(given_rows, weights)
         | resampled_category_measures(given_rows, category, weights)
     )
-    assert found.keys() == expected.keys()
+    assert measures.keys() == expected.keys()
     for name, value in expected.items():
-        assert found[name].shape == (1,)
-        assert found[name][0] == pytest.approx(np.nan if value is None else value, nan_ok=True, abs=1e-6), name
+        assert measures[name].shape == (1,)
+        assert measures[name][0] == pytest.approx(np.nan if value is None else value, nan_ok=True, abs=1e-6), name

@@ -15,7 +15,7 @@ from safevlm.safety_policy import SafetyPolicy
 from safevlm.safety_verdict import assess_rows
 from safevlm.trainer.data import DataError
 from safevlm.trainer.evaluation import predict_rows, read_predictions, write_predictions
-from safevlm.trainer.evaluation.head.measures import readings
+from safevlm.trainer.evaluation.head.outcomes import readings
 
 FLOATS = st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=4, max_size=4)
 
@@ -51,10 +51,10 @@ def test_batched_logits_are_those_of_assess_on_the_question_alone(model, process
         verdict = model.assess(**inputs, safety_policy="default")
         if prediction.assessed:
             levels, categories, belongs = readings([prediction], model.config.labels)
-            given = assess_rows(levels, categories, belongs, 1, SafetyPolicy(), model.config.labels)
-            torch.testing.assert_close(given.level_probabilities, verdict.level_probabilities, atol=1e-5, rtol=1e-4)
+            expected = assess_rows(levels, categories, belongs, 1, SafetyPolicy(), model.config.labels)
+            torch.testing.assert_close(expected.level_probabilities, verdict.level_probabilities, atol=1e-5, rtol=1e-4)
             torch.testing.assert_close(
-                given.category_probabilities, verdict.category_probabilities, atol=1e-5, rtol=1e-4
+                expected.category_probabilities, verdict.category_probabilities, atol=1e-5, rtol=1e-4
             )
         else:
             assert prediction.level_logits == prediction.images == ()

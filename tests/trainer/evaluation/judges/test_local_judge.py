@@ -1,12 +1,12 @@
-"""Judges that run on this machine: tiny random models cannot judge, but are asked rightly and never believed."""
+"""Judges on this machine: tiny random models cannot judge, but they are asked correctly and never believed."""
 
 import pytest
 from tiny import picture, tiny_llava, tiny_processor, tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from safevlm.trainer.evaluation.judges import local_judge
-from safevlm.trainer.evaluation.judges.judge import LocalJudge
 from safevlm.trainer.evaluation.judges.judgements import JudgeItem
+from safevlm.trainer.evaluation.judges.local_judge import LocalJudge
 from safevlm.trainer.evaluation.judges.prompt import build_prompt
 
 TEXT_TEMPLATE = (
@@ -40,8 +40,8 @@ def text_only(tmp_path_factory):
 def test_a_seeing_judge_is_shown_the_image_and_its_babble_is_unparseable(seeing):
     judge = LocalJudge(seeing, max_new_tokens=4, device="cpu")
     assert judge.sees
-    (verdict,) = judge.score([ITEM])
-    assert (verdict.status, verdict.num_reminders, verdict.judge) == ("unparseable", 1, f"local:{seeing}")
+    (judgement,) = judge.score([ITEM])
+    assert (judgement.status, judgement.num_reminders, judgement.judge) == ("unparseable", 1, f"local:{seeing}")
 
 
 def test_a_text_only_judge_is_asked_without_the_image(text_only):
@@ -51,7 +51,7 @@ def test_a_text_only_judge_is_asked_without_the_image(text_only):
 
 
 @pytest.mark.parametrize("kind", ["seeing", "text_only"])
-def test_a_good_reply_of_the_model_is_the_verdict(kind, request, monkeypatch):
+def test_a_good_reply_of_the_model_is_the_judgement(kind, request, monkeypatch):
     prompts = []
     nonce = build_prompt(ITEM.rubric, ITEM.question, ITEM.answer).nonce
 
@@ -61,8 +61,8 @@ def test_a_good_reply_of_the_model_is_the_verdict(kind, request, monkeypatch):
 
     maker = "seeing_model" if kind == "seeing" else "text_model"
     monkeypatch.setattr(local_judge, maker, lambda *arguments: respond)
-    (verdict,) = LocalJudge(request.getfixturevalue(kind)).score([ITEM])
-    assert verdict.score == 0
+    (judgement,) = LocalJudge(request.getfixturevalue(kind)).score([ITEM])
+    assert judgement.score == 0
     ((turns, image),) = prompts
     assert (image is not None) == (kind == "seeing") and turns[0][1].startswith("You grade answers")
 

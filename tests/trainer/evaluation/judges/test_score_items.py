@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from safevlm.trainer.evaluation.judges.judge import RulesJudge
+from safevlm.trainer.evaluation.judges.rules_judge import RulesJudge
 from safevlm.trainer.evaluation.judges.score_items import judge_records, make_judge
 
 
