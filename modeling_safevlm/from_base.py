@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 from .backbones import compute_device, get_backbone
 from .configuration_safevlm import SafeVlmConfig
-from .quantization import keep_output_layer, share_quantization
+from .quantization import keep_safety_modules, share_quantization
 from .safety_adapter import adapter_config, adapter_folder, load_adapter_weights
 from .safety_policy import SafetyPolicy
 
@@ -53,7 +53,9 @@ def from_base(
         get_backbone(AutoConfig.from_pretrained(name))  # a clear error before gigabytes are read
         base_kwargs = dict(base_kwargs or {})
         if base_kwargs.get("quantization_config") is not None:
-            base_kwargs["quantization_config"] = keep_output_layer(base_kwargs["quantization_config"])
+            base_kwargs["quantization_config"] = keep_safety_modules(
+                base_kwargs["quantization_config"], base_only=True
+            )
         base = AutoModelForImageTextToText.from_pretrained(name, **base_kwargs)
     get_backbone(base.config)
     if any(type(module).__module__.startswith("peft.") for module in base.modules()):
