@@ -4,8 +4,7 @@ import shlex
 import sys
 from dataclasses import replace
 
-from safevlm.trainer.evaluation.benchmarks.settings import EvaluationSettings
-from safevlm.trainer.evaluation.benchmarks.task_names import check_tasks
+from safevlm.trainer.evaluation.benchmarks.options import EvaluateOptions
 from safevlm.trainer.evaluation.eval_extra import require
 from safevlm.trainer.options import add_options, options_from
 
@@ -22,45 +21,33 @@ def add(commands):
         "--compare base,guard-prompt,stage1,stage2,presets",
     )
     command.add_argument("model", help="folder or Hub id of a SafeVLM or another vision-language model")
-    command.add_argument("--tasks", required=True, help="our tasks and groups or lmms-eval's, separated by commas")
-    command.add_argument("--policy", help="default, paper, strict, off, or a policy file (default: the model's own)")
-    command.add_argument(
-        "--compare",
-        default="",
-        help="more rows for the table: base, guard-prompt, stage1, stage2, presets, guard:MODEL_ID, separated by "
-        "commas; base=PATH and stage1=PATH if they are elsewhere",
-    )
-    add_options(command, EvaluationSettings)
+    add_options(command, EvaluateOptions)
 
 
 def run(args):
-    settings = options_from(args, EvaluationSettings)
-    check_policy(args.policy)
+    options = replace(options_from(args, EvaluateOptions), command=shlex.join(["safevlm", *sys.argv[1:]]))
+    check_policy(options.policy)
     model_config(args.model, "MODEL")
-    for name, argument in _other_models(args):
+    for name, argument in _other_models(options):
         model_config(name, argument)
-    check_device(args.device)
-    tasks = _list(args.tasks)
-    check_tasks(tasks, settings.data)
+    check_device(options.device)
+    from safevlm.trainer.evaluation.benchmarks.task_names import check_tasks
+
+    check_tasks(options.tasks, options.data)
     require("lmms_eval", "`safevlm evaluate` needs")
     hide_loading_bars()
     from safevlm.trainer.evaluation.benchmarks.run import evaluate
     from safevlm.trainer.evaluation.benchmarks.systems import make_systems
 
-    settings = replace(settings, command=shlex.join(["safevlm", *sys.argv[1:]]))
-    evaluate(make_systems(args.model, args.policy, _list(args.compare)), tasks, settings)
-    sys.stdout.write((settings.output / "comparison.md").read_text(encoding="utf-8"))
-    sys.stdout.write(f"\nResults: {settings.output / 'results.json'}\n")
+    evaluate(make_systems(args.model, options.policy, options.compare or ()), options)
+    sys.stdout.write((options.output / "comparison.md").read_text(encoding="utf-8"))
+    sys.stdout.write(f"\nResults: {options.output / 'results.json'}\n")
 
 
-def _other_models(args):
-    """The names of further models, each with the argument that it was given in."""
-    for item in _list(args.compare):
+def _other_models(options: EvaluateOptions):
+    """The other arguments that name a model, each as the model's name and the argument's."""
+    for item in options.compare or ():
         if name := item.partition("=")[2] or item.partition("guard:")[2]:
             yield name, "--compare"
-    if args.judge.startswith("hf:"):
-        yield args.judge.removeprefix("hf:"), "--judge"
-
-
-def _list(text: str) -> list[str]:
-    return [item.strip() for item in text.split(",") if item.strip()]
+    if options.judge.startswith("hf:"):
+        yield options.judge.removeprefix("hf:"), "--judge"

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import torch
 
+from safevlm.policy_texts import saved_token_ids
 from safevlm.processing.chat_prompt import ChatPrompt
 from safevlm.prompt import hint_column
 from safevlm.safety_modules import IGNORE_INDEX
@@ -78,7 +79,7 @@ class RowEncoder:
             return None
         action = ACTIONS[self.actions[row.category, row.level]]
         text = self.policy.hint(action, self.labels.category_names[row.category])
-        return None if text is None else [int(i) for i in self.config.policy_token_ids[text].split()]
+        return None if text is None else saved_token_ids(self.config)[text]
 
     def _is_drawn(self, index: int) -> bool:
         """True for a share `hint_probability` of all indices, always the same ones."""
