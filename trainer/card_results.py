@@ -73,8 +73,8 @@ def add_evaluation(model_dir: str | os.PathLike, results_dir: str | os.PathLike)
         ),
     }
     facts = read_facts(model_dir)
-    others = [other for other in facts.get("results") or () if other["title"] != result["title"]]
-    facts["results"] = [*others, result]
+    other_results = [other for other in facts.get("results") or () if other["title"] != result["title"]]
+    facts["results"] = [*other_results, result]
     _add_plots(facts, model_dir, results_dir, COMPARISON_PLOTS, calibration=False)
     return write_card(model_dir, facts)
 

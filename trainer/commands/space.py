@@ -149,7 +149,7 @@ def _copy_policies(folder: Path, names: str) -> str:
     from safevlm.policy_file import write_policy
     from safevlm.safety_policy import POLICY_PRESETS
 
-    found_names = []
+    page_names = []
     for name in filter(None, (part.strip() for part in names.split(","))):
         policy = check_policy(name, "--policies", names)
         if name.endswith((".yaml", ".yml", ".json")):
@@ -157,7 +157,7 @@ def _copy_policies(folder: Path, names: str) -> str:
                 raise ValueError(f"--policies {name!r}: visitors would take the file for the preset. Rename it.")
             write_policy(policy, folder / Path(name).name)
             name = Path(name).name
-        found_names.append(name)
-    if not found_names:
+        page_names.append(name)
+    if not page_names:
         raise ValueError("--policies must name at least one policy, such as default.")
-    return ",".join(found_names)
+    return ",".join(page_names)

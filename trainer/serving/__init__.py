@@ -6,7 +6,7 @@ Replies are OpenAI's plus the field `safety`, a row of `SafetyVerdict.to_list()`
 is `"off"`). A stream carries it in its first chunk, before any text, and again in the chunk that finishes. A stream
 ends with `data: [DONE]`; an error in mid-stream is the last event before that. All errors have OpenAI's shape.
 
-The path of a request:
+`run.py` loads the model and starts the server. The path of a request:
 
     routes.py      HTTP: reads the body, stops when the client leaves
     request.py     checks every field, in one typed model
@@ -15,7 +15,7 @@ The path of a request:
     decoding.py    tokens to text, penalties, stop texts
     replies.py     replies and chunks in OpenAI's shape
 
-`limits.py` has every limit, the cap on an answer's tokens included; `server.py` closes stalled connections.
+`limits.py` has every limit, including the cap on an answer's tokens; `server.py` closes stalled connections.
 
 Requests are treated as hostile: images arrive inside the request as data URLs and nothing is fetched; sizes are
 checked before any work is done; a request ends at its time limit, and soon after its client leaves; errors reveal

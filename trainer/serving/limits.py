@@ -7,27 +7,26 @@ Those in [`ServerLimits`] are options of `safevlm serve`; the rest are fixed. Th
 import math
 from dataclasses import dataclass, fields
 
+from safevlm.trainer.options import option
+
 
 @dataclass(frozen=True)
 class ServerLimits:
     """
-    The limits that whoever runs the server chooses; each is an option of `safevlm serve`.
-
-    Args:
-        max_request_mb (`float`): Largest body of a request, images included, in megabytes.
-        max_megapixels (`float`): Most pixels in all images of a request together, in millions.
-        request_timeout (`float`): Seconds a request may take, including its wait in the queue. A longer answer is cut
-            off.
-        max_waiting (`int`): Requests that can wait in the queue; further ones get a 503.
+    The limits that the operator can set. They are flags of `safevlm serve`, whose help texts explain them.
 
     Raises:
         `ValueError`: One of them is not a number above 0.
     """
 
-    max_request_mb: float = 20
-    max_megapixels: float = 25
-    request_timeout: float = 120
-    max_waiting: int = 16
+    max_request_mb: float = option("largest request in megabytes, images included", 20.0)
+    max_megapixels: float = option("most pixels in all images of a request together, in millions", 25.0)
+    request_timeout: float = option(
+        "time limit of a request, including its wait in the queue; a longer answer is cut off",
+        120.0,
+        metavar="SECONDS",
+    )
+    max_waiting: int = option("requests that can wait in the queue; further ones get a 503", 16)
 
     def __post_init__(self):
         for field in fields(self):

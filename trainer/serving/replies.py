@@ -22,8 +22,8 @@ async def reply(request: ChatRequest, name: str, events: AsyncIterator) -> JSONR
         events (`AsyncIterator`): What [`Answering.answer`] sends: `(verdict,)`, then texts, then a `Finish`.
 
     Raises:
-        `RequestError`: There is no verdict, so that the reply has the error's own HTTP status. An error after the
-            verdict becomes the last event of a stream.
+        `RequestError`: The request failed before its verdict. If it fails later, the error is the last event of a
+            stream, whose HTTP status has already been sent.
     """
     head = {"id": f"chatcmpl-{uuid4().hex}", "created": int(time.time()), "model": name}
     (safety,) = await anext(events)
