@@ -7,7 +7,6 @@ different model.
 import shutil
 from pathlib import Path
 
-from safevlm import SafeVlmConfig
 from safevlm.adapter_files import ADAPTER_WEIGHTS, LORA_CONFIG, LORA_WEIGHTS
 from safevlm.files import read_json, replace_json
 
@@ -30,6 +29,8 @@ def adapter_folder(folder: Path, scratch: Path) -> Path:
     weights = sorted(path.name for path in folder.glob(WEIGHTS))
     check_weights(folder, weights)
     adapter.mkdir()
+    from safevlm import SafeVlmConfig  # loads torch, which a push of a whole model does not need
+
     SafeVlmConfig.from_pretrained(folder).save_pretrained(adapter)
     if lora is None:
         extract_safety_modules(folder, weights, adapter / ADAPTER_WEIGHTS)

@@ -4,8 +4,6 @@ import re
 from pathlib import Path
 from posixpath import dirname, join, normpath
 
-from transformers.dynamic_module_utils import get_relative_imports
-
 from safevlm.files import read_json
 
 # Configurations of the model, of another model that config.json refers to by version, of the processor and its parts,
@@ -49,6 +47,8 @@ def loaded_code(folder: Path, named: list[str]) -> tuple[set[str], list[str]]:
     Raises:
         `ValueError`: A file is not UTF-8 text.
     """
+    from transformers.dynamic_module_utils import get_relative_imports  # loads transformers
+
     todo = [(reference, f"{reference.split('.')[0]}.py") for reference in named]
     files, elsewhere = set(), []
     for reference, name in todo:  # grows while it is read

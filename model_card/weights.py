@@ -8,8 +8,6 @@ from pathlib import Path
 
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from transformers.utils.hub import convert_file_size_to_int
 
 from safevlm.files import replace_json
 
@@ -52,6 +50,8 @@ def resharded(folder: Path, names: list[str], max_shard_size: str | int, scratch
         max_shard_size (`str` or `int`): Such as `"5GB"`, or a number of bytes.
         scratch (`Path`): Folder for the shards.
     """
+    from safetensors.torch import save_file  # loads torch, which checking does not need
+
     limit = _bytes(max_shard_size)
     if all((folder / name).stat().st_size <= limit + _header(folder / name)[0] for name in names):
         return {name: folder / name for name in (*names, *([INDEX] if (folder / INDEX).is_file() else []))}
@@ -79,6 +79,8 @@ def resharded(folder: Path, names: list[str], max_shard_size: str | int, scratch
 
 def extract_safety_modules(folder: Path, names: list[str], output: Path):
     """Writes the safety modules of a whole model's weight files to `output`, as `save_safety_adapter` would."""
+    from safetensors.torch import save_file  # loads torch, which checking does not need
+
     tensors = {}
     for name in names:
         with safe_open(folder / name, framework="pt") as file:
@@ -105,6 +107,8 @@ def _sizes(path: Path) -> dict[str, int]:
 
 
 def _bytes(size: str | int) -> int:
+    from transformers.utils.hub import convert_file_size_to_int
+
     try:
         limit = convert_file_size_to_int(size)
     except ValueError:

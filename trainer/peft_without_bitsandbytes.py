@@ -1,7 +1,7 @@
 """peft without bitsandbytes.
 
-peft imports bitsandbytes wherever it is installed: as transformers' Trainer imports peft, and as LoRA is put on layers
-of whatever kind. That takes a second, and on some CPUs a warning on stderr, in trainings that quantise nothing.
+peft imports bitsandbytes if it is installed: when transformers' Trainer imports peft, and when LoRA is added to layers
+of any kind. That takes a second, and on some CPUs prints a warning, even if nothing is quantised.
 """
 
 import importlib.machinery
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def without_bitsandbytes():
-    """Meanwhile peft takes bitsandbytes for not installed, unless something has imported it."""
+    """Within the block, peft takes bitsandbytes for not installed, unless it has been imported already."""
     if "bitsandbytes" in sys.modules:
         yield
         return
@@ -25,14 +25,14 @@ def without_bitsandbytes():
 
 
 def _forget():
-    """What peft has found out about bitsandbytes."""
+    """Clears what peft remembers about bitsandbytes."""
     if known := sys.modules.get("peft.import_utils"):
         known.is_bnb_available.cache_clear()
         known.is_bnb_4bit_available.cache_clear()
 
 
 class PeftFinder:
-    """Has peft imported like that, whoever does it first."""
+    """Makes the first import of peft, wherever it is, happen without bitsandbytes."""
 
     @staticmethod
     def find_spec(name, path=None, target=None):

@@ -1,4 +1,4 @@
-"""Settings of a run: read from YAML, and compared with those that the run was begun with."""
+"""Settings of a run: read from YAML, and compared with those that the run was started with."""
 
 import json
 import re
@@ -11,29 +11,29 @@ from safevlm.files import replace_json
 
 def check_settings(path: Path, settings: dict, message: str, write: bool = True) -> None:
     """
-    Compares the settings of a run that goes on in a folder with those in `path`, or notes them there if it is new.
+    Compares the settings of a run with those in `path`, which the run was started with, or writes them there.
 
     Args:
-        settings (`dict`): Values that JSON does not know are compared as text.
-        message (`str`): Of the error; `{changes}` in it is filled in.
-        write (`bool`): Whether this process notes new settings; of several only one may.
+        settings (`dict`): Values that JSON cannot represent are compared as text.
+        message (`str`): Text of the error, in which `{changes}` is replaced by the differences.
+        write (`bool`): Whether this process writes new settings; of several processes only one may.
 
     Raises:
-        `ValueError`: They differ. Going on would end with results of neither.
+        `ValueError`: The settings differ, so that the result would be a mixture of both.
     """
     settings = json.loads(json.dumps(settings, default=str))
     if path.is_file():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        changed = [name for name in {**found, **settings} if found.get(name) != settings.get(name)]
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
         if changed:
-            changes = [f"{name} was {found.get(name)!r}, now {settings.get(name)!r}" for name in changed]
-            raise ValueError(message.replace("{changes}", ", ".join(changes)))  # paths may hold braces, too
+            changes = [f"{name} was {before.get(name)!r}, now {settings.get(name)!r}" for name in changed]
+            raise ValueError(message.replace("{changes}", ", ".join(changes)))  # not `format`: paths may hold braces
     elif write:
         replace_json(path, settings)
 
 
 class _SettingsLoader(yaml.SafeLoader):
-    """PyYAML's, in which `1e-4` is the number that YAML 1.2 and people take it for, not a text."""
+    """PyYAML's loader, in which `1e-4` is a number, as in YAML 1.2, instead of a string."""
 
 
 _SettingsLoader.add_implicit_resolver(
@@ -43,9 +43,9 @@ _SettingsLoader.add_implicit_resolver(
 
 def load_settings(text: str):
     """
-    The value of a YAML text: a recipe, or what follows `NAME=`.
+    The value of a YAML text, such as a recipe or the part after `NAME=`.
 
     Raises:
-        `yaml.YAMLError`: It is no YAML.
+        `yaml.YAMLError`: The text is not valid YAML.
     """
     return yaml.load(text, _SettingsLoader)

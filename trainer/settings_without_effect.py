@@ -1,6 +1,4 @@
-"""Settings of a training that cannot work as given, found before it starts: those that another beats are told, once,
-by name; a reporter that is not installed is an error.
-"""
+"""Settings of a training that have no effect because another one overrides them: each is reported before it starts."""
 
 import json
 import logging
@@ -13,9 +11,9 @@ from .stage.training_args import SafeVlmTrainingArguments
 
 logger = logging.getLogger(__name__)
 
-_DEFAULTS = {field.name: field.default for field in fields(SafeVlmTrainingArguments)}
-# Settings, when they have no effect (asked of a stage's settings, defaults included), and what beats them.
-_RULES: tuple[tuple[tuple[str, ...], Callable[[Mapping], bool], str], ...] = (
+DEFAULTS = {field.name: field.default for field in fields(SafeVlmTrainingArguments)}
+# Settings, when they have no effect (given a stage's settings, defaults included), and the reason.
+RULES: tuple[tuple[tuple[str, ...], Callable[[Mapping], bool], str], ...] = (
     (("num_train_epochs",), lambda s: s["max_steps"] > 0, "`max_steps: {max_steps}` decides"),
     (("save_steps",), lambda s: _name(s["save_strategy"]) != "steps", "`save_strategy` is {save_strategy}"),
     (("save_total_limit", "save_only_model"), lambda s: _name(s["save_strategy"]) == "no", "`save_strategy` is no"),
@@ -41,53 +39,54 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Mapping], bool], str], ...] = (
 
 def check_before_training(recipe, overrides: Mapping, seed: int, config=None):
     """
+    Warns about each setting without effect.
+
     Args:
-        recipe (`Recipe`), overrides (`dict`), seed (`int`): What is asked for; the latter two are for all stages.
-        config (`SafeVlmConfig`, *optional*): Of a base that is a SafeVLM already.
+        recipe (`Recipe`)
+        overrides (`dict`): Training arguments for all stages.
+        seed (`int`): For all stages.
+        config (`SafeVlmConfig`, *optional*): The base's, if it is a SafeVLM already.
 
     Raises:
-        `ImportError` or `ValueError`: `report_to` names what is not installed, or unknown.
+        `ImportError` or `ValueError`: `report_to` names a reporter that is not installed, or unknown.
     """
-    lines = [] if config is None else overruled_safety(recipe.safety, config)
+    lines = [] if config is None else safety_without_effect(recipe.safety, config)
     for stage in recipe.stages:
         settings = {**stage, **overrides}
-        names = settings.get("report_to") or []
-        check_reporting(
-            [name for name in ([names] if isinstance(names, str) else names) if name not in ("all", "none")]
-        )
-        lines += overruled(settings)
+        check_reporting(settings.get("report_to"))
+        lines += settings_without_effect(settings)
         for name in {"seed", "data_seed"} & set(stage) - set(overrides):
             if stage[name] != seed:
                 lines.append(
                     f"`{name}: {stage[name]}` of the recipe has no effect: `--seed {seed}` is for all stages."
                 )
-    if os.environ.get("RANK", "0") == "0":  # one of several processes
+    if os.environ.get("RANK", "0") == "0":  # in only one of several processes
         for line in dict.fromkeys(lines):
             logger.warning(line)
 
 
-def overruled(stage: Mapping) -> list[str]:
-    """What of a stage's given settings has no effect, a line each."""
-    settings = {**_DEFAULTS, **stage}
+def settings_without_effect(stage: Mapping) -> list[str]:
+    """A line for each of a stage's given settings that has no effect."""
+    settings = {**DEFAULTS, **stage}
     shown = {name: _name(value) for name, value in settings.items()}
     return [
-        f"`{name}: {shown[name]}` has no effect: {why.format(**shown)}."
-        for names, beaten, why in _RULES
+        f"`{name}: {shown[name]}` has no effect: {reason.format(**shown)}."
+        for names, has_no_effect, reason in RULES
         for name in names
-        if name in stage and beaten(settings)
+        if name in stage and has_no_effect(settings)
     ]
 
 
-def overruled_safety(safety: Mapping, config) -> list[str]:
-    """What a recipe's `safety` asks for and a base that is a SafeVLM has otherwise, in its `config`."""
-    found = {name: getattr(config, name) for name in safety}
+def safety_without_effect(safety: Mapping, config) -> list[str]:
+    """A line for each entry of a recipe's `safety` that differs from `config`, that of a base that is a SafeVLM."""
     return [
-        f"`safety: {name}: {safety[name]}` has no effect: the base is a SafeVLM already, and keeps its own, {value}."
-        for name, value in found.items()
-        if json.dumps(value, default=str) != json.dumps(safety[name], default=str)
+        f"`safety: {name}: {value}` has no effect: the base is a SafeVLM already, and keeps its own, "
+        f"{getattr(config, name)}."
+        for name, value in safety.items()
+        if json.dumps(getattr(config, name), default=str) != json.dumps(value, default=str)
     ]
 
 
 def _name(value) -> str:
-    """A strategy as people write it: `"no"`, be it an enumeration's member, a text, or what YAML makes of `no`."""
+    """A strategy as people write it, such as `"no"`, whether it is an enumeration's member, text or false."""
     return "no" if value is False else str(getattr(value, "value", value))

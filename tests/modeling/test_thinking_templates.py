@@ -110,5 +110,5 @@ def test_a_template_that_hides_the_answers_cannot_be_trained_on(processor, model
     base, hiding = build("llava")
     hiding.chat_template = hiding.chat_template.replace("{{ p['text'] }}", "{{ p['text'] | reverse }}")
     hiding = SafeVlmProcessor.from_base(hiding)
-    with pytest.raises(DataError, match="row 'row-7': .* does not show where the last answer"):
+    with pytest.raises(DataError, match="row 'row-7': .* does not mark where the last answer"):
         encode_row(row(user("Is it?", 1), assistant("yes")), hiding, model.config)

@@ -21,7 +21,12 @@ from safevlm.trainer import SafeVlmTrainingArguments
 from safevlm.trainer.commands.progress_bars import plain_progress
 from safevlm.trainer.recipe import Recipe
 from safevlm.trainer.settings import load_settings
-from safevlm.trainer.settings_without_effect import check_before_training, overruled, overruled_safety
+from safevlm.trainer.settings_without_effect import (
+    RULES,
+    check_before_training,
+    safety_without_effect,
+    settings_without_effect,
+)
 from safevlm.trainer.training_options import parse_overrides
 
 
@@ -148,26 +153,24 @@ def test_a_recipe_may_write_1e_4(tmp_path):
     ids=str,
 )
 def test_a_setting_that_another_beats_is_told_by_name(stage, line):
-    assert overruled({"stage": "safety_alignment", **stage}) == ([] if line is None else [f"`{line}"])
+    assert settings_without_effect({"stage": "safety_alignment", **stage}) == ([] if line is None else [f"`{line}"])
 
 
 @pytest.mark.parametrize("name", ["paper", "demo"])
 def test_the_shipped_recipes_have_no_setting_without_effect(name):
-    assert [line for stage in Recipe.load(name).stages for line in overruled(stage)] == []
+    assert [line for stage in Recipe.load(name).stages for line in settings_without_effect(stage)] == []
 
 
 def test_every_rule_names_settings_that_there_are():
-    from safevlm.trainer.settings_without_effect import _RULES
-
-    names = {name for names, *_ in _RULES for name in names}
+    names = {name for names, *_ in RULES for name in names}
     assert names <= set(SafeVlmTrainingArguments.__dataclass_fields__)
 
 
 def test_the_sizes_of_a_base_that_is_a_safevlm_beat_the_recipes():
     config = SafeVlmConfig(**SIZES)
-    assert overruled_safety(SIZES, config) == []
+    assert safety_without_effect(SIZES, config) == []
     name, value = next(iter(SIZES.items()))
-    (line,) = overruled_safety({**SIZES, name: value + 1}, config)
+    (line,) = safety_without_effect({**SIZES, name: value + 1}, config)
     assert line == (
         f"`safety: {name}: {value + 1}` has no effect: the base is a SafeVLM already, and keeps its own, {value}."
     )

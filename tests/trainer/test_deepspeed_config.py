@@ -6,7 +6,7 @@ import json
 import pytest
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
 
-from safevlm.trainer import training_args
+from safevlm.trainer.stage import training_args
 from safevlm.trainer.stage.training_args import DEEPSPEED_CONFIGS
 
 needs_deepspeed = pytest.mark.skipif(
@@ -26,14 +26,14 @@ def test_each_shipped_configuration_is_one_of_zero2_and_leaves_the_recipe_its_nu
 
 def test_zero2_is_shipped_by_that_name(monkeypatch):
     monkeypatch.setattr(training_args.importlib.util, "find_spec", lambda name: object())
-    found = training_args._deepspeed_file("zero2")
+    found = training_args.deepspeed_file("zero2")
     assert json.loads(open(found, encoding="utf-8").read())["zero_optimization"]["stage"] == 2
 
 
 def test_the_users_own_file_is_taken(monkeypatch, tmp_path):
     monkeypatch.setattr(training_args.importlib.util, "find_spec", lambda name: object())
     (tmp_path / "mine.json").write_text('{"zero_optimization": {"stage": 1}}')
-    assert training_args._deepspeed_file(str(tmp_path / "mine.json")) == str(tmp_path / "mine.json")
+    assert training_args.deepspeed_file(str(tmp_path / "mine.json")) == str(tmp_path / "mine.json")
 
 
 def test_a_name_that_is_neither_is_refused(arguments, tmp_path):

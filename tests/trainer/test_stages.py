@@ -8,10 +8,9 @@ from safetensors import safe_open
 from tiny import safe_model, tiny_llava
 
 from safevlm import SafeVlmForConditionalGeneration
-from safevlm.trainer import SafeVlmTrainer
 from safevlm.trainer.stage.checkpoints import save_atomically
 from safevlm.trainer.stage.lora import add_lora
-from safevlm.trainer.stage.stage_model import set_trainable
+from safevlm.trainer.stage.stage_model import StageModel, set_trainable
 
 # What no training row can reach: the token for pairs without a question, and attention biases that softmax cancels.
 UNREACHED = {"safety.head.no_question.weight"}
@@ -151,14 +150,14 @@ def test_lora_has_no_effect_on_a_stage_that_does_not_train_the_language_model(fr
 
 def test_the_merged_model_has_the_adapter_model_s_logits(fresh_model, stage, rows, batch, monkeypatch):
     kept = {}
-    set_model = SafeVlmTrainer._set_model
+    end = StageModel.end
 
-    def keep_and_set(self, model):
+    def keep_and_end(self, model, empty=None):
         with torch.no_grad():
-            kept["adapter"] = self.model.eval()(**batch)
-        set_model(self, model)
+            kept["adapter"] = model.eval()(**batch)
+        return end(self, model, empty)
 
-    monkeypatch.setattr(SafeVlmTrainer, "_set_model", keep_and_set)
+    monkeypatch.setattr(StageModel, "end", keep_and_end)
     model = fresh_model()
     with torch.no_grad():
         before = model(**batch).logits

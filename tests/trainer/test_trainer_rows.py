@@ -322,7 +322,7 @@ def test_several_sets_or_a_table_are_no_training_set(fresh_model, make_trainer, 
         with pytest.raises(ValueError, match=r"`train_dataset` is a dict of 'train'; pass .* `rows\['train'\]`"):
             make_trainer(fresh_model(), several)
     table = datasets.Dataset.from_list([{"a": 1}]).to_pandas()
-    with pytest.raises(ValueError, match=r"of a table pass its rows, `table.to_dict\('records'\)`"):
+    with pytest.raises(ValueError, match=r"pass the rows of a table, `table.to_dict\('records'\)`"):
         make_trainer(fresh_model(), table)
 
 

@@ -1,1 +1,1 @@
-"""The commands of `safevlm`, a module each; a module's `add(commands)` adds its command to the parser."""
+"""The commands of `safevlm`, a module each: `add(commands)` declares a command, `run(args)` carries it out."""

@@ -1,10 +1,13 @@
-"""What the commands share: their common arguments, how a saved model is loaded, how results are printed."""
+"""What the commands share: checks of their arguments, loading a saved model, printing results."""
 
 import argparse
 import json
 import sys
 from pathlib import Path
 
+from safevlm.files import read_json
+from safevlm.safety_policy import SafetyPolicy
+from safevlm.trainer.hub_config import hub_config
 from safevlm.trainer.model_options import ModelOptions
 
 
@@ -14,7 +17,7 @@ def add_command(commands, name: str, run, summary: str, example: str) -> argpars
 
     Args:
         commands: What `ArgumentParser.add_subparsers` returned.
-        run (`Callable[[argparse.Namespace], int | None]`): Does the work; its result is the exit code, `None` is 0.
+        run (`Callable[[argparse.Namespace], int | None]`): Does the work and returns the exit code; `None` is 0.
     """
     command = commands.add_parser(
         name,
@@ -39,7 +42,7 @@ def load_model(options: ModelOptions):
 
 
 def hide_loading_bars():
-    """Loading a model's weights shows no progress bar."""
+    """Turns off the progress bars that transformers shows while it loads weights."""
     from transformers import logging
 
     logging.disable_progress_bar()
@@ -47,12 +50,18 @@ def hide_loading_bars():
 
 def check_policy(policy: str | None, argument: str = "--policy", value: str | None = None):
     """
-    Reads a policy, the `value` of `argument` or a part of it; raises before anything heavy is imported or loaded.
+    Reads a policy before anything heavy is imported or loaded.
+
+    Args:
+        policy (`str`, *optional*): A preset or a file.
+        argument (`str`): The argument that named it, for the error.
+        value (`str`, *optional*): The argument's whole value, if `policy` is a part of it.
+
+    Raises:
+        `ValueError`: There is no such policy, or it is invalid.
     """
     if policy is None:
         return None
-    from safevlm.safety_policy import SafetyPolicy
-
     try:
         return SafetyPolicy.from_value(policy)
     except (ValueError, OSError) as error:
@@ -60,38 +69,40 @@ def check_policy(policy: str | None, argument: str = "--policy", value: str | No
 
 
 def check_device(device: str | None):
-    """Raises `ValueError` if the device that `--device` names cannot be used here."""
+    """Raises `ValueError` if the device given as `--device` cannot be used here."""
     if device is None:
         return
     import torch
 
     try:
         torch.empty(0, device=device)
-    except Exception as error:  # each kind of device has its own
+    except Exception as error:  # each kind of device raises its own
         reason = str(error).splitlines()[0].rstrip(".")
         raise ValueError(f"--device {device!r} cannot be used here: {reason}. Leave it out, or use cpu.") from None
 
 
 def check_model_type(name: str, argument: str, revision: str | None = None):
-    """Raises `ValueError` if `name`, which the command got as `argument`, is not a SafeVLM."""
+    """Raises `ValueError` if the model `name`, given as `argument`, is not a SafeVLM."""
     model_type = model_config(name, argument, revision).get("model_type")
     if model_type != "safevlm":
         raise ValueError(
             f"{argument} {name!r} is of type {model_type!r}, not a SafeVLM; "
-            f"make one of it with: safevlm train --base {name} ..."
+            f"make it one with: safevlm train --base {name} ..."
         )
 
 
 def model_config(name: str, argument: str, revision: str | None = None) -> dict:
     """
-    What the `config.json` of a model says, a folder or Hub id, which the command got as `argument`.
+    The content of a model's `config.json`.
+
+    Args:
+        name (`str`): Folder or Hub id.
+        argument (`str`): The argument that named it, for errors.
 
     Raises:
         `ValueError`: There is no such model, or its files are damaged.
     """
-    from safevlm.files import read_json
     from safevlm.model_card.weights import WEIGHTS, check_weights
-    from safevlm.trainer.hub_config import hub_config
 
     folder = Path(name)
     if not folder.is_dir():

@@ -1,12 +1,12 @@
-"""Progress bars where nobody watches them: a line for every 10 %, where stderr is a file or a pipe."""
+"""Progress bars for logs: if stderr is a file or a pipe, they write a line for every 10 %."""
 
 import sys
 
 
 def plain_progress():
     """
-    Makes all bars of this process plain, unless stderr is a terminal: our own, the Trainer's, those of transformers,
-    datasets and the Hub. All are tqdm's, or inherit from it.
+    Makes all progress bars of this process plain, unless stderr is a terminal. Ours, the Trainer's and those of
+    transformers, datasets and the Hub are all tqdm's or inherit from it.
     """
     if sys.stderr.isatty():
         return
@@ -17,8 +17,8 @@ def plain_progress():
 
 
 def _display(bar, msg=None, pos=None) -> bool:
-    """In the place of `tqdm.display`, which would draw over the line it drew last."""
-    bar.leave = False  # or closing it would write an empty line
+    """Replaces `tqdm.display`, which draws over its last line."""
+    bar.leave = False  # otherwise closing it writes an empty line
     last = min(getattr(bar, "_last_shown", 0), bar.n)
     closing = bar.disable
     if bar.n > last and (closing or (bar.total and bar.n * 10 // bar.total > last * 10 // bar.total)):
@@ -29,4 +29,4 @@ def _display(bar, msg=None, pos=None) -> bool:
 
 
 def _clear(bar, nolock: bool = False):
-    """In the place of `tqdm.clear`: what was written stays."""
+    """Replaces `tqdm.clear`: written lines stay."""

@@ -11,7 +11,7 @@ def add(commands):
         commands,
         "card",
         run_card,
-        "Make a model's card anew, with the results of evaluate and calibrate; your own words in it stay.",
+        "Rewrite a model's card, with the results of evaluate and calibrate. Your own words in it stay.",
         example="safevlm card out/model --evaluation results --calibration cal",
     )
     card.add_argument("model", type=Path, help="folder of a saved SafeVLM")
@@ -27,18 +27,18 @@ def add(commands):
     )
     push.add_argument("folder", type=Path, help="folder of a saved SafeVLM, or of a safety adapter")
     push.add_argument("--repo-id", required=True, help="NAMESPACE/NAME on the Hub")
-    push.add_argument("--public", action="store_true", help="everybody may see it (default: private)")
-    push.add_argument("--dry-run", action="store_true", help="check, and list what would be sent; send nothing")
-    push.add_argument("--revision", help="branch to push to, made if it is not there (default: main)")
+    push.add_argument("--public", action="store_true", help="visible to everyone (default: private)")
+    push.add_argument("--dry-run", action="store_true", help="check and list what would be sent, but send nothing")
+    push.add_argument("--revision", help="branch to push to; created if missing (default: main)")
     push.add_argument("--create-pr", action="store_true", help="propose the files as a pull request")
-    push.add_argument("--adapter-only", action="store_true", help="without the base: safety modules, and LoRA if any")
+    push.add_argument("--adapter-only", action="store_true", help="only safety modules and LoRA, without the base")
     push.add_argument("--max-shard-size", default="5GB", help="split larger weight files (default: 5GB)")
     push.add_argument("--message", help="message of the commit")
 
 
 def run_card(args):
     if not args.model.is_dir():
-        raise ValueError(f"MODEL {str(args.model)!r} is no folder; a card is written beside a saved model.")
+        raise ValueError(f"MODEL {str(args.model)!r} is not a folder; a card is written beside a saved model.")
     check_model_type(str(args.model), "MODEL")
     from safevlm.model_card import refresh_card
     from safevlm.trainer.card_results import add_calibration, add_evaluation

@@ -1,1 +1,1 @@
-"""From rows to batches: encoding a row, data sets of encoded rows, checks of all rows, collation."""
+"""From rows to batches: encoding rows and data sets, checking all rows before training, collation."""

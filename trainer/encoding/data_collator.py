@@ -1,4 +1,4 @@
-"""Batches of encoded rows: tokens padded on the right, image tensors concatenated in the order of the rows."""
+"""Batches of encoded rows: tokens are padded on the right, image tensors concatenated in the order of the rows."""
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -10,10 +10,10 @@ ROW_LABELS = ("safety_level_labels", "safety_category_labels")
 
 class SafeVlmDataCollator:
     """
-    Collates what [`EncodedDataset`] returns.
+    Collates encoded rows, as [`encode_row`] returns them.
 
     Args:
-        pad_token_id (`int`)
+        pad_token_id (`int`): The tokenizer's.
     """
 
     def __init__(self, pad_token_id: int):
@@ -36,7 +36,10 @@ class SafeVlmDataCollator:
 
 
 def concatenate_images(values: list[torch.Tensor]) -> torch.Tensor:
-    """Along the first dimension; the second, an image's tiles, is padded with zeros as the families' processors do."""
+    """
+    Concatenates along the first dimension, the images. The second, an image's tiles, is padded with zeros, as the
+    families' processors do.
+    """
     if values[0].ndim > 2:
         tiles = max(value.shape[1] for value in values)
         values = [

@@ -1,4 +1,4 @@
-"""Data sets as people have them (lists, `datasets`, torch's; rows of dicts or `SafetyRow`s) as encoded rows."""
+"""Data sets of encoded rows, made of any data set of rows: lists, `datasets`, torch's; of dicts or `SafetyRow`s."""
 
 import torch
 
@@ -12,7 +12,7 @@ class EncodedDataset(torch.utils.data.Dataset):
     Encodes rows on access.
 
     Args:
-        rows: What has a length and rows by index.
+        rows: Anything with a length that gives rows by index.
         encoder (`RowEncoder`)
         cache (`bool`): Keep encoded rows in memory.
     """
@@ -25,21 +25,21 @@ class EncodedDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def example(self, index: int) -> SafetyRow:
-        """The row as it is before encoding."""
-        return self.encoder.example(self.rows[index], index)
+    def row(self, index: int) -> SafetyRow:
+        """The row before encoding, checked."""
+        return self.encoder.check(self.rows[index], index)
 
     def __getitem__(self, index: int) -> EncodedRow:
         if self._cache is not None and index in self._cache:
             return self._cache[index]
-        encoded = self.encoder.encode(self.example(index), index)
+        encoded = self.encoder.encode(self.row(index), index)
         if self._cache is not None:
             self._cache[index] = encoded
         return encoded
 
 
 class EncodedStream(torch.utils.data.IterableDataset):
-    """Encodes the rows of an iterable that has no length. Problems of a row are found when it is reached."""
+    """Encodes the rows of an iterable without a length. A row's problems are found only when it is reached."""
 
     def __init__(self, rows, encoder: RowEncoder):
         self.rows = rows
@@ -47,29 +47,29 @@ class EncodedStream(torch.utils.data.IterableDataset):
 
     def __iter__(self):
         for index, row in enumerate(self.rows):
-            yield self.encoder.encode(self.encoder.example(row, index), index)
+            yield self.encoder.encode(self.encoder.check(row, index), index)
 
     def set_epoch(self, epoch: int):
-        """For data sets that shuffle anew in each epoch."""
+        """Passed on to data sets that reshuffle in each epoch."""
         if hasattr(self.rows, "set_epoch"):
             self.rows.set_epoch(epoch)
 
 
 def encode_rows(rows, encoder: RowEncoder, cache: bool = False):
     """
-    Any data set as one of encoded rows; a dict of sets as a dict of those.
+    Turns any data set into one of encoded rows, and a dict of data sets into a dict of those.
 
     Raises:
-        `ValueError`: It has no rows to read, or can be read only once.
+        `ValueError`: `rows` is not a data set, or can be read only once.
     """
     if rows is None or isinstance(rows, (EncodedDataset, EncodedStream)):
         return rows
     if isinstance(rows, dict):
         return {name: encode_rows(part, encoder, cache) for name, part in rows.items()}
-    rows = _plain(rows)
+    rows = _undecoded(rows)
     if hasattr(rows, "iloc"):
         raise ValueError(
-            "A data set must be a list or a `datasets` or torch data set; of a table pass its rows, "
+            "A data set must be a list or a `datasets` or torch data set; pass the rows of a table, "
             "`table.to_dict('records')`."
         )
     if isinstance(rows, torch.utils.data.IterableDataset) or not hasattr(rows, "__getitem__"):
@@ -84,16 +84,16 @@ def encode_rows(rows, encoder: RowEncoder, cache: bool = False):
     return EncodedDataset(rows, encoder, cache)
 
 
-def _plain(rows):
+def _undecoded(rows):
     """
-    A `datasets` set with its values as Python's, not tensors, and its pictures as files' bytes: they are decoded as
-    all others are, once they are needed.
+    A `datasets` set with Python values instead of tensors, and pictures as file bytes, which are then decoded the same
+    way as all others. Other data sets are returned as they are.
     """
     if not hasattr(rows, "cast_column") or not rows.features:
         return rows
     from datasets import Dataset, Image, List
 
-    if isinstance(rows, Dataset) and rows.format["type"] != "custom":  # which is a transform of the user's
+    if isinstance(rows, Dataset) and rows.format["type"] != "custom":  # a custom format is the user's transform
         rows = rows.with_format(None)
     for name, feature in rows.features.items():
         if isinstance(feature, Image):

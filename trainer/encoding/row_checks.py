@@ -1,4 +1,4 @@
-"""What is found out about all rows before the first of them trains: bad ones, unlabelled ones, too long ones."""
+"""Checks of all rows before the first one trains: bad rows, rows without labels, rows that are too long."""
 
 import logging
 from dataclasses import dataclass
@@ -15,15 +15,17 @@ from .row_encoder import RowEncoder
 
 logger = logging.getLogger(__name__)
 SLACK = 8
-"""Tokens per image by which a count without pixels may be wrong: text can merge with what stands around an image."""
+"""Error of an estimated length, in tokens per image: text next to an image can merge with its tokens."""
 
 
 @dataclass
 class RowCounts:
     """
     Args:
-        rows, labelled, assessed, useless (`int`): All; those with a safety label; of these, those with a picture,
-            which are what the safety head learns from; those with neither a label nor an answer.
+        rows (`int`): All rows.
+        labelled (`int`): Rows with a safety label.
+        assessed (`int`): Rows with a safety label and a picture, which the safety head learns from.
+        useless (`int`): Rows with neither a label nor an answer.
     """
 
     rows: int = 0
@@ -31,29 +33,29 @@ class RowCounts:
     assessed: int = 0
     useless: int = 0
 
-    def add(self, example: SafetyRow):
-        labelled = example.category is not None or example.level is not None
+    def add(self, row: SafetyRow):
+        labelled = row.category is not None or row.level is not None
         self.rows += 1
         self.labelled += labelled
-        self.assessed += labelled and bool(example.images)
-        self.useless += not labelled and example.messages[-1]["role"] != "assistant"
+        self.assessed += labelled and bool(row.images)
+        self.useless += not labelled and row.messages[-1]["role"] != "assistant"
 
 
-def count_rows(examples) -> RowCounts:
+def count_rows(rows) -> RowCounts:
     counts = RowCounts()
-    for example in examples:
-        counts.add(example)
+    for row in rows:
+        counts.add(row)
     return counts
 
 
 def check_counts(counts: RowCounts):
-    """Tells of unlabelled rows. Raises `ValueError` if the safety head could learn nothing."""
+    """Warns about rows without labels. Raises `ValueError` if the safety head could learn from none."""
     if not counts.assessed:
-        why = "a safety label" if not counts.labelled else "both a safety label and a picture"
+        missing = "a safety label" if not counts.labelled else "both a safety label and a picture"
         raise ValueError(
-            f"None of the {counts.rows} training rows has {why}, so the safety head would stay untrained. Rows need "
-            f"`category` and `level` (or `safe_type` and `safe_level`); a `taxonomy` gives them to data sets with "
-            f"labels of their own."
+            f"None of the {counts.rows} training rows has {missing}, so the safety head would stay untrained. Rows "
+            f"need `category` and `level` (or `safe_type` and `safe_level`); a `taxonomy` maps a data set's own "
+            f"labels to them."
         )
     if unlabelled := counts.rows - counts.labelled:
         logger.warning(
@@ -63,7 +65,7 @@ def check_counts(counts: RowCounts):
 
 
 def check_sets(train_dataset, eval_dataset, args):
-    """`check_rows` for all that a stage trains and evaluates on; rows of a stream are checked as they come."""
+    """`check_rows` for the data sets of a stage. Rows of a stream are checked when they are reached."""
     evaluated = [] if args.eval_strategy == "no" else eval_dataset
     sets = evaluated.values() if isinstance(evaluated, dict) else [evaluated]
     for rows, needs_labels in ((train_dataset, args.trains_head), *((rows, False) for rows in sets)):
@@ -73,25 +75,30 @@ def check_sets(train_dataset, eval_dataset, args):
 
 def check_rows(dataset: EncodedDataset, trains_head: bool, progress: bool = False):
     """
-    Raises `DataError` for a row that breaks the schema or is longer than `max_length`, and `ValueError` if the head is
-    to be trained and no row can teach it.
+    Checks every row of a data set.
+
+    Args:
+        trains_head (`bool`): Whether the safety head learns from the rows.
+
+    Raises:
+        `DataError`: A row breaks the schema or is longer than `max_length`.
+        `ValueError`: The head is to learn, but from none of the rows it can.
     """
     counts = RowCounts()
     limit = dataset.encoder.max_length
     lengths = None if limit is None else LengthEstimate(dataset.encoder)
-    rows = range(len(dataset))
-    for index in tqdm(rows, desc="Checking lengths", disable=limit is None or not progress):
-        example = dataset.example(index)
-        counts.add(example)
-        if lengths is not None and lengths.may_exceed(example, limit):
-            dataset.encoder.encode(example, index)
+    for index in tqdm(range(len(dataset)), desc="Checking lengths", disable=limit is None or not progress):
+        row = dataset.row(index)
+        counts.add(row)
+        if lengths is not None and lengths.may_exceed(row, limit):
+            dataset.encoder.encode(row, index)  # raises if it does
     if trains_head:
         check_counts(counts)
 
 
 class LengthEstimate:
     """
-    How many tokens a row has, without decoding its pictures: how many an image takes follows from its size.
+    Estimates how many tokens a row has without decoding its pictures: an image's tokens follow from its size.
 
     Args:
         encoder (`RowEncoder`)
@@ -102,12 +109,12 @@ class LengthEstimate:
         self.longest_hint = max(map(len, saved_token_ids(encoder.config).values()), default=0)
         self.image_tokens = lru_cache(maxsize=None)(self._image_tokens)
 
-    def may_exceed(self, example: SafetyRow, limit: int) -> bool:
-        """Whether the row may have more than `limit` tokens; if not, it has no more."""
-        sizes = tuple(probe_image(image, row_id=example.row_id) for image in example.images)
-        turned = tuple(size[::-1] for size in sizes)  # as EXIF orientation may have it
+    def may_exceed(self, row: SafetyRow, limit: int) -> bool:
+        """Whether the row may have more than `limit` tokens; `False` is certain."""
+        sizes = tuple(probe_image(image, row_id=row.row_id) for image in row.images)
+        turned = tuple(size[::-1] for size in sizes)  # EXIF orientation may turn the pictures
         images = max(self.image_tokens(sizes), self.image_tokens(turned)) if sizes else 0
-        text = self.processor.apply_chat_template(example.messages, add_generation_prompt=True)
+        text = self.processor.apply_chat_template(row.messages, add_generation_prompt=True)
         return self._text_tokens(text) + images + self.longest_hint + SLACK * (1 + len(sizes)) > limit
 
     def _text_tokens(self, text: str) -> int:

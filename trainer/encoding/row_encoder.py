@@ -1,7 +1,7 @@
-"""From a row to tensors: token ids, labels on the answers only, what the safety head may read.
+"""From a row to tensors: token ids, labels on the answers only, and the tokens that the safety head may read.
 
-A row is encoded with the same template, processor and hint placement as at inference. `encoded_datasets.py` does it
-for whole data sets.
+A row is encoded with the same template, processor and hint placement as at inference. `encoded_datasets.py` encodes
+whole data sets.
 """
 
 import hashlib
@@ -16,26 +16,26 @@ from safevlm.safety_modules import IGNORE_INDEX
 from safevlm.safety_policy import ACTIONS, SafetyPolicy
 from safevlm.trainer.data import DataError, SafetyRow, row_from_record
 
-# What the processor returns beside `input_ids`, in its shape; 0 is neither question nor image.
+# Outputs of the processor in the shape of `input_ids`. A 0 means neither question nor image.
 PER_TOKEN = ("safety_question_mask", "token_type_ids", "mm_token_type_ids")
 
 
 class EncodedRow(dict):
-    """A row's tensors (see `encode_row`), and which row it is."""
+    """The tensors of a row (see `encode_row`), and its id."""
 
     row_id: str
 
 
 class RowEncoder:
     """
-    Encodes one row after the other.
+    Checks and encodes single rows.
 
     Args:
         processor (`SafeVlmProcessor`)
-        config (`SafeVlmConfig`): The model's: its labels, and its policy, which writes the hints.
+        config (`SafeVlmConfig`): The model's. It has the labels, and the policy whose hints rows carry.
         hint_probability (`float` in [0, 1]): Share of risky rows that carry the hint for their label. Which ones
-            depends on `seed` and the row's index only, so that an interrupted run resumes with the same rows.
-        max_length (`int`, *optional*): Longer rows raise `DataError`.
+            depends only on `seed` and the row's index, so that a resumed run trains on the same rows.
+        max_length (`int`, *optional*): Rows with more tokens raise `DataError`.
     """
 
     def __init__(self, processor, config, hint_probability=0.0, max_length=None, seed=0):
@@ -48,8 +48,8 @@ class RowEncoder:
         self.max_length = max_length
         self.seed = seed
 
-    def example(self, row, index: int) -> SafetyRow:
-        """The row, checked. Raises `DataError` where it breaks the schema or has labels that the model does not."""
+    def check(self, row, index: int) -> SafetyRow:
+        """The row as a [`SafetyRow`]. Raises `DataError` if it breaks the schema, or the model lacks its labels."""
         if isinstance(row, Mapping):
             return row_from_record(row, self.labels, row_id=str(index))
         if not isinstance(row, SafetyRow):
@@ -61,63 +61,65 @@ class RowEncoder:
                 raise DataError(f"row {row.row_id!r}: `{name}` {label} is not one of the model's {len(names)}.")
         return row
 
-    def encode(self, example: SafetyRow, index: int) -> EncodedRow:
-        row = EncodedRow(encode_row(example, self.processor, self.config, hint=self._hint(example, index)))
-        row.row_id = example.row_id
-        if self.max_length is not None and len(row["input_ids"]) > self.max_length:
+    def encode(self, row: SafetyRow, index: int) -> EncodedRow:
+        """Raises `DataError` if the row cannot be encoded, or is too long."""
+        encoded = EncodedRow(encode_row(row, self.processor, self.config, hint=self._hint(row, index)))
+        encoded.row_id = row.row_id
+        length = len(encoded["input_ids"])
+        if self.max_length is not None and length > self.max_length:
             raise DataError(
-                f"row {example.row_id!r}: {len(row['input_ids'])} tokens, `max_length` is {self.max_length}; "
-                f"raise `max_length` or shorten the row."
+                f"row {row.row_id!r}: {length} tokens, `max_length` is {self.max_length}; raise `max_length` or "
+                f"shorten the row."
             )
-        return row
+        return encoded
 
-    def _hint(self, example: SafetyRow, index: int) -> list[int] | None:
-        if example.category is None or example.level is None or not self._chance(index):
+    def _hint(self, row: SafetyRow, index: int) -> list[int] | None:
+        """Token ids of the hint for the row's label, for the rows that carry one."""
+        if row.category is None or row.level is None or not self._is_drawn(index):
             return None
-        action = ACTIONS[self.actions[example.category, example.level]]
-        text = self.policy.hint(action, self.labels.category_names[example.category])
+        action = ACTIONS[self.actions[row.category, row.level]]
+        text = self.policy.hint(action, self.labels.category_names[row.category])
         return None if text is None else saved_token_ids(self.config)[text]
 
-    def _chance(self, index: int) -> bool:
-        """True for a fixed `hint_probability` of all indices."""
+    def _is_drawn(self, index: int) -> bool:
+        """True for a share `hint_probability` of all indices, always the same ones."""
         digest = hashlib.sha256(f"{self.seed}:{index}".encode()).digest()
         return int.from_bytes(digest[:8], "big") < self.hint_probability * 2**64
 
 
-def encode_row(example: SafetyRow, processor, config, hint: list[int] | None = None) -> dict[str, torch.Tensor]:
+def encode_row(row: SafetyRow, processor, config, hint: list[int] | None = None) -> dict[str, torch.Tensor]:
     """
-    Encodes one row. One that ends with a question has no answer to supervise: its labels train the safety head alone.
+    Encodes one row. A row that ends with a question has no answer to supervise; its labels train the safety head only.
 
     Args:
-        hint (`list[int]`, *optional*): Token ids to put before the newest question's generation prompt.
+        hint (`list[int]`, *optional*): Token ids to insert before the newest question's generation prompt.
 
     Returns:
-        `input_ids`, `labels` (-100 outside the answers), `safety_question_mask` (1 where the safety head may read) and
-        the family's token types, all of shape `(sequence_length,)`; `safety_level_labels` and
-        `safety_category_labels`, scalars (-100: no label); and the image tensors, with a leading dimension over the
-        row's images.
+        `dict[str, torch.Tensor]`: `input_ids`, `labels` (-100 outside the answers), `safety_question_mask` (1 where
+        the safety head may read) and the family's token types, of shape `(sequence_length,)`; the scalars
+        `safety_level_labels` and `safety_category_labels` (-100: no label); the image tensors, whose first dimension
+        is the row's images.
     """
-    answered = example.messages[-1]["role"] == "assistant"
-    images = example.load_images()
+    answered = row.messages[-1]["role"] == "assistant"
+    images = row.load_images()
     tokenizer = processor.tokenizer
-    text = processor.apply_chat_template(example.messages, add_generation_prompt=not answered)
+    text = processor.apply_chat_template(row.messages, add_generation_prompt=not answered)
     if answered:
         if not text.answers or text.answers[-1][1] < len(text.rstrip()):
             raise DataError(
-                f"row {example.row_id!r}: the processor's chat template does not show where the last answer is, so it "
-                f"cannot be trained on; change the row's texts or `processor.chat_template`."
+                f"row {row.row_id!r}: the processor's chat template does not mark where the last answer is, so "
+                f"it cannot be trained on; change the row's texts or `processor.chat_template`."
             )
-        # White space after the last answer is the template's for a turn to follow.
+        # White space after the last answer belongs to a turn that would follow.
         text = ChatPrompt(text.rstrip(), text.answers)
     inputs = processor(images=images or None, text=text, return_tensors="pt")
     inputs.pop("attention_mask", None)
     ids = inputs.pop("input_ids")[0].tolist()
-    # What there is to say about each token: whether the safety head may read it, the family's token types.
     per_token = {name: inputs.pop(name)[0].tolist() for name in PER_TOKEN if name in inputs}
     is_question = per_token["safety_question_mask"]
     labels = [IGNORE_INDEX if question else i for i, question in zip(ids, is_question, strict=True)]
-    start = max(i for i, question in enumerate(is_question) if question) + 1  # of the last answer
-    # Templates such as LLaVA-1.5's leave the end of the last answer open.
+    answer_start = max(i for i, question in enumerate(is_question) if question) + 1
+    # Some templates, such as LLaVA-1.5's, do not end the last answer.
     if answered and ids[-1] != tokenizer.eos_token_id:
         ids.append(tokenizer.eos_token_id)
         labels.append(tokenizer.eos_token_id)
@@ -125,16 +127,16 @@ def encode_row(example: SafetyRow, processor, config, hint: list[int] | None = N
             values.append(0)
 
     if hint:
-        at = hint_column(ids[:start], is_question[:start], config.generation_prompt_token_ids)
-        ids[at:at] = hint
-        labels[at:at] = [IGNORE_INDEX] * len(hint)
+        column = hint_column(ids[:answer_start], is_question[:answer_start], config.generation_prompt_token_ids)
+        ids[column:column] = hint
+        labels[column:column] = [IGNORE_INDEX] * len(hint)
         for values in per_token.values():
-            values[at:at] = [0] * len(hint)
+            values[column:column] = [0] * len(hint)
     return {
         "input_ids": torch.tensor(ids),
         "labels": torch.tensor(labels),
         **{name: torch.tensor(values) for name, values in per_token.items()},
-        "safety_level_labels": torch.tensor(IGNORE_INDEX if example.level is None else example.level),
-        "safety_category_labels": torch.tensor(IGNORE_INDEX if example.category is None else example.category),
+        "safety_level_labels": torch.tensor(IGNORE_INDEX if row.level is None else row.level),
+        "safety_category_labels": torch.tensor(IGNORE_INDEX if row.category is None else row.category),
         **inputs,
     }

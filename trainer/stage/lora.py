@@ -66,7 +66,5 @@ def merge_lora(model, adapter: Path):
 def merged_copy(model):
     """A plain copy of a PEFT model with LoRA merged. The model itself is unchanged and can train on."""
     if getattr(model.get_base_model(), "is_quantized", False):
-        raise ValueError(
-            "With LoRA on a quantised base, the model can be saved after `train()` only, which merges LoRA."
-        )
+        raise ValueError("With LoRA on a quantised base, the model can be saved only after `train()` has merged LoRA.")
     return copy.deepcopy(model).merge_and_unload()

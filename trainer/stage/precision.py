@@ -10,7 +10,7 @@ from .training_args import SafeVlmTrainingArguments
 
 
 def check_weights(model, args: SafeVlmTrainingArguments):
-    """Raises `ValueError` for weights that cannot be trained: offloaded ones, and those of the other half precision."""
+    """Raises `ValueError` for weights that cannot be trained: offloaded, or in the other half precision."""
     offloaded = [name for name, parameter in model.named_parameters() if parameter.device.type == "meta"]
     if offloaded:
         raise ValueError(

@@ -58,11 +58,9 @@ class SafeVlmTrainingArguments(TrainingArguments):
     safety_level_loss_coef: float | None = field(default=None, metadata={"help": "Overrides the model's."})
     safety_category_loss_coef: float | None = field(default=None, metadata={"help": "Overrides the model's."})
     label_conditioning_start: float = field(
-        default=1.0, metadata={"help": "Share of label-conditioned rows at the start."}
+        default=1.0, metadata={"help": "Share of rows conditioned on labels at first."}
     )
-    label_conditioning_end: float = field(
-        default=0.0, metadata={"help": "Share of label-conditioned rows at the end."}
-    )
+    label_conditioning_end: float = field(default=0.0, metadata={"help": "The same at the end."})
     hint_probability: float = field(default=0.5, metadata={"help": "Share of risky rows with the policy's hint."})
     max_length: int | None = field(default=None, metadata={"help": "Longest row allowed, in tokens."})
     cache_encoded: bool = field(default=False, metadata={"help": "Keep encoded rows in memory."})
@@ -99,7 +97,7 @@ class SafeVlmTrainingArguments(TrainingArguments):
             # cannot save a sharded model.
             self.fsdp_config = {"state_dict_type": "SHARDED_STATE_DICT", **(self.fsdp_config or {})}
         if isinstance(self.deepspeed, str):
-            self.deepspeed = _deepspeed_file(self.deepspeed)
+            self.deepspeed = deepspeed_file(self.deepspeed)
         super().__post_init__()
         if self.accelerator_config.dispatch_batches is None:  # accelerate's default for data sets without a length
             self.accelerator_config.dispatch_batches = False
@@ -117,7 +115,7 @@ class SafeVlmTrainingArguments(TrainingArguments):
         return self.lora_r > 0 and "language_model" in self.trainable
 
 
-def _deepspeed_file(name: str) -> str:
+def deepspeed_file(name: str) -> str:
     """The file of a shipped DeepSpeed configuration, or of the user's own."""
     shipped = {path.stem.removeprefix("deepspeed_"): path for path in DEEPSPEED_CONFIGS.glob("deepspeed_*.json")}
     path = shipped.get(name, Path(name))
