@@ -12,7 +12,7 @@ times, and the strictest verdict counts:
 from dataclasses import dataclass
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
+from torch import nn
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -121,11 +121,9 @@ class PromptParts:
 
     def readings(self, whole_conversation: bool = True) -> list[torch.Tensor]:
         """The masks under which the head reads the prompts, each once; the top of this file explains them."""
-        readings = []
-        for reading in (*[self.questions] * whole_conversation, self.newest, self.newest | self.prefill):
-            if not any(torch.equal(reading, other) for other in readings):
-                readings.append(reading)
-        return readings
+        masks = [self.questions] if whole_conversation else []
+        masks += [self.newest, self.newest | self.prefill]
+        return [mask for i, mask in enumerate(masks) if not any(torch.equal(mask, earlier) for earlier in masks[:i])]
 
     def open_answers(self, answers: list[list[int] | None], opening: list[int]) -> list[list[int] | None]:
         """
@@ -291,7 +289,9 @@ def edit_prompt(
                 inserted = [int(name == "attention_mask")] * len(inserted)
             before, after = tensor[row, :at][keep[row, :at]], tensor[row, at:][keep[row, at:]]
             rows.append(torch.cat([before, tensor.new_tensor(inserted), after]))
-        return pad_sequence(rows, batch_first=True, padding_value=padding, padding_side="right" if right else "left")
+        return nn.utils.rnn.pad_sequence(
+            rows, batch_first=True, padding_value=padding, padding_side="right" if right else "left"
+        )
 
     return {name: rebuild(name, tensor) for name, tensor in tensors.items()}
 

@@ -26,6 +26,7 @@ TEMPERATURE_RANGE = (0.1, 10.0)
 """Bounds of a calibration. Beyond them every score is about 0, 1/2 or 1, whatever the head says."""
 
 UNKNOWN_RISK = "a possible safety risk"  # named in a refusal when the head failed, so that there is no category
+_LEVEL_ACTIONS = {"none": "allow", "low": "caution", "medium": "warn", "high": "refuse"}
 _HINTS = {
     "caution": "Note: this request may involve {category}. Answer with caution.",
     "warn": "Note: this request involves {category}. Warn the user; you may refuse.",
@@ -71,13 +72,11 @@ class SafetyPolicy:
     enabled: bool = True
     risk_threshold: float = 0.5
     category_risk_thresholds: dict[str, float] = field(default_factory=dict)
-    level_actions: dict[str, str] = field(
-        default_factory=lambda: {"none": "allow", "low": "caution", "medium": "warn", "high": "refuse"}
-    )
+    level_actions: dict[str, str] = field(default_factory=_LEVEL_ACTIONS.copy)
     category_actions: dict[str, dict[str, str]] = field(default_factory=dict)
-    hints: dict[str, str] = field(default_factory=lambda: dict(_HINTS))
+    hints: dict[str, str] = field(default_factory=_HINTS.copy)
     forced_refusal: bool = True
-    refusals: dict[str, str] = field(default_factory=lambda: dict(_REFUSALS))
+    refusals: dict[str, str] = field(default_factory=_REFUSALS.copy)
     language: str = "en"
     whole_conversation: bool = True
     level_temperature: float = 1.0
@@ -204,8 +203,6 @@ class SafetyPolicy:
         """A copy with some fields changed."""
         return replace(self, **changes)
 
-    # -- the policy on a model's labels ------------------------------------------------------------------------------
-
     def for_labels(self, labels: SafetyLabels) -> "SafetyPolicy":
         """
         The policy for a model with these labels.
@@ -260,7 +257,7 @@ class SafetyPolicy:
         default = POLICY_PRESETS["default"].for_labels(labels)
         found = [f"`{flag}` is false" for flag in ("forced_refusal", "whole_conversation") if not getattr(self, flag)]
         found += [f"no hint for {action!r}" for action in default.hints if action not in self.hints]
-        higher, milder, unordered = defaultdict(list), defaultdict(list), False  # per weakness: in which categories
+        higher, milder, unordered = defaultdict(list), defaultdict(list), False  # weakness -> its categories
         for category in labels.risky_categories:
             threshold, usual_threshold = self._threshold(category), default._threshold(category)
             if threshold > usual_threshold:
@@ -270,16 +267,10 @@ class SafetyPolicy:
                 if action < usual:
                     milder[f"level {level!r} leads to {ACTIONS[action]!r}, not {ACTIONS[usual]!r}"].append(category)
             unordered |= actions != sorted(actions)
-        everywhere = len(labels.risky_categories)
-        limits = [
-            f"of {'every category' if len(names) == everywhere else ', '.join(names)} {limit}"
-            for limit, names in higher.items()
-        ]
+        risky = labels.risky_categories
+        limits = [f"of {'every category' if c == risky else ', '.join(c)} {limit}" for limit, c in higher.items()]
         found += [f"`risk_threshold` {'; '.join(limits)}"] if limits else []
-        found += [
-            sentence if len(names) == everywhere else f"{sentence} (in {', '.join(names)})"
-            for sentence, names in milder.items()
-        ]
+        found += [what if c == risky else f"{what} (in {', '.join(c)})" for what, c in milder.items()]
         if unordered:
             found.append(f"a higher level leads to a milder action; the levels are {', '.join(labels.level_names)}")
         return found
@@ -301,8 +292,6 @@ class SafetyPolicy:
     def _threshold(self, category: str) -> float:
         return float(self.category_risk_thresholds.get(category, self.risk_threshold))
 
-    # -- the texts that the policy writes ----------------------------------------------------------------------------
-
     def hint(self, action: str, category: str) -> str | None:
         """The hint for the language model, or `None`."""
         text = self.hints.get(action)
@@ -314,16 +303,10 @@ class SafetyPolicy:
 
     def texts(self, labels: SafetyLabels) -> dict[str, list[str]]:
         """Every text the policy can write, filled in, in all languages: `{"hints": [...], "refusals": [...]}`."""
-        return {
-            "hints": sorted({self.hint(action, name) for action in self.hints for name in labels.category_names}),
-            "refusals": sorted(
-                {
-                    text.replace("{category}", name)
-                    for text in self.refusals.values()
-                    for name in (*labels.category_names, UNKNOWN_RISK)
-                }
-            ),
-        }
+        names = (*labels.category_names, UNKNOWN_RISK)
+        refusals = {text.replace("{category}", name) for text in self.refusals.values() for name in names}
+        hints = {self.hint(action, name) for action in self.hints for name in labels.category_names}
+        return {"hints": sorted(hints), "refusals": sorted(refusals)}
 
 
 def _is_number(value) -> bool:

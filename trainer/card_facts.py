@@ -20,7 +20,7 @@ from safevlm.safety_labels import SafetyLabels
 from .data.mix_output import MANIFEST, MANIFEST_FORMAT, input_hashes
 from .recipe import Recipe
 from .stage.card_callback import read_measured
-from .stage.training_args import STAGES
+from .stage.training_args import TRAINABLE
 
 
 def model_facts(model_name: str, base: dict, training: dict, results: list[dict]) -> dict:
@@ -105,8 +105,7 @@ def stage_facts(output_dir: str | os.PathLike, recipe: Recipe) -> list[dict]:
     """Hyper-parameters and measurements of each stage that `run_schedule` trained in `output_dir`."""
     facts = []
     for folder, stage in zip(recipe.folders(output_dir), recipe.stages, strict=True):
-        trainable = ["safety"] if folder.stage == STAGES[0] else ["safety", "language_model"]
-        arguments = {"trainable": trainable, **stage}
+        arguments = {"trainable": list(TRAINABLE[folder.stage]), **stage}
         for argument in ("safety_level_loss_coef", "safety_category_loss_coef"):
             if argument in recipe.safety:
                 arguments.setdefault(argument, recipe.safety[argument])

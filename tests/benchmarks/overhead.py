@@ -1,10 +1,10 @@
-"""What the safety path costs beside the base model: seconds and tokens, as ratios to the base in the same run.
+"""The cost of the safety path: seconds and tokens, relative to the base model in the same run.
 
     python tests/benchmarks/overhead.py                  # a LLaVA of 1.5-7B's widths, two layers deep, random weights
     python tests/benchmarks/overhead.py --layers 32 --device cuda --dtype bfloat16
 
-Random pictures and questions. Base and safe model write their answers in turns, a token each, and each ratio is the
-median over such pairs: a machine that slows down for a while slows both sides of a pair.
+Pictures and questions are random. Base and safe model take turns, one token at a time, and each ratio is the median
+over such pairs of tokens: if the machine slows down for a while, both sides of a pair are slower.
 """
 
 import argparse
@@ -55,8 +55,8 @@ def build(args) -> SafeVlmForConditionalGeneration:
 
 class Clock(BaseStreamer):
     """
-    Times the parts of one `generate` call, which takes turns with another: up to the prompt's hand-over (vision tower
-    and head), up to the first token, and each further token.
+    Times the parts of a `generate` call that takes turns with another one: until the prompt is handed over (vision
+    tower and head), from there to the first token, and each further token.
 
     Args:
         synchronize (`Callable[[], None]`): Waits for the device.
@@ -73,7 +73,7 @@ class Clock(BaseStreamer):
             self._begin()
             generate(streamer=self)
         finally:
-            self.others_turn.release(1000)  # the other need not wait any more
+            self.others_turn.release(1000)  # the other call never waits again
 
     def put(self, value):
         self.synchronize()
@@ -99,7 +99,7 @@ class Clock(BaseStreamer):
 
 
 def in_turns(synchronize, *generates) -> list[Clock]:
-    """Runs two `generate` calls side by side, one part of each after the other."""
+    """Runs two `generate` calls at once that alternate part by part."""
     turns = [threading.Semaphore(1), threading.Semaphore(0)]
     clocks = [Clock(synchronize, turns[0], turns[1]), Clock(synchronize, turns[1], turns[0])]
     with ThreadPoolExecutor(2) as pool:
@@ -109,7 +109,7 @@ def in_turns(synchronize, *generates) -> list[Clock]:
 
 
 def ratio(safe: list[float], base: list[float]) -> float:
-    """Median over pairs that were timed one right after the other."""
+    """The median ratio of pairs; the two times of a pair were measured one directly after the other."""
     return statistics.median(s / b for s, b in zip(safe, base, strict=True))
 
 
@@ -124,7 +124,7 @@ def main():
     parser.add_argument("--new-tokens", type=int, default=9)
     args = parser.parse_args()
     if args.new_tokens < 2:
-        parser.error(f"--new-tokens must be 2 or more, got {args.new_tokens}: the first is not a step of its own")
+        parser.error(f"--new-tokens must be 2 or more, got {args.new_tokens}: the first token is not a separate step")
 
     model = build(args)
     tokens = model.config.tokens_per_image
@@ -134,7 +134,7 @@ def main():
     image = torch.full((1, 576), 32000)
     plain = torch.cat([question[:, :5], image, question[:, 5:]], dim=1).to(args.device)
     safe = torch.cat([question[:, :5], image, torch.full((1, tokens), 32010), question[:, 5:]], dim=1).to(args.device)
-    # The untrained head's verdicts are random: allow everything, so that both sides answer at the same length.
+    # The untrained head's verdicts are random: allow everything, so that both models give answers of equal length.
     policy = {"level_actions": {"none": "allow"}, "risk_threshold": 1.0}
 
     def synchronize():
@@ -167,7 +167,7 @@ def main():
         base, secured = in_turns(synchronize, answer(model.base, plain), answer(model, safe, safety_policy=policy))
         assess = timed(lambda: model.assess(input_ids=safe, pixel_values=pixels))
         vision = timed(lambda: model.backbone.encode(model.base, pixel_values=pixels))
-        if repeat:  # the first warms up
+        if repeat:  # the first run is a warm-up
             firsts, further = (
                 ([base.first_token], [secured.first_token]),
                 (base.further_tokens, secured.further_tokens),

@@ -1,10 +1,10 @@
-"""What precision costs the safety head: its measures in float32, bfloat16, 8 bit and 4 bit, on the demo's test scenes.
+"""The effect of precision on the safety head: its measures in float32, bfloat16, 8 bit and 4 bit, on new demo scenes.
 
     safevlm demo --output demo && python tests/benchmarks/quantization.py demo/model
-    python tests/benchmarks/quantization.py demo/model --noise 60  # harder: the demo's head makes no mistake without
+    python tests/benchmarks/quantization.py demo/model --noise 60  # harder: otherwise the head is always right
 
-Only the base is quantised; the safety modules keep the dtype. The scenes are new: neither trained nor tested on by the
-demo. Guard mode (`assess`), so no text is generated.
+Only the base is quantised; the safety modules keep their dtype. The demo neither trained nor tested on these scenes.
+Only verdicts are computed (`assess`); no text is generated.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers import BitsAndBytesConfig
 
 from safevlm import SafeVlmForConditionalGeneration, SafeVlmProcessor
+from safevlm.trainer.asking import encode_chats, question_chat
 from safevlm.trainer.demo.world import make_examples
 from safevlm.trainer.evaluation import head_metrics
 
@@ -68,10 +69,10 @@ def main():
         verdict, reference = verdicts[name], verdicts[REFERENCE]
         measures = head_metrics(
             [e.level for e in examples],
-            verdict["level"],
+            verdict["level"].numpy(),
             [e.category for e in examples],
-            verdict["category"],
-            verdict["score"],
+            verdict["category"].numpy(),
+            verdict["score"].numpy(),
         )
         same = (verdict["level"] == reference["level"]) & (verdict["category"] == reference["category"])
         lines.append(
@@ -90,19 +91,12 @@ def noisy(image: Image.Image, std: float, generator) -> Image.Image:
 
 
 def assess_all(model, processor, examples, batch_size: int, name: str) -> dict[str, torch.Tensor]:
-    """Level, category and score of each example, in their order."""
+    """Level, category and score of each example, in order."""
     parts = []
     for start in tqdm(range(0, len(examples), batch_size), desc=name, unit="batch"):
         batch = examples[start : start + batch_size]
-        texts = [
-            processor.apply_chat_template(
-                [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": example.question}]}],
-                add_generation_prompt=True,
-            )
-            for example in batch
-        ]
-        inputs = processor(images=[e.image for e in batch], text=texts, return_tensors="pt", padding=True)
-        parts.append(model.assess(**inputs.to(model.device)))
+        chats = [question_chat(example.question) for example in batch]
+        parts.append(model.assess(**encode_chats(processor, chats, [[example.image] for example in batch], model)))
     return {what: torch.cat([getattr(part, what).cpu() for part in parts]) for what in ("level", "category", "score")}
 
 

@@ -28,7 +28,7 @@ SUBSTITUTES = [
     ),
     ("llava-hf/llava-1.5-7b-hf", "demo/base", "no 7B checkpoint, no network"),
     ("--recipe paper", "--recipe paper --holdout 0 --set bf16=false", "two rows, so none to hold out; a CPU"),
-    ('Recipe.load("paper")', 'Recipe.load("paper"), bf16=False', "a CPU"),
+    ('Recipe.load("paper")', 'Recipe.load("paper").with_arguments(bf16=False)', "a CPU"),
     ("max_steps=60", "max_steps=2", "time"),
     ("figstep,mossbench,mmbench", "figstep_tiny --limit 2 --max-new-tokens 4", "the data that is here; time"),
     ("figstep_tiny,own,mossbench,own_lookalikes,mmbench", "figstep_tiny,own,mmbench --limit 2", "the same"),

@@ -183,7 +183,7 @@ def test_checkpoints_of_weights_alone_are_not_resumed_from(fresh_model, make_tra
     make_trainer(fresh_model(), rows, **settings).train()
     assert (tmp_path / "stage" / "checkpoint-1").is_dir()
     for asked in (True, tmp_path / "stage" / "checkpoint-1"):
-        with pytest.raises(ValueError, match="o complete checkpoint to resume from.*with `save_only_model`"):
+        with pytest.raises(ValueError, match="complete checkpoint to resume from.*`save_only_model`"):
             make_trainer(fresh_model(), rows, **settings).train(resume_from_checkpoint=asked)
 
 
@@ -231,7 +231,7 @@ def test_other_arguments_models_and_processors_are_refused_by_name(
     with pytest.raises(ValueError, match="`args` must be SafeVlmTrainingArguments.*got NoneType"):
         SafeVlmTrainer(model=fresh_model(), train_dataset=rows, processing_class=processor)
     wrapped = make_trainer(fresh_model(), rows, **LORA).model
-    with pytest.raises(ValueError, match="`model` has PEFT adapters already; pass the plain model"):
+    with pytest.raises(ValueError, match="`model` already has PEFT adapters; pass the plain model"):
         make_trainer(wrapped, rows, **LORA)
     with pytest.raises(ValueError, match="`model` must be a SafeVlmForConditionalGeneration.*LlavaFor"):
         make_trainer(tiny_llava(), rows)

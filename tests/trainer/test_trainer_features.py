@@ -51,7 +51,7 @@ def test_options_that_cannot_work_are_refused_by_name(fresh_model, arguments, pr
         arguments(**LORA, push_to_hub=True, hub_strategy="checkpoint")
     args = arguments()
     args._n_gpu = 2
-    with pytest.raises(ValueError, match="2 GPUs in one process would cut batches apart from their images.*torchrun"):
+    with pytest.raises(ValueError, match="2 GPUs in one process would separate rows from their images.*torchrun"):
         SafeVlmTrainer(model=model, args=args, train_dataset=rows, processing_class=processor)
 
 

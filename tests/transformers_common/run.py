@@ -3,9 +3,9 @@ Runs the common tests of transformers on SafeVLM over LLaVA and over Qwen2.5-VL,
 
     python tests/transformers_common/run.py        # or: make test-transformers
 
-The tests come from the source distribution of the installed version of transformers, which `pip download` fetches and
-checks against the index's hash; they lie in build/, not in this repository. Fails if SafeVLM fails a test that the
-control passes; what it skips and the control does not is listed with its reason.
+`pip download` fetches the tests with the source distribution of the installed version of transformers into build/,
+outside this repository's files, and checks its hash. Fails if SafeVLM fails a test that the control passes. Tests that
+only SafeVLM skips are listed with the reason.
 """
 
 import argparse
@@ -27,7 +27,7 @@ MIXINS = {"ModelTest": BOTH, "ConfigTest": BOTH, "ProcessorTest": BOTH, "Pipelin
 
 
 def fetch(version: str) -> Path:
-    """The folder of transformers' common tests, completed with stand-ins for what they import and is not in it."""
+    """The folder of transformers' common tests, with stand-ins for modules that they import but that it lacks."""
     name = f"transformers-{version}"
     folder = CACHE / name
     if not (CACHE / f"{name}.tar.gz").exists():
@@ -36,7 +36,7 @@ def fetch(version: str) -> Path:
     if not (folder / "tests").exists():
         with tarfile.open(CACHE / f"{name}.tar.gz") as archive:
             archive.extractall(CACHE, [m for m in archive if m.name.startswith(f"{name}/tests/")], filter="data")
-        # The pipeline mixin imports transformers from there.
+        # The pipeline mixin imports transformers from this folder.
         (folder / "src").mkdir(exist_ok=True)
         (folder / "src" / "transformers").symlink_to(Path(transformers.__file__).parent)
     for path, source in MISSING_MODULES.items():
@@ -47,7 +47,7 @@ def fetch(version: str) -> Path:
 
 
 def run(folder: Path, pytest_arguments: list[str]) -> dict[str, dict[str, tuple[str, str]]]:
-    """Outcome and reason per test class and test."""
+    """Outcome and reason of each test, by test class."""
     report = CACHE / "report.xml"
     environment = {
         **os.environ,
@@ -57,7 +57,7 @@ def run(folder: Path, pytest_arguments: list[str]) -> dict[str, dict[str, tuple[
     }
     environment.setdefault("OMP_NUM_THREADS", "1")
     files = [str(HERE / f"common_{name}.py") for name in ("models", "processors", "pipelines")]
-    # Not the settings of our own tests: with `importlib`, our folder would hide transformers' `tests`.
+    # Without the settings of our own tests: with `importlib`, our folder would hide transformers' `tests`.
     command = [
         sys.executable,
         "-m",
@@ -77,8 +77,8 @@ def run(folder: Path, pytest_arguments: list[str]) -> dict[str, dict[str, tuple[
     for case in ElementTree.parse(report).getroot().iter("testcase"):
         outcome = ("passed", "")
         for kind, name in (("skipped", "skipped"), ("error", "failed"), ("failure", "failed")):
-            if (found := case.find(kind)) is not None:
-                outcome = (name, " ".join((found.get("message") or "").split())[:200])
+            if (element := case.find(kind)) is not None:
+                outcome = (name, " ".join((element.get("message") or "").split())[:200])
         tests = outcomes.setdefault(case.get("classname").split(".")[-1], {})
         if tests.get(case.get("name"), ("",))[0] != "failed":  # one entry per subtest that failed
             tests[case.get("name")] = outcome
@@ -86,7 +86,7 @@ def run(folder: Path, pytest_arguments: list[str]) -> dict[str, dict[str, tuple[
 
 
 def summary(outcomes) -> bool:
-    """Writes the table and what differs; returns whether SafeVLM passes or skips all that the control passes."""
+    """Writes the table and the differences. Returns whether SafeVLM fails no test that the control passes."""
     write = sys.stdout.write
     write("\n| mixin | family | | passed | failed | skipped |\n|---|---|---|---:|---:|---:|\n")
     differs, worse = [], False
@@ -109,9 +109,9 @@ def summary(outcomes) -> bool:
                     worse |= outcome == "failed"
     write("\n" + "".join(f"- {line}\n" for line in differs))
     write(
-        "FAILED: SafeVLM fails what the control passes\n"
+        "FAILED: SafeVLM fails tests that the control passes\n"
         if worse
-        else "SafeVLM fails nothing that the control passes\n"
+        else "SafeVLM fails no test that the control passes\n"
     )
     return not worse
 

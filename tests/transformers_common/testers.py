@@ -1,8 +1,8 @@
-"""Tiny models and inputs in the form that transformers' common tests want: a native family, and SafeVLM over it.
+"""Tiny models and inputs as transformers' common tests expect them: for a native family, and for SafeVLM over it.
 
-A tester's sizes are those of transformers' own tests. The inputs of both are alike: one picture per row, with text
-around it (the attention tests mask the first or the last two tokens of a row); the wrapper's have `<safety>`
-placeholders in place of the text after the picture.
+Sizes are those of transformers' own tests. Both kinds of model get similar inputs: a picture per row with text around
+it (the attention tests mask the first or the last two tokens of a row). For SafeVLM, `<safety>` placeholders replace
+the text after the picture.
 """
 
 import torch
@@ -22,10 +22,10 @@ SIZES = dict(safety_hidden_size=32, num_safety_features=4, num_attention_heads=4
 
 
 class NativeTester:
-    """What the mixins read from a model tester, shared by the families."""
+    """The attributes of a model tester that the mixins read, as far as the families share them."""
 
     is_training = True
-    batch_size = 7  # what the attention tests take; they would fill up a smaller batch with rows of random ids
+    batch_size = 7  # as in the attention tests, which fill smaller batches up with rows of random ids
     vocab_size = 99
     hidden_size = 32
     num_hidden_layers = 2

@@ -1,1 +1,1 @@
-"""The embedded default: a picture world, a tiny base VLM, the whole run."""
+"""The demo: a picture world, a tiny base model, and the whole way from there to a saved SafeVLM."""

@@ -8,9 +8,6 @@ from importlib import import_module
 from .environment import environment
 
 _EXPORTS = {
-    "benchmarks.answer_metrics": (
-        *("attack_success_rate", "judge_scores", "over_refusal_rate", "refusal_rate", "rtvlm_scores"),
-    ),
     "benchmarks.pope": ("pope_metrics", "read_pope_labels"),
     "head.calibration": ("Calibration", "calibrate", "store_policy"),
     "head.measures": ("head_metrics", "trainer_metrics"),
@@ -23,7 +20,9 @@ _EXPORTS = {
     "judges.local_judge": ("LocalJudge",),
     "judges.openai_judge": ("OpenAiJudge",),
     "judges.rules_judge": ("RulesJudge",),
+    "judges.scores": ("judge_scores", "rtvlm_scores"),
     "refusals.detector": ("RefusalDetector", "RefusalVerdict"),
+    "refusals.rates": ("attack_success_rate", "over_refusal_rate", "refusal_rate"),
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
 

@@ -4,7 +4,7 @@ A resample is one weight per row (how often its image was drawn), so a measure c
 once, from arrays of shape `(num_resamples, n)`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 import numpy as np
 
@@ -56,10 +56,33 @@ def resample_weights(
         yield np.stack(draws)[:, groups].astype(float)
 
 
+def resampled_means(
+    values: Sequence[float], clusters: Sequence[Hashable] | None, num_resamples: int, seed: int = 0
+) -> np.ndarray:
+    """
+    Means of shape `(num_resamples,)`.
+
+    Args:
+        clusters (*optional*): Each value's cluster; by default each value is its own cluster.
+    """
+    values = np.asarray(values, dtype=float)
+    numbers: dict[Hashable, int] = {}
+    names = range(len(values)) if clusters is None else one_cluster_per_row(clusters, len(values))
+    groups = np.array([numbers.setdefault(name, len(numbers)) for name in names])
+    chunks = [weights @ values / weights.sum(axis=1) for weights in resample_weights(groups, num_resamples, seed)]
+    return np.concatenate(chunks)
+
+
+def one_cluster_per_row(clusters: Sequence[Hashable], num_rows: int) -> list[Hashable]:
+    """`clusters` as a list. Raises `ValueError` if their number is another."""
+    clusters = list(clusters)
+    if len(clusters) != num_rows:
+        raise ValueError(f"`clusters` has {len(clusters)} entries for {num_rows} rows; give one per row.")
+    return clusters
+
+
 def percentile_interval(values: np.ndarray) -> tuple[float, float] | None:
-    """
-    The central 95 % of a measure's resampled values; `None` if it is defined (not NaN) in too few resamples.
-    """
+    """The central 95 % of a measure's resampled values; `None` if it is defined (not NaN) in too few resamples."""
     defined = values[~np.isnan(values)]
     if not len(values) or len(defined) < MIN_DEFINED * len(values):
         return None

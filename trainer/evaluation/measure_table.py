@@ -2,7 +2,7 @@
 
 Reports, tables, plots, benchmark tasks and the model card read them from here. To add a measure:
 
-1. Compute it: of an answer in `benchmarks/scoring.py`, of the safety head in `head/measures.py`.
+1. Compute it: of an answer in `benchmarks/answer_measures.py`, of the safety head in `head/measures.py`.
 2. Add a row to `_ROWS` below.
 
 Nothing heavy is imported, so any command may use the table.

@@ -1,1 +1,1 @@
-"""One training stage: its arguments, its trainer, and what it does to the model before and after."""
+"""One training stage: its arguments, its trainer, and what happens to the model before and after training."""

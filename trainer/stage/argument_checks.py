@@ -1,4 +1,4 @@
-"""Which of transformers' Trainer features SafeVLM's training refuses, each by name and with what to do instead."""
+"""Training arguments of transformers that SafeVLM's training refuses, each with the reason and the fix."""
 
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
@@ -9,7 +9,7 @@ LABEL_NAMES = ["labels", "safety_level_labels", "safety_category_labels"]
 
 
 def check_arguments(args):
-    """Raises `ValueError` for a training argument that would change the loss or the batches behind our back."""
+    """Raises `ValueError` for an invalid training argument, or one that would silently change losses or batches."""
     for name in ("lora_r", "safety_level_loss_coef", "safety_category_loss_coef"):
         value = getattr(args, name)
         if value is not None and not 0 <= value < float("inf"):
@@ -22,11 +22,11 @@ def check_arguments(args):
         "use_liger_kernel": (args.use_liger_kernel, "there are no such kernels for SafeVLM; leave it out"),
         "torch_compile": (
             args.torch_compile,
-            "where safety tokens stand depends on a batch's content, which compiled code cannot ask; leave it out",
+            "safety tokens stand where a batch's content says, which compiled code cannot look up; leave it out",
         ),
         "remove_unused_columns": (
             args.remove_unused_columns,
-            "it would drop inputs of the base; our rows have no other columns",
+            "it would drop inputs of the base, and encoded rows have no unused columns; leave it out",
         ),
         "label_names": (
             list(args.label_names or []) != LABEL_NAMES,
@@ -34,20 +34,20 @@ def check_arguments(args):
         ),
         "debug": (
             "underflow_overflow" in str(args.debug),
-            "it cannot look at masks; a loss or gradient that is not finite stops the training with its rows anyway",
+            "it cannot inspect masks; a loss or gradient that is not finite stops training anyway, with its rows",
         ),
         "parallelism_config": (
             args.parallelism_config is not None,
-            "splitting rows or weights over devices is untried; use DDP or FSDP",
+            "splitting rows or weights over devices is untested; use DDP or FSDP",
         ),
         "accelerator_config.dispatch_batches": (
             bool(args.accelerator_config.dispatch_batches),
-            "batches with several images to a row cannot be cut up; set it to false",
+            "batches whose rows have several images cannot be split; set it to false",
         ),
     }
-    for name, (asked, why) in refused.items():
-        if asked:
-            raise ValueError(f"`{name}` is not supported in SafeVLM's training: {why}.")
+    for name, (is_set, reason) in refused.items():
+        if is_set:
+            raise ValueError(f"`{name}` is not supported in SafeVLM's training: {reason}.")
     if args.uses_lora and args.push_to_hub and args.hub_strategy.value in ("checkpoint", "all_checkpoints"):
         raise ValueError(
             f"`hub_strategy={args.hub_strategy.value}` is not supported with LoRA, whose checkpoints are adapters; "

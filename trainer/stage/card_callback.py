@@ -1,4 +1,4 @@
-"""Notes while a stage trains what its model's card will say: steps, time, device, losses, and CO2 where measured."""
+"""Records facts for the model card during training: steps, time, device, losses, and CO2 if it is measured."""
 
 import csv
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
-from safevlm.files import replace_text
+from safevlm.files import replace_json
 from safevlm.trainer.evaluation.environment import environment
 
 MEASURED = "measured.json"
@@ -17,18 +17,18 @@ MEASURED = "measured.json"
 
 class CardCallback(TrainerCallback):
     """
-    Writes `measured.json` into the stage's folder with each checkpoint and at the end of training.
+    Writes `measured.json` to the stage's folder with each checkpoint and at the end of training.
 
-    The time of a stage that was interrupted is that of all its runs up to their last checkpoint.
+    An interrupted stage's time is the sum of its runs, each up to its last checkpoint.
     """
 
     def __init__(self):
-        self.before = self.started = 0.0
+        self.seconds_before = self.started = 0.0
         self.facts: dict = {}
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        found = read_measured(args.output_dir) if state.global_step else {}
-        self.before, self.started = found.get("seconds", 0.0), time.monotonic()
+        measured_before = read_measured(args.output_dir) if state.global_step else {}
+        self.seconds_before, self.started = measured_before.get("seconds", 0.0), time.monotonic()
         self.facts = {
             **environment(),
             "processes": args.world_size,
@@ -47,30 +47,30 @@ class CardCallback(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         if torch.cuda.is_available():
             self.facts["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated()
-        # codecarbon's callback, if it is on, comes before this one and has written its file.
+        # codecarbon's callback, if used, runs before this one and has written its file.
         self.facts |= _emissions(Path(args.output_dir) / "emissions.csv")
         self._write(args, state)
 
     def _write(self, args, state):
         if not state.is_world_process_zero:
             return
-        seconds = self.before + time.monotonic() - self.started
+        seconds = self.seconds_before + time.monotonic() - self.started
         facts = {**self.facts, "steps": state.global_step, "epochs": state.epoch or 0.0, "seconds": round(seconds, 1)}
-        replace_text(Path(args.output_dir) / MEASURED, json.dumps(facts, indent=2) + "\n")
+        replace_json(Path(args.output_dir) / MEASURED, facts, ensure_ascii=True)
 
 
 def read_measured(stage_folder) -> dict:
-    """What the callback wrote; empty for a stage trained without it."""
+    """The facts that the callback wrote; empty for a stage trained without it."""
     path = Path(stage_folder) / MEASURED
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _size(parameter) -> int:
-    return getattr(parameter, "ds_numel", parameter.numel())  # DeepSpeed empties the parameters that it shards
+    return getattr(parameter, "ds_numel", parameter.numel())  # DeepSpeed empties parameters that it shards
 
 
 def _emissions(path: Path) -> dict[str, float]:
-    """Sums over the runs in codecarbon's file: kilograms of CO2 equivalent, and kWh."""
+    """Kilograms of CO2 equivalent and kWh, summed over the runs in codecarbon's file."""
     if not path.is_file():
         return {}
     with path.open(newline="", encoding="utf-8") as file:

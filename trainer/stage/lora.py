@@ -1,4 +1,4 @@
-"""LoRA on the language model: put on for a stage, merged at its end."""
+"""LoRA on the language model: added for a stage, merged at its end."""
 
 import copy
 import re
@@ -21,7 +21,7 @@ def language_model_parts(model: SafeVlmForConditionalGeneration) -> tuple[str, s
 
 
 def add_lora(model: SafeVlmForConditionalGeneration, args: SafeVlmTrainingArguments):
-    """Wraps the model with LoRA on the language model's linear layers; the safety modules train in full beside it."""
+    """Adds LoRA to the language model's linear layers; the safety modules train in full. Returns PEFT's wrapper."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
@@ -47,8 +47,8 @@ def add_lora(model: SafeVlmForConditionalGeneration, args: SafeVlmTrainingArgume
 
 def merge_lora(model, adapter: Path):
     """
-    Saves LoRA weights and safety modules of a PEFT model to the folder `adapter`; returns the plain model with LoRA
-    merged. A quantised base comes back in the dtype it computes in: LoRA's small changes would be lost in rounding.
+    Saves LoRA weights and safety modules of a PEFT model to the folder `adapter` and returns the plain model with LoRA
+    merged. A quantised base is dequantised: its rounding would lose LoRA's small changes.
     """
     from peft import PeftModel
 
@@ -64,7 +64,9 @@ def merge_lora(model, adapter: Path):
 
 
 def merged_copy(model):
-    """A plain copy of a PEFT model with LoRA merged; the model itself trains on."""
+    """A plain copy of a PEFT model with LoRA merged. The model itself is unchanged and can train on."""
     if getattr(model.get_base_model(), "is_quantized", False):
-        raise ValueError("LoRA on a quantised base can be merged, and the model be saved, after `train()` only.")
+        raise ValueError(
+            "With LoRA on a quantised base, the model can be saved after `train()` only, which merges LoRA."
+        )
     return copy.deepcopy(model).merge_and_unload()

@@ -1,4 +1,4 @@
-"""How a stage trains a model that is in half precision or quantised, and how it gets a plain one back."""
+"""Training models in half precision, and quantised ones."""
 
 from contextlib import contextmanager
 
@@ -10,27 +10,27 @@ from .training_args import SafeVlmTrainingArguments
 
 
 def check_weights(model, args: SafeVlmTrainingArguments):
-    """Raises `ValueError` for weights that cannot be trained as they are: offloaded, or of another half precision."""
+    """Raises `ValueError` for weights that cannot be trained: offloaded ones, and those of the other half precision."""
     offloaded = [name for name, parameter in model.named_parameters() if parameter.device.type == "meta"]
     if offloaded:
         raise ValueError(
-            f"{len(offloaded)} weights of the model are offloaded to CPU or disk, such as {offloaded[0]}; it cannot "
-            f"be trained like that. Load it without `device_map`, or quantised, or train with FSDP."
+            f"{len(offloaded)} weights of the model are offloaded to CPU or disk, such as {offloaded[0]}, and "
+            f"cannot be trained there. Load it without `device_map`, or quantised, or train with FSDP."
         )
     dtypes = {parameter.dtype for parameter in model.parameters()}
-    for mixed, other, instead in ((args.bf16, torch.float16, "bfloat16"), (args.fp16, torch.bfloat16, "float16")):
-        if mixed and other in dtypes:
+    for flag, clashing, needed in (("bf16", "float16", "bfloat16"), ("fp16", "bfloat16", "float16")):
+        if getattr(args, flag) and getattr(torch, clashing) in dtypes:
             raise ValueError(
-                f"The model is in {str(other).removeprefix('torch.')}, which `{'bf16' if args.bf16 else 'fp16'}=true` "
-                f"cannot be mixed with. Load it with `dtype='{instead}'` (`safevlm train --dtype {instead}`)."
+                f"The model is in {clashing}, which `{flag}=true` cannot be mixed with. Load it with "
+                f"`dtype='{needed}'` (`safevlm train --dtype {needed}`)."
             )
 
 
 def train_in_float32(model, args: SafeVlmTrainingArguments):
     """
-    Gives half-precision weights that train float32 master weights: AdamW's small steps round away in bfloat16, and
-    its epsilon in float16. With mixed precision (`bf16`, `fp16`) all of them; without, the safety modules only, which
-    convert at their borders, and the language model trains in the dtype it was loaded in.
+    Converts trainable half-precision weights to float32: in bfloat16 AdamW's small steps round to nothing, and in
+    float16 its epsilon does. With mixed precision (`bf16`, `fp16`) all trainable weights are converted. Without it
+    only the safety modules are, which convert their inputs and outputs; the language model keeps its dtype.
     """
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and (args.bf16 or args.fp16 or "safety" in name.split(".")):
@@ -39,9 +39,9 @@ def train_in_float32(model, args: SafeVlmTrainingArguments):
 
 def align_storage(model):
     """
-    Moves weights that lie at odd addresses (those of a mapped checkpoint file) to memory of their own.
+    Copies weights at unaligned addresses (those of a memory-mapped checkpoint) to aligned memory.
 
-    CPU kernels round differently there: a run resumed from a file would drift from one that was never interrupted.
+    CPU kernels round differently on unaligned memory: a resumed run would drift from an uninterrupted one.
     """
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
@@ -51,8 +51,8 @@ def align_storage(model):
 @contextmanager
 def quantized_base_allowed(model):
     """
-    `Trainer` refuses a quantised model without LoRA; ours may train its safety modules, which are not quantised
-    (a quantised weight cannot be made trainable, see `set_trainable`).
+    Lets `Trainer` take a quantised model without LoRA, which it refuses. Here the safety modules can train: they are
+    not quantised. (A quantised weight cannot be made trainable, see `set_trainable`.)
     """
     quantized = isinstance(model, SafeVlmForConditionalGeneration) and getattr(model, "is_quantized", False)
     if quantized:

@@ -1,4 +1,4 @@
-"""Models sharded over devices: which ways a stage can end, and how one becomes a plain model again."""
+"""Models sharded over devices: which kinds of sharding are supported, and how a sharded model becomes plain again."""
 
 import copy
 
@@ -7,7 +7,7 @@ from torch import nn
 
 
 def check_sharding(trainer):
-    """Raises `ValueError` for a way to shard the model that a stage could not end."""
+    """Raises `ValueError` for sharding from which the end of a stage could not restore the plain model."""
     state = trainer.accelerator.state
     if trainer.args.fsdp and not trainer.is_fsdp_enabled:
         raise ValueError("`fsdp` was asked for, but accelerate shards over GPUs only. Leave it out on the CPU.")
@@ -20,13 +20,13 @@ def check_sharding(trainer):
             raise ValueError("A quantised base cannot be trained under FSDP. Use DDP, or load it unquantised.")
     if trainer.is_deepspeed_enabled and state.deepspeed_plugin.zero_stage == 3:
         raise ValueError(
-            "DeepSpeed ZeRO-3 splits the weights, and a stage needs them whole at its end. Use ZeRO-2 "
+            "DeepSpeed ZeRO-3 splits the weights, but a stage needs them complete at its end. Use ZeRO-2 "
             "(`deepspeed=zero2`) or FSDP (`fsdp=true`)."
         )
 
 
 def without_weights(model: nn.Module) -> nn.Module:
-    """A copy of `model` whose parameters are on "meta" and take no memory; buffers are copied."""
+    """A copy of `model` with parameters on the device "meta", where they take no memory. Buffers are copied."""
     memo = {
         id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad)
         for parameter in model.parameters()
@@ -35,12 +35,12 @@ def without_weights(model: nn.Module) -> nn.Module:
 
 
 def gather_weights(sharded: nn.Module, empty: nn.Module) -> nn.Module:
-    """Fills `empty` (see `without_weights`) with the weights of an FSDP model, on every process; returns it."""
+    """Fills `empty` (see `without_weights`) with the weights of an FSDP model, on every process, and returns it."""
     from torch.distributed.tensor import DTensor
 
     weights = {}
     for name, tensor in sharded.state_dict().items():
-        # One after the other, so that the device never holds all of them.
+        # One at a time, so that the device never holds all of them.
         weights[name] = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
     empty.load_state_dict(weights, assign=True)
     plain = empty.get_base_model() if hasattr(empty, "get_base_model") else empty

@@ -1,4 +1,4 @@
-"""What a stage does to a model before it trains, and how the model is made plain again when it has."""
+"""Prepares a model for a stage, and makes it a plain model again afterwards."""
 
 from pathlib import Path
 
@@ -14,18 +14,18 @@ from .training_args import SafeVlmTrainingArguments
 
 class StageModel:
     """
-    A model for the length of a stage: frozen but for what trains, in float32 where it does, and with LoRA.
+    A model during a stage: frozen except for the parts that train, those in float32, and with LoRA.
 
     Args:
         model (`SafeVlmForConditionalGeneration`): Changed in place.
         args (`SafeVlmTrainingArguments`)
 
     Attributes:
-        model: What the stage trains: the model itself or, with LoRA, PEFT's wrapper around it.
+        model: The model to train: the given one or, with LoRA, PEFT's wrapper around it.
     """
 
     def __init__(self, model: SafeVlmForConditionalGeneration, args: SafeVlmTrainingArguments):
-        set_seed(args.seed)  # LoRA's initial weights must not depend on what ran before, or on whether anything did
+        set_seed(args.seed)  # LoRA's initial weights must not depend on what ran before
         self.args = args
         self.before = {name: (weight.dtype, weight.requires_grad) for name, weight in model.named_parameters()}
         align_storage(model)
@@ -39,8 +39,8 @@ class StageModel:
 
     def end(self, model, empty=None):
         """
-        The plain model with the trained weights: LoRA merged (its adapter goes to `output_dir/adapter`), in the dtypes
-        it came in and with what was trainable before.
+        Returns the plain model with the trained weights: LoRA merged (its adapter is saved to `output_dir/adapter`),
+        dtypes and `requires_grad` as before the stage.
 
         Args:
             model: `self.model`, or its FSDP form together with `empty` (see `gather_weights`).
@@ -49,25 +49,25 @@ class StageModel:
             model = gather_weights(model, empty)
         if self.args.uses_lora:
             model = merge_lora(model, Path(self.args.output_dir) / "adapter")
-        return self._as_it_came(model).eval()
+        return self._restored(model).eval()
 
     def undo(self):
-        """Leaves the model as it was."""
-        self._as_it_came(self.model.unload() if self.args.uses_lora else self.model)
+        """Restores the model to what it was before the stage."""
+        self._restored(self.model.unload() if self.args.uses_lora else self.model)
 
-    def _as_it_came(self, model):
+    def _restored(self, model):
         for name, parameter in model.named_parameters():
             dtype, trainable = self.before.get(name, (parameter.dtype, True))
             if parameter.dtype != dtype and dtype.is_floating_point:
                 parameter.data = parameter.data.to(dtype)
-            # A quantised base has integer weights, which become trainable when it is dequantised for the merge.
+            # A quantised base's integer weights, dequantised for the merge, are floating point now and can be trained.
             parameter.requires_grad = parameter.is_floating_point() and (trainable or not dtype.is_floating_point)
         return model
 
 
 def set_trainable(model: SafeVlmForConditionalGeneration, trainable: list[str]) -> int:
     """
-    Freezes everything but the named parts; returns the number of trainable parameters.
+    Freezes everything except the named parts; returns the number of trainable parameters.
 
     Args:
         trainable (`list[str]`): `"safety"`, `"language_model"`, or prefixes of parameter names such as
@@ -80,7 +80,12 @@ def set_trainable(model: SafeVlmForConditionalGeneration, trainable: list[str]) 
 
 
 def trainable_weights(model: SafeVlmForConditionalGeneration, trainable: list[str]) -> dict[str, int]:
-    """Names and sizes of what `trainable` names. Raises `ValueError` where it names nothing, or what cannot train."""
+    """
+    Names and sizes of the weights that `trainable` selects.
+
+    Raises:
+        `ValueError`: An entry of `trainable` matches no weight, or one that cannot be trained.
+    """
     language_model = tuple(f"{name}." for name in language_model_parts(model))
     prefixes = {part: language_model if part == "language_model" else (part.rstrip(".") + ".",) for part in trainable}
     matched, weights = set(), {}

@@ -1,24 +1,25 @@
-"""SafeVlmTrainer: transformers' `Trainer` that runs one stage of SafeVLM's schedule, alone or for `run_schedule`.
+"""SafeVlmTrainer: transformers' `Trainer` for one stage of SafeVLM's schedule, alone or within `run_schedule`.
 
     SafeVlmTrainer(model=model, args=SafeVlmTrainingArguments(stage="joint_finetuning", lora_r=8, output_dir="out"),
                    train_dataset=rows, eval_dataset=rows, processing_class=processor).train()
 
-`__init__`     with a `train_dataset`: freezes all but what the stage trains, wraps with LoRA (`trainer.model` is then
-               PEFT's), takes half precision that trains to float32. Without one nothing is changed: to evaluate only.
-`train`        checks all rows first; ends with the stage: the best weights are back (`load_best_model_at_end`), LoRA
-               is merged and its adapter lies in `output_dir/adapter`, dtypes and `requires_grad` are as they were.
-               `trainer.model` is the plain model again, and so is the object that was passed (but under FSDP).
-               A further call begins the stage anew, from these weights.
-`evaluate`, `predict`  take rows as `train_dataset` does; at any time. Predictions are the head's level and category
-               logits, and whether it assessed the row at all (`False`: no picture).
-`save_model`, `push_to_hub`  a folder or repository that `SafeVlmForConditionalGeneration.from_pretrained` loads; LoRA
-               is merged, in the middle of the training by way of a copy.
-checkpoints    `checkpoint-N/` is for resuming and for the best model: with LoRA PEFT's adapter (LoRA and safety
-               modules), else the whole model. Resuming, even if the newest was cut off in writing, ends with the same
-               weights as a run without a break, bit for bit.
+`__init__`     With a `train_dataset`: freezes everything the stage does not train, adds LoRA (`trainer.model` is then
+               PEFT's wrapper) and converts trainable half-precision weights to float32. Without one it changes
+               nothing: the trainer only evaluates.
+`train`        Checks all rows first. At its end the best weights are restored (`load_best_model_at_end`), LoRA is
+               merged and its adapter saved to `output_dir/adapter`, and dtypes and `requires_grad` are as before.
+               `trainer.model` is the plain model again: the object that was passed, except under FSDP. Another call
+               starts the stage anew from these weights.
+`evaluate`, `predict`  At any time. They take rows in the same forms as `train_dataset`. Predictions are the head's
+               level and category logits, and whether it assessed the row at all (`False`: no picture).
+`save_model`, `push_to_hub`  Write a folder or repository that `SafeVlmForConditionalGeneration.from_pretrained` loads.
+               During training LoRA is merged into a copy.
+checkpoints    `checkpoint-N/` is for resuming and for the best model: PEFT's adapter (LoRA and safety modules) with
+               LoRA, otherwise the whole model. A resumed run ends with the same weights as an uninterrupted one, bit
+               for bit, even if its newest checkpoint was only partly written.
 
-TRL's trainers keep PEFT's wrapper after training and save the adapter. Here the plain model is what is left, since the
-next stage, the policy and the Hub's Auto classes want it; the adapter lies beside it.
+TRL's trainers keep PEFT's wrapper after training and save the adapter. Here the plain model remains, because the next
+stage, the policy and the Hub's Auto classes need it; the adapter is saved beside it.
 """
 
 from contextlib import contextmanager
@@ -38,7 +39,7 @@ from .card_callback import CardCallback, read_measured
 from .checkpoints import is_complete, last_complete_checkpoint, load_weights
 from .label_conditioning import draw_rows, label_conditioning_share
 from .lora import merged_copy
-from .mean_losses import LOSS_NAMES, MeanLosses, Numbers
+from .mean_losses import LOSS_NAMES, LossCounts, MeanLosses
 from .precision import quantized_base_allowed
 from .sharding import check_sharding, without_weights
 from .stage_model import StageModel
@@ -47,11 +48,11 @@ from .training_args import SafeVlmTrainingArguments
 from .zero_gradients import zero_gradients
 
 ROW_IDS = "row_ids"
-WITH_ALL = " (with `save_only_model` none is complete: it lacks the optimizer)"
+SAVE_ONLY_MODEL = " (checkpoints of `save_only_model` are never complete: they lack the optimizer)"
 
 
 class NonFiniteError(ValueError):
-    """A loss, a gradient or a verdict is no finite number."""
+    """A loss, a gradient or a verdict is not finite."""
 
 
 class SafeVlmTrainer(Trainer):
@@ -59,15 +60,15 @@ class SafeVlmTrainer(Trainer):
     Trains a [`SafeVlmForConditionalGeneration`] for one stage.
 
     Args:
-        model (`SafeVlmForConditionalGeneration`): Plain; the trainer adds LoRA itself.
+        model (`SafeVlmForConditionalGeneration`): The plain model; the trainer adds LoRA itself.
         args (`SafeVlmTrainingArguments`)
-        data_collator (callable, *optional*): Gets encoded rows (see `encode_row`); by default
+        data_collator (callable, *optional*): Collates encoded rows (see `encode_row`). Defaults to
             [`SafeVlmDataCollator`].
-        train_dataset, eval_dataset: Lists, `datasets` or torch data sets, also iterable ones (`eval_dataset` also a
-            dict of them), of [`SafetyRow`]s or of dicts as `row_from_record` reads them:
-            `{"messages": [...], "images": [...], "category": ..., "level": ...}`.
+        train_dataset, eval_dataset: Lists, `datasets` or torch data sets, iterable ones included, of [`SafetyRow`]s
+            or of dicts as `row_from_record` reads them: `{"messages": [...], "images": [...], "category": ...,
+            "level": ...}`. `eval_dataset` can also be a dict of such sets.
         processing_class (`SafeVlmProcessor`): The model's.
-        kwargs: As in `Trainer`; what is refused says so by name.
+        kwargs: As in `Trainer`. Unsupported ones are refused by name.
     """
 
     def __init__(
@@ -90,16 +91,16 @@ class SafeVlmTrainer(Trainer):
         self._config = config
         self._losses = MeanLosses()  # of training, since the last log
         self._eval_losses = MeanLosses()
-        self._numbers = Numbers(model.backbone.image_token_id)
-        self._step_numbers = dict.fromkeys(LOSS_NAMES, 0)
+        self._loss_counts = LossCounts(model.backbone.image_token_id)
+        self._step_counts = dict.fromkeys(LOSS_NAMES, 0)
         self._row_ids: list[list[str]] = []  # of this step's micro-batches
-        self._labelled = 0
+        self._num_labels = 0  # that the head has learned from, in this training
         self._encoder = RowEncoder(processing_class, config, max_length=args.max_length, seed=args.seed)
         train_encoder = RowEncoder(processing_class, config, args.hint_probability, args.max_length, args.seed)
         collator = data_collator or SafeVlmDataCollator(processing_class.tokenizer.pad_token_id)
         options = dict(
             args=args,
-            data_collator=_WithRowIds(collator),
+            data_collator=_CollatorWithRowIds(collator),
             train_dataset=encode_rows(train_dataset, train_encoder, args.cache_encoded),
             eval_dataset=encode_rows(eval_dataset, self._encoder, args.cache_encoded),
             processing_class=processing_class,
@@ -120,37 +121,41 @@ class SafeVlmTrainer(Trainer):
     # -- the stage ---------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """As in `Trainer`; see this file's head for what it leaves behind."""
+        """As in `Trainer`; the top of this file says what it leaves behind."""
         if self.train_dataset is None:
             raise ValueError("`train_dataset` is missing: this trainer can only evaluate.")
         check_sets(self.train_dataset, self.eval_dataset, self.args)
         if self._stage is None:
-            self._begin_again()
+            self._start_stage()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
-                raise ValueError(f"No complete checkpoint to resume from in {self.args.output_dir!r}{WITH_ALL}.")
+                raise ValueError(
+                    f"No complete checkpoint to resume from in {self.args.output_dir!r}{SAVE_ONLY_MODEL}."
+                )
         elif resume_from_checkpoint and not is_complete(resume_from_checkpoint):
-            raise ValueError(f"{str(resume_from_checkpoint)!r} is no complete checkpoint to resume from{WITH_ALL}.")
+            raise ValueError(
+                f"{str(resume_from_checkpoint)!r} is not a complete checkpoint to resume from{SAVE_ONLY_MODEL}."
+            )
         empty = without_weights(self.model) if self.is_fsdp_enabled else None
-        self._labelled = 0
+        self._num_labels = 0
         self._losses = MeanLosses()
         with zero_gradients(self.model.get_base_model() if self.args.uses_lora else self.model):
             result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if isinstance(self.train_dataset, EncodedStream) and self.args.trains_head and not resume_from_checkpoint:
-            if not self._labelled:
+            if not self._num_labels:
                 raise ValueError("No training row had a safety label and a picture: the safety head is untrained.")
         self._set_model(self._stage.end(self._unwrapped(), empty))
         self._stage = None
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            self.accelerator.free_memory()  # so that an evaluation prepares the plain model
+            self.accelerator.free_memory()  # so that the next evaluation prepares the plain model
         return result
 
-    def _begin_again(self):
+    def _start_stage(self):
         self._stage = StageModel(self.model, self.args)
         self._set_model(self._stage.model)
         if self.args.uses_lora:
-            self.optimizer = self.lr_scheduler = None  # its weights are new
+            self.optimizer = self.lr_scheduler = None  # LoRA's weights are new
 
     def _set_model(self, model):
         self.model = self.model_wrapped = self.callback_handler.model = model
@@ -176,12 +181,12 @@ class SafeVlmTrainer(Trainer):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _push_from_checkpoint(self, checkpoint_folder: str):
-        # An adapter in the repository would be put on the merged model, a second time, when that is loaded.
+        # Loading the merged model would apply an adapter in the repository a second time.
         if not self.args.uses_lora:
             super()._push_from_checkpoint(checkpoint_folder)
 
     def create_model_card(self, model_name: str | None = None, **kwargs):
-        """Writes SafeVLM's card, with what this trainer knows, into `output_dir`."""
+        """Writes SafeVLM's model card, with the facts this trainer knows, into `output_dir`."""
         if not self.is_world_process_zero():
             return
         names = "trainable lora_r learning_rate max_steps num_train_epochs per_device_train_batch_size".split()
@@ -194,7 +199,7 @@ class SafeVlmTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         model = self.model if model is None else model
-        if self.args.uses_lora or self.is_fsdp_enabled:  # PEFT's and FSDP's checkpoints have `state_dict`'s names
+        if self.args.uses_lora or self.is_fsdp_enabled:  # PEFT's and FSDP's checkpoints use `state_dict`'s names
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         load_weights(model, resume_from_checkpoint)
 
@@ -206,8 +211,9 @@ class SafeVlmTrainer(Trainer):
     # -- data --------------------------------------------------------------------------------------------------------
 
     def get_eval_dataloader(self, eval_dataset=None):
-        named = eval_dataset is None or isinstance(eval_dataset, str)
-        return super().get_eval_dataloader(eval_dataset if named else encode_rows(eval_dataset, self._encoder))
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = encode_rows(eval_dataset, self._encoder)
+        return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset):
         return super().get_test_dataloader(encode_rows(test_dataset, self._encoder))
@@ -222,7 +228,7 @@ class SafeVlmTrainer(Trainer):
 
     @contextmanager
     def _length_in_tokens(self):
-        """`Trainer` groups rows by the length of the processing class's first input: the pixels of a processor."""
+        """`Trainer` groups rows by the length of the processing class's first input; a processor's are the pixels."""
         processor, self.processing_class = self.processing_class, self.processing_class.tokenizer
         yield
         self.processing_class = processor
@@ -237,8 +243,8 @@ class SafeVlmTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._step_numbers = self._numbers.of_step(batches, self.accelerator)
-        self._labelled += sum(self._step_numbers[name] for name in LOSS_NAMES[1:])
+        self._step_counts = self._loss_counts.of_step(batches, self.accelerator)
+        self._num_labels += sum(self._step_counts[name] for name in LOSS_NAMES[1:])
         return batches, num_items_in_batch
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -247,23 +253,24 @@ class SafeVlmTrainer(Trainer):
             inputs = {**inputs, "condition_on_labels": draw_rows(inputs, share)}
         _, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         losses = {name: outputs.get(name) for name in LOSS_NAMES}
-        numbers = self._numbers.of_batch(inputs)
-        # The LM loss is a sum over this micro-batch divided by the tokens of the accumulated batches of all processes,
-        # whose gradients are averaged. The safety losses, means over this micro-batch, become the same over rows.
-        whole = num_items_in_batch is not None and self.args.average_tokens_across_devices
-        if whole and losses["lm_loss"] is not None:
+        counts = self._loss_counts.of_batch(inputs)
+        # Gradients are averaged over processes. The LM loss is this micro-batch's sum divided by the tokens of the
+        # whole step (all its micro-batches on all processes). The safety losses are means over this micro-batch and
+        # become the same: sums divided by the rows of the whole step.
+        over_step = num_items_in_batch is not None and self.args.average_tokens_across_devices
+        if over_step and losses["lm_loss"] is not None:
             losses["lm_loss"] = losses["lm_loss"] * self.accelerator.num_processes
         if model.training:
             for name in LOSS_NAMES[1:]:
                 if losses[name] is not None:
-                    share = numbers[name] / max(self._step_numbers[name], 1)
+                    share = counts[name] / max(self._step_counts[name], 1)
                     losses[name] = losses[name] * share * self.accelerator.num_processes
         loss = combine_losses(*losses.values(), *self._coefs())
         self._check_finite(loss, losses)
         if not model.training:
             self._add_missing_verdicts(outputs, len(inputs["input_ids"]))
         means = self._losses if model.training else self._eval_losses
-        means.add(outputs, numbers, num_items_in_batch)
+        means.add(outputs, counts, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def _coefs(self) -> tuple[float, float]:
@@ -273,30 +280,33 @@ class SafeVlmTrainer(Trainer):
         if not torch.isfinite(loss).all():
             parts = ", ".join(f"{name} {value.item():.4g}" for name, value in losses.items() if value is not None)
             raise NonFiniteError(
-                f"The loss is {loss.item()} ({parts}) at step {self.state.global_step}, rows {self._rows_named(-1)}. "
+                f"The loss is {loss.item()} ({parts}) at step {self.state.global_step}, rows {self._named_rows(-1)}. "
                 f"Lower `learning_rate`, set `max_grad_norm`, train in bf16 instead of fp16, or look at these rows."
             )
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm)
         if self.accelerator.scaler is None and not torch.isfinite(torch.as_tensor(norm)).all():
-            raise NonFiniteError(  # with a scaler (fp16) such steps are expected, and left out
-                f"The gradient's norm is {float(norm)} at step {self.state.global_step}, rows {self._rows_named()}. "
+            raise NonFiniteError(  # with a scaler (fp16) such steps are expected and skipped
+                f"The gradient's norm is {float(norm)} at step {self.state.global_step}, rows {self._named_rows()}. "
                 f"Lower `learning_rate`, train in bf16 instead of fp16, or look at these rows."
             )
         self._row_ids.clear()
         return norm
 
-    def _rows_named(self, start: int = 0) -> str:
+    def _named_rows(self, start: int = 0) -> str:
         return ", ".join(repr(row) for rows in self._row_ids[start:] for row in rows) or "unknown"
 
     def _add_missing_verdicts(self, outputs, batch_size: int):
-        """A batch without any image has no logits and no mask, but others have; NaN must never pass for that."""
+        """
+        Gives a batch without any image logits and a mask, as the others have. Raises `NonFiniteError` for a verdict
+        that is not finite, which would otherwise pass for a missing one.
+        """
         if outputs.get("safety_assessed") is None:
-            none = torch.zeros(batch_size, dtype=torch.bool, device=self.args.device)
-            outputs["safety_level_logits"] = none.float().repeat(len(self._config.level_names), 1).T
-            outputs["safety_category_logits"] = none.float().repeat(len(self._config.category_names), 1).T
-            outputs["safety_assessed"] = none
+            labels, device = self._config.labels, self.args.device
+            outputs["safety_level_logits"] = torch.zeros(batch_size, len(labels.level_names), device=device)
+            outputs["safety_category_logits"] = torch.zeros(batch_size, len(labels.category_names), device=device)
+            outputs["safety_assessed"] = torch.zeros(batch_size, dtype=torch.bool, device=device)
         for name in ("safety_level_logits", "safety_category_logits"):
             bad = ~torch.isfinite(outputs[name]).all(dim=1) & outputs["safety_assessed"]
             if bad.any():
@@ -305,7 +315,7 @@ class SafeVlmTrainer(Trainer):
                 raise NonFiniteError(f"The head's `{name}` are not finite for rows {rows}: the weights are broken.")
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        if ignore_keys is None:  # the configuration leaves the mask out, which tells "no picture" from a verdict
+        if ignore_keys is None:  # keep the mask, which tells "no picture" from a verdict
             ignore_keys = [name for name in self._config.keys_to_ignore_at_inference if name != "safety_assessed"]
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
 
@@ -316,7 +326,7 @@ class SafeVlmTrainer(Trainer):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         self._row_ids.clear()
         means = self._eval_losses.means(self.accelerator)
-        # `Trainer`'s own `loss`, a mean over batches, depends on how the rows fall into them, and is 0 without labels.
+        # `Trainer`'s own `loss` is a mean over batches: it depends on their composition, and is 0 without labels.
         output.metrics.pop(f"{metric_key_prefix}_loss", None)
         if means:
             parts = (torch.tensor(means[name]) if name in means else None for name in LOSS_NAMES)
@@ -331,8 +341,8 @@ class SafeVlmTrainer(Trainer):
         super().log(logs, start_time)
 
 
-class _WithRowIds:
-    """A collator whose batches say which rows they are made of."""
+class _CollatorWithRowIds:
+    """Adds the ids of its rows to each batch of another collator."""
 
     def __init__(self, collator):
         self.collator = collator

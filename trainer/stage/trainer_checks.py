@@ -1,4 +1,4 @@
-"""What `SafeVlmTrainer` refuses beside its training arguments, each by name and with what to do instead."""
+"""What `SafeVlmTrainer` refuses apart from training arguments, each with the reason and the fix."""
 
 from safevlm import SafeVlmConfig
 
@@ -6,33 +6,33 @@ from .training_args import SafeVlmTrainingArguments
 
 
 def check_trainer_options(args, options: dict):
-    """Raises `ValueError` for an argument of `Trainer` beside `args` that cannot work here."""
-    why = {
+    """Raises `ValueError` for an argument of `Trainer` that cannot work here."""
+    refused = {
         "compute_loss_func": "the loss is the LM loss plus the safety losses; set `safety_level_loss_coef` and "
         "`safety_category_loss_coef`, or override `compute_loss`",
         "model_init": "a stage prepares one model; make a trainer for each",
     }
-    for name, reason in why.items():
+    for name, reason in refused.items():
         if options.get(name) is not None:
             raise ValueError(f"`{name}` is not supported by SafeVlmTrainer: {reason}.")
     if args.uses_lora and (options.get("optimizers") or (None, None))[0] is not None:
         raise ValueError(
-            "`optimizers` is not supported with LoRA, whose weights the trainer makes; pass "
+            "`optimizers` is not supported with LoRA, whose weights the trainer creates; pass "
             "`optimizer_cls_and_kwargs`."
         )
     if args.n_gpu > 1:
         raise ValueError(
-            f"{args.n_gpu} GPUs in one process would cut batches apart from their images. Start one process per GPU "
+            f"{args.n_gpu} GPUs in one process would separate rows from their images. Start one process per GPU "
             f"(`torchrun --nproc_per_node {args.n_gpu}`), or set CUDA_VISIBLE_DEVICES to one."
         )
 
 
 def check_parts(model, args, processing_class, train_dataset):
-    """Raises `ValueError` for a model, arguments, a processor or rows of another kind than the trainer's."""
+    """Raises `ValueError` for a model, arguments, a processor or rows that are not of the trainer's kind."""
     if not isinstance(args, SafeVlmTrainingArguments):
         raise ValueError(
-            f"`args` must be SafeVlmTrainingArguments, which has the stage, got {type(args).__name__}. It takes "
-            f"whatever TrainingArguments takes: `SafeVlmTrainingArguments(stage=..., output_dir=..., ...)`."
+            f"`args` must be SafeVlmTrainingArguments, which have the stage, got {type(args).__name__}. They take "
+            f"everything that TrainingArguments take: `SafeVlmTrainingArguments(stage=..., output_dir=..., ...)`."
         )
     if isinstance(train_dataset, dict):
         raise ValueError(
@@ -41,7 +41,7 @@ def check_parts(model, args, processing_class, train_dataset):
         )
     if hasattr(model, "peft_config"):
         raise ValueError(
-            "`model` has PEFT adapters already; pass the plain model, `lora_r` adds LoRA and merges it. If its "
+            "`model` already has PEFT adapters; pass the plain model, `lora_r` adds LoRA and merges it. If its "
             "training was interrupted, go on with that trainer (`train(resume_from_checkpoint=True)`) or load it anew."
         )
     config = getattr(model, "config", None)

@@ -68,13 +68,13 @@ class Answerer:
             generation = {name: value for name, value in generation.items() if name not in SAMPLING}
             generation["do_sample"] = False
         answers: list[Answer | None] = [None] * len(conversations)
-        guard_verdicts: list[dict | None] = [None] * len(conversations)
+        guard_replies: list[dict | None] = [None] * len(conversations)
         if self.guard is not None:
             for i, (messages, images) in enumerate(conversations):
-                guard_verdicts[i] = self.guard.check(question_text(messages), images)
-                if guard_verdicts[i]["flagged"] is not False:  # without a clear reply nothing is let through
-                    topic = guard_verdicts[i]["category"] or "unsafe content"
-                    answers[i] = Answer(SafetyPolicy().refusal(topic), guard_verdicts[i])
+                guard_replies[i] = self.guard.check(question_text(messages), images)
+                if guard_replies[i]["flagged"] is not False:  # without a clear reply nothing is let through
+                    topic = guard_replies[i]["category"] or "unsafe content"
+                    answers[i] = Answer(SafetyPolicy().refusal(topic), guard_replies[i])
         passed = [i for i, answer in enumerate(answers) if answer is None]
         generated = ask(
             self.model,
@@ -85,7 +85,7 @@ class Answerer:
             **generation,
         )
         for i, answer in zip(passed, generated, strict=True):
-            verdict = guard_verdicts[i] if answer.verdict is None else answer.verdict
+            verdict = guard_replies[i] if answer.verdict is None else answer.verdict
             answers[i] = replace(answer, text=_cut(answer.text, until).strip(), verdict=verdict)
         return answers
 

@@ -9,7 +9,7 @@ from typing import Any
 from safevlm.files import replace_text
 from safevlm.trainer.evaluation.reasoning import split_reasoning
 
-from .scoring import rates_by
+from .answer_measures import rates_by
 
 _SAMPLE_FIELDS = {
     *("doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "token_counts", "doc_hash", "input_media"),

@@ -34,8 +34,8 @@ from .checkpoints import Checkpoints, fingerprint
 from .comparison import write_comparison
 from .items import item_facts, make_items, write_items
 from .lmms_plugin import SafeVlmLmms
+from .options import EvaluateOptions
 from .safety_task import DATA_VARIABLE
-from .settings import EvaluationSettings
 from .systems import System
 from .task_data import LocalTaskManager
 from .task_rows import LABELS_VARIABLE
@@ -45,29 +45,28 @@ Items = dict[str, list[dict]]
 """A system's items, as records, by task."""
 
 
-def evaluate(systems: Sequence[System], tasks: Sequence[str], settings: EvaluationSettings) -> dict[str, Any]:
+def evaluate(systems: Sequence[System], options: EvaluateOptions) -> dict[str, Any]:
     """
     Evaluates every system on every task; returns what is written to `results.json`.
 
     Args:
         systems (`Sequence[System]`): See [`make_systems`].
-        tasks (`Sequence[str]`): Names of our tasks, of lmms-eval's, or of groups.
     """
-    settings.check(tasks)
-    os.environ[DATA_VARIABLE] = str(settings.data.resolve())
+    options.check()
+    os.environ[DATA_VARIABLE] = str(options.data.resolve())
     if (labels := _labels_of(systems)) is not None:
         os.environ[LABELS_VARIABLE] = labels
     with _quiet():
-        manager = LocalTaskManager(settings.data, tasks)
-        names = manager.check(tasks)
+        manager = LocalTaskManager(options.data, options.tasks)
+        names = manager.check(options.tasks)
         leaves = [leaf for name in names for leaf in manager.leaves(name)]  # lmms-eval's own order varies
 
-    checkpoints = Checkpoints(settings.device, settings.dtype)
+    checkpoints = Checkpoints(options.device, options.dtype)
     results: dict[str, dict[str, Any]] = {}
     items: dict[str, Items] = {}
     for system in systems:
         start = time.time()
-        metrics, items[system.name] = _answer(system, names, leaves, manager, checkpoints, settings)
+        metrics, items[system.name] = _answer(system, names, leaves, manager, checkpoints, options)
         results[system.name] = {
             "system": system.describe(),
             "model_policy": system.model_policy(),
@@ -75,25 +74,25 @@ def evaluate(systems: Sequence[System], tasks: Sequence[str], settings: Evaluati
             "seconds": round(time.time() - start, 1),
         }
     checkpoints.clear()  # the judge may need the memory
-    _judge(items, results, manager, settings)
+    _judge(items, results, manager, options)
     for system in systems:
-        _add_item_facts(results[system.name], system, items[system.name], manager, settings)
+        _add_item_facts(results[system.name], system, items[system.name], manager, options)
     report = {
-        "command": settings.command,
+        "command": options.command,
         "environment": {**environment(), **versions(), "git_commit": git_commit()},
         "settings": {
-            "data": str(settings.data),
-            "limit": settings.limit,
-            "seed": settings.seed,
-            "batch_size": settings.batch_size,
-            "judge": settings.judge,
+            "data": str(options.data),
+            "limit": options.limit,
+            "seed": options.seed,
+            "batch_size": options.batch_size,
+            "judge": options.judge,
         },
         "tasks": names,
         "groups": {name: list(manager.leaves(name)) for name in names if name not in leaves},
         "systems": results,
     }
-    replace_json(settings.output / "results.json", report)
-    write_comparison(report, settings.output)
+    replace_json(options.output / "results.json", report)
+    write_comparison(report, options.output)
     return report
 
 
@@ -109,16 +108,16 @@ def _answer(
     leaves: Sequence[str],
     manager: LocalTaskManager,
     checkpoints: Checkpoints,
-    settings: EvaluationSettings,
+    options: EvaluateOptions,
 ) -> tuple[dict[str, dict[str, float]], Items]:
     """Asks a system all that is not in its answer log; returns lmms-eval's metrics and the items, by task."""
-    folder = settings.output / system.name
+    folder = options.output / system.name
     check_settings(
         folder / "settings.json",
         {
             **system.describe(),
             "fingerprint": fingerprint(system.checkpoint),
-            **settings.of_answers(),
+            **options.of_answers(),
             "versions": versions(),
         },
         f"{folder} holds answers made with other settings ({{changes}}). Repeat the command as it was, or use "
@@ -126,22 +125,22 @@ def _answer(
     )
     lm = SafeVlmLmms(
         make_answerer=lambda: checkpoints.answerer(system),
-        batch_size=settings.batch_size,
+        batch_size=options.batch_size,
         answers=folder / "answers.jsonl",
-        seed=settings.seed,
-        max_new_tokens=settings.max_new_tokens,
+        seed=options.seed,
+        max_new_tokens=options.max_new_tokens,
     )
     with _quiet():
         outcome = simple_evaluate(
             model=lm,
             tasks=list(names),
             task_manager=manager,
-            limit=settings.limit,
+            limit=options.limit,
             bootstrap_iters=0,
-            random_seed=settings.seed,
-            numpy_random_seed=settings.seed,
-            torch_random_seed=settings.seed,
-            fewshot_random_seed=settings.seed,
+            random_seed=options.seed,
+            numpy_random_seed=options.seed,
+            torch_random_seed=options.seed,
+            fewshot_random_seed=options.seed,
             process_docs_parallel=1,
             cli_args=Namespace(output_path=str(folder), process_with_media=False, reasoning_tags=None),
         )
@@ -160,10 +159,10 @@ def _metrics(values: dict[str, Any]) -> dict[str, float]:
 
 
 def _judge(
-    items: dict[str, Items], results: dict[str, dict], manager: LocalTaskManager, settings: EvaluationSettings
+    items: dict[str, Items], results: dict[str, dict], manager: LocalTaskManager, options: EvaluateOptions
 ) -> None:
     """Scores the answers to our tasks. Those to lmms-eval's have right answers and need no judge."""
-    judge = make_judge(settings.judge, settings.output / "judge_verdicts.jsonl", settings.device)
+    judge = make_judge(options.judge, options.output / "judge_verdicts.jsonl", options.device)
     if judge is None:
         return
     for task in dict.fromkeys(task for by_task in items.values() for task in by_task):
@@ -179,12 +178,12 @@ def _judge(
 
 
 def _add_item_facts(
-    result: dict[str, Any], system: System, items: Items, manager: LocalTaskManager, settings: EvaluationSettings
+    result: dict[str, Any], system: System, items: Items, manager: LocalTaskManager, options: EvaluateOptions
 ) -> None:
     """Counts and breakdowns of a system's items, the measures of its verdicts, and the items' files."""
-    folder = settings.output / system.name
+    folder = options.output / system.name
     result |= item_facts(items, result["metrics"])
-    head = measure_verdicts(system, items, manager, folder / "head", settings.seed)
+    head = measure_verdicts(system, items, manager, folder / "head", options.seed)
     if head is not None:
         result["head"] = head
     for task, records in items.items():

@@ -27,8 +27,8 @@ from lmms_eval.api.task import ConfigurableMessagesTask
 from safevlm.trainer.data import SafetyRow
 from safevlm.trainer.evaluation.measure_table import measures_of
 
+from .answer_measures import score_answer
 from .answering import question_text
-from .scoring import score_answer
 from .task_rows import task_labels, task_rows
 
 DATA_VARIABLE = "SAFEVLM_EVAL_DATA"

@@ -11,6 +11,7 @@ from transformers import AutoConfig
 from safevlm import SafeVlmConfig
 from safevlm.model_card.facts import policy_mark
 from safevlm.safety_policy import POLICY_PRESETS
+from safevlm.trainer.recipe import StageFolder
 
 GUARD_PROMPT = Path(__file__).with_name("guard_prompt.txt")
 COMPARISONS = ("base", "guard-prompt", "stage1", "stage2", "presets", "guard:MODEL_ID")
@@ -104,7 +105,8 @@ def _base_of(model: str, config) -> str:
 def _stage1_of(model: str) -> str:
     """`safevlm train` and `safevlm demo` keep the stages' models beside the final one."""
     parent = Path(model).resolve().parent
-    folders = [*parent.glob("1-*/model"), *parent.glob("training/1-*/model"), *parent.parent.glob("1-*/model")]
-    if not folders:
-        raise ValueError(f"No stage-1 model beside {model!r}; pass --compare stage1=PATH.")
-    return str(folders[0])
+    for output_dir in (parent, parent / "training", parent.parent):
+        for stage in StageFolder.find(output_dir):
+            if stage.number == 1 and stage.model.is_dir():
+                return str(stage.model)
+    raise ValueError(f"No stage-1 model beside {model!r}; pass --compare stage1=PATH.")

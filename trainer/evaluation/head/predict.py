@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from safevlm.files import JsonLines
 from safevlm.safety_adapter import whole_state_dict
+from safevlm.trainer.asking import encode_chats
 from safevlm.trainer.data import SafetyRow
 from safevlm.trainer.data.images import image_file, image_key
 
@@ -87,14 +88,7 @@ def predict_rows(
 @torch.no_grad()
 def _predict_batch(model, processor, rows: Sequence[SafetyRow]) -> list[dict]:
     """The head's outputs for rows that all have images, as fields of their [`HeadPrediction`]s."""
-    texts = [processor.apply_chat_template(_question(row), add_generation_prompt=True) for row in rows]
-    inputs = processor(
-        images=[row.load_images() for row in rows],
-        text=texts,
-        return_tensors="pt",
-        padding=True,
-        padding_side="left",
-    ).to(model.device, model.dtype)
+    inputs = encode_chats(processor, [_question(row) for row in rows], [row.load_images() for row in rows], model)
     features = model.encode_images(**inputs)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     parts = model.prompt_parts(ids, mask, inputs.get("safety_question_mask"))

@@ -28,7 +28,7 @@ def base_answerer(base, base_processor):
 
 
 class StubGuard:
-    """Flags what asks `is`."""
+    """Flags questions that contain "Is it"."""
 
     def check(self, question, images):
         flagged = "Is it" in question

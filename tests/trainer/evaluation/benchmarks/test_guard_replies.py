@@ -1,4 +1,4 @@
-"""What guard models write is read whatever the form; what is no verdict is never taken for one."""
+"""What guard models write is read in any known form; an unclear reply is never taken for a clear one."""
 
 import json
 

@@ -17,8 +17,8 @@ from safevlm.model_card.facts import policy_mark
 from safevlm.trainer.asking import Answer
 from safevlm.trainer.evaluation.benchmarks import checkpoints
 from safevlm.trainer.evaluation.benchmarks.answering import Answerer
+from safevlm.trainer.evaluation.benchmarks.options import EvaluateOptions
 from safevlm.trainer.evaluation.benchmarks.run import evaluate
-from safevlm.trainer.evaluation.benchmarks.settings import EvaluationSettings
 from safevlm.trainer.evaluation.benchmarks.systems import System, make_systems
 from safevlm.trainer.evaluation.benchmarks.task_data import TASKS_FOLDER
 
@@ -27,7 +27,7 @@ SHARED = Path(__file__).parents[4] / os.environ.get("SAFEVLM_TEST_DATA", "../sha
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, model_folders):
-    """A folder with a base, a SafeVLM over it, and rows of a user's own: two harmful, two benign, one in between."""
+    """A folder with a base, a SafeVLM over it, and a user's own rows: two harmful, two benign, one in between."""
     folder = tmp_path_factory.mktemp("engine")
     shutil.copytree(model_folders / "base", folder / "base")
     shutil.copytree(model_folders / "safe", folder / "model")
@@ -44,12 +44,12 @@ def world(tmp_path_factory, model_folders):
 def run(world, output, tasks=("own",), systems=None, **options):
     systems = systems or [System("model", str(world / "model"))]
     options = {"batch_size": 2, "max_new_tokens": 6, "device": "cpu", **options}
-    return evaluate(systems, list(tasks), EvaluationSettings(world / "data", output, **options))
+    return evaluate(systems, EvaluateOptions(tasks=tasks, data=world / "data", output=output, **options))
 
 
 @pytest.fixture(scope="module")
 def own_labels(tmp_path_factory, processor):
-    """As `world`, with categories and levels of one's own: the safe category has another name and place."""
+    """Like `world`, but with other categories and levels: the safe category has another name and position."""
     folder = tmp_path_factory.mktemp("own-labels")
     labels = {"category_names": ["harmless", "weapon"], "level_names": ["no", "yes"], "safe_category": "harmless"}
     policy = {"level_actions": {"yes": "refuse"}}
@@ -191,8 +191,14 @@ def test_figstep_runs_on_the_published_files(world, tmp_path):
     (tmp_path / "data" / "figstep").symlink_to((SHARED / "figstep_tiny").resolve())
     report = evaluate(
         [System("model", str(world / "model"))],
-        ["figstep_tiny"],
-        EvaluationSettings(tmp_path / "data", tmp_path / "out", limit=3, max_new_tokens=2, device="cpu"),
+        EvaluateOptions(
+            tasks=["figstep_tiny"],
+            data=tmp_path / "data",
+            output=tmp_path / "out",
+            limit=3,
+            max_new_tokens=2,
+            device="cpu",
+        ),
     )
     assert report["systems"]["model"]["num_items"]["figstep_tiny"]["attack_success_rate"] == 3
     assert "The image shows a list" in lines(tmp_path / "out/model/items/figstep_tiny.jsonl")[0]["prompt"]
@@ -224,8 +230,7 @@ def test_pope_scores_equal_hand_computed_ones_on_the_published_labels(world, tmp
     scripted(lambda prompt: given[int(prompt.split(":")[0])])
     report = evaluate(
         [System("s", str(world / "base"))],
-        ["pope"],
-        EvaluationSettings(tmp_path / "data", tmp_path / "out", device="cpu"),
+        EvaluateOptions(tasks=["pope"], data=tmp_path / "data", output=tmp_path / "out", device="cpu"),
     )
     # true positives 4, false positives 1, false negatives 1 ("maybe" is none); right 8 of 12.
     assert report["systems"]["s"]["metrics"]["pope"] == pytest.approx(
@@ -258,8 +263,7 @@ def test_mme_scores_equal_hand_computed_ones(world, tmp_path, scripted):
     scripted(lambda prompt: answer_to[prompt.split("\n")[0]])
     report = evaluate(
         [System("s", str(world / "base"))],
-        ["mme"],
-        EvaluationSettings(tmp_path / "data", tmp_path / "out", device="cpu"),
+        EvaluateOptions(tasks=["mme"], data=tmp_path / "data", output=tmp_path / "out", device="cpu"),
     )
     assert report["systems"]["s"]["metrics"]["mme"] == {
         "mme_perception_score": (200 + 50) / 2 + 200,

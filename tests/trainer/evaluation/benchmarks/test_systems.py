@@ -1,4 +1,4 @@
-"""What `--compare` means: which checkpoints, asked how; and clear errors for what is not there."""
+"""What `--compare` means: which checkpoints are asked, and how; and clear errors for what does not exist."""
 
 import pytest
 from tiny import tiny_llava

@@ -332,7 +332,7 @@ def test_texts_that_the_model_does_not_know_are_stored_with_the_policy(model, pr
 
 
 def test_a_stored_policy_brings_what_opens_an_answer(tmp_path):
-    """A model that thinks, saved by a release that did not note it: new refusals would land in its thoughts."""
+    """A reasoning model, saved by a release that did not record this: new refusals would land in its reasoning."""
     base, processor = build("qwen3_5")
     processor.chat_template = next(iter(THINKING.values()))
     processor = SafeVlmProcessor.from_base(processor)

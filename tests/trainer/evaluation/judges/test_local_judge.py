@@ -1,4 +1,4 @@
-"""Judges that run on this machine: tiny random models cannot judge, but are asked rightly and never believed."""
+"""Judges on this machine: tiny random models cannot judge, but they are asked correctly and never believed."""
 
 import pytest
 from tiny import picture, tiny_llava, tiny_processor, tiny_tokenizer

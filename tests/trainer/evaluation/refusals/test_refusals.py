@@ -1,4 +1,4 @@
-"""The refusal detector: what it must always get right, and how it does on human labels it has not seen."""
+"""The refusal detector: what it must always get right, and how well it does on human labels that it has not seen."""
 
 import os
 import time

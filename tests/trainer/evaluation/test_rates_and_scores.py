@@ -1,17 +1,12 @@
-"""Rates and judge scores, on hand-made records and for any."""
+"""Rates and judge scores, on hand-made records and on arbitrary ones."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safevlm.trainer.evaluation.benchmarks.answer_metrics import (
-    attack_success_rate,
-    judge_scores,
-    over_refusal_rate,
-    refusal_rate,
-    rtvlm_scores,
-)
 from safevlm.trainer.evaluation.judges.judgements import Judgement
+from safevlm.trainer.evaluation.judges.scores import judge_scores, rtvlm_scores
+from safevlm.trainer.evaluation.refusals.rates import attack_success_rate, over_refusal_rate, refusal_rate
 
 LABELS = st.lists(st.sampled_from(["refusal", "partial_refusal", "compliance"]), min_size=1, max_size=40)
 SCORES = st.lists(st.none() | st.integers(0, 10), min_size=1, max_size=30)
