@@ -1,9 +1,8 @@
-"""safevlm: make a vision-language model safe, and show that it is (SafeVLM, arXiv 2405.13581).
+"""safevlm: make a vision-language model safe, and measure how safe it is (SafeVLM, arXiv 2405.13581).
 
-Importing this package registers its classes with the Auto classes of transformers.
-
-The `safevlm` command is the exception: there the classes are imported, and registered, when a command first asks for
-one. So neither torch nor transformers is imported for `safevlm --help` or `safevlm data check`.
+Importing this package registers its classes with the Auto classes of transformers. Only in the `safevlm` command are
+they imported and registered when one is first used: `safevlm --help` and `safevlm data check` need neither torch nor
+transformers.
 """
 
 import signal
@@ -14,13 +13,13 @@ from typing import TYPE_CHECKING
 
 __version__ = version("safevlm")
 
-# Python was started as `safevlm ...`, or as `python -m safevlm ...` (it is "-m" while that module is looked for).
+# Whether Python was started as `safevlm ...` or `python -m safevlm ...` (then "-m" while Python looks for the module).
 _IS_COMMAND = Path(sys.argv[0]).stem == "safevlm" or (
     sys.argv[0] == "-m" and bool({"safevlm", "safevlm.trainer.cli"} & set(sys.orig_argv))
 )
 
 if _IS_COMMAND and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback; `main` takes over later
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends Python without a traceback until `main` handles it
 
 if TYPE_CHECKING or not _IS_COMMAND:
     from .registration import (

@@ -279,17 +279,18 @@ def rows_of_units(image_tokens_per_row: list[int], tokens: list[int]) -> list[in
 
 
 def units_of_images(
-    input_ids: torch.Tensor, image_token_id: int, safety_token_id: int | None, tokens_per_image: int, tokens: list[int]
+    input_ids: torch.Tensor, image_token_id: int, config, tokens: list[int]
 ) -> tuple[list[int], list[list[int]]]:
     """
     The row that each image belongs to, and the units it consists of: the processor ends each image's tokens with
-    `tokens_per_image` placeholders. Without placeholders every unit counts as an image.
+    `config.tokens_per_image` placeholders. Without placeholders every unit counts as an image.
 
     Raises:
         `ValueError`: The prompt's image tokens or placeholders do not fit the units.
     """
-    is_image, is_placeholder = input_ids == image_token_id, input_ids == safety_token_id
+    is_image, is_placeholder = input_ids == image_token_id, input_ids == config.safety_token_id
     rows = rows_of_units(is_image.sum(dim=1).tolist(), tokens)
+    tokens_per_image = config.tokens_per_image
     if not tokens_per_image and not is_placeholder.any():
         return rows, [[unit] for unit in range(len(tokens))]
 

@@ -1,7 +1,7 @@
 """From a base model to a SafeVLM: `SafeVlmForConditionalGeneration.from_base`.
 
-Making a model needs the package safevlm; using one does not. What is here is not part of the code that a saved model
-carries, which stays small enough to review.
+Making a model needs the package safevlm; using one does not. This file is not part of the code that a saved model
+carries, which must stay small enough to review.
 """
 
 from pathlib import Path
@@ -26,19 +26,19 @@ def from_base(
 
     Args:
         base (`str`, `Path` or `PreTrainedModel`): Hub id, folder or a loaded vision-language model.
-        processor (*optional*): The [`SafeVlmProcessor`] that the model will be used with (or the base's own); gives
-            the placeholder's token id and the policy's texts. Loaded from `base` if left out.
-        config (`SafeVlmConfig`, *optional*): Safety sizes; its `base_config` is replaced by the base's. Without it
-            the default sizes are used, changed by `safety`.
-        safety_adapter (`str` or `Path`, *optional*): Folder or Hub id of a safety adapter (see safety_adapter.py);
-            brings its own configuration, which must fit the base.
+        processor (*optional*): The [`SafeVlmProcessor`] that the model will be used with, or the base's own. Gives
+            the placeholder's token id and the token ids of the policy's texts. Defaults to the processor of `base`.
+        config (`SafeVlmConfig`, *optional*): The safety modules' configuration; its `base_config` is replaced by the
+            base's. Defaults to `SafeVlmConfig()`.
+        safety_adapter (`str` or `Path`, *optional*): Folder or Hub id of a safety adapter (see safety_adapter.py). It
+            has its own configuration, which must fit the base.
         base_kwargs (`dict`, *optional*): For loading `base`: `dtype`, `device_map`, `quantization_config`, ...
-        safety: Fields of [`SafeVlmConfig`], such as `num_prompt_tokens` or `safety_policy`.
+        safety: Fields of [`SafeVlmConfig`] that override `config`, such as `num_prompt_tokens` or `safety_policy`.
 
     Returns:
         `SafeVlmForConditionalGeneration`
     """
-    if "safety_policy" in safety:  # here it may be a file; in a configuration, which travels, it may not
+    if "safety_policy" in safety:  # may be a file here, not in a configuration
         safety["safety_policy"] = SafetyPolicy.from_value(safety["safety_policy"])
     if isinstance(base, PreTrainedModel):
         name = base.config._name_or_path
@@ -50,7 +50,7 @@ def from_base(
         name = str(base)
         if (Path(name) / "adapter_config.json").is_file():
             _refuse_peft(name)
-        get_backbone(AutoConfig.from_pretrained(name))  # a clear error before gigabytes are read
+        get_backbone(AutoConfig.from_pretrained(name))  # fails before gigabytes are read
         base_kwargs = dict(base_kwargs or {})
         if base_kwargs.get("quantization_config") is not None:
             base_kwargs["quantization_config"] = keep_safety_modules(
@@ -88,14 +88,14 @@ def _refuse_peft(name: str):
 
 
 def wrap(cls, base: PreTrainedModel, config: SafeVlmConfig):
-    """Wraps a loaded base: its weights stay as they are; the safety modules are initialised beside them."""
+    """Wraps a loaded base. Its weights stay as they are; the safety modules are initialised."""
     base._is_hf_initialized = True
     for module in base.modules():
         module._is_hf_initialized = True
     for parameter in base.parameters():
         parameter._is_hf_initialized = True
     model = cls(config, base=base)
-    # Beside the input embeddings: with `device_map` the base may be spread over several devices.
+    # The device of the input embeddings, since `device_map` may split the base over several.
     model.safety.to(device=compute_device(base.get_input_embeddings()), dtype=base.dtype)
     _share_device_map(model)
     share_quantization(model)
@@ -103,7 +103,7 @@ def wrap(cls, base: PreTrainedModel, config: SafeVlmConfig):
 
 
 def _share_device_map(model):
-    """Tells a model whose base is spread over devices (loaded with a `device_map`) where its parts are."""
+    """Gives a model whose base was loaded with a `device_map` a device map of its own."""
     device_map = getattr(model.base, "hf_device_map", None)
     if device_map is not None:
         inner = {f"base.{name}" if name else "base": device for name, device in device_map.items()}
@@ -123,7 +123,6 @@ def _adopt_tokens(model, processor):
 
 
 def _make_room_for_placeholder(model):
-    # Most checkpoints have spare rows in their embedding table. The others grow by some, and then the logits have
-    # more columns than the base's.
+    # Most checkpoints have spare rows in their embedding table. Other tables grow, and the logits with them.
     if model.config.safety_token_id >= model.base.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(model.config.safety_token_id + 1, pad_to_multiple_of=64)

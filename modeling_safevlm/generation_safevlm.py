@@ -16,7 +16,6 @@ from transformers import GenerationMixin, LogitsProcessorList
 from .cached_prompt import picture_digests, remember_prompt, reuse_cache, token_keys, uncached_features
 from .embedding_override import override_embeddings
 from .policy_enforcement import EnforcePolicy, PromptStreamer
-from .policy_texts import row_texts
 from .prompt import PromptParts, check_attention, check_generation, check_inputs, edit_prompt, per_token, prompt_parts
 from .safety_policy import SafetyPolicy
 from .safety_verdict import OFF, SafetyVerdict
@@ -40,7 +39,7 @@ class GuardedPrompt:
 
 class SafeVlmGenerationMixin(GenerationMixin):
     """
-    `assess` and `generate` of a model that has `base`, `backbone` and `config`, the method `resolve_policy`, and the
+    `assess` and `generate` of a model that has `base`, `backbone` and `config`, a policy ([`PolicyMixin`]), and the
     four steps `encode_images`, `predict_safety`, `apply_policy` and `condition`.
     """
 
@@ -177,8 +176,7 @@ class SafeVlmGenerationMixin(GenerationMixin):
             token_id = self.config.safety_token_id
             call.update(edit_prompt(input_ids, attention_mask, tensors, drop_id=token_id, right=right))
             return None
-        control_ids = self.control_token_ids()
-        hints, refusals = row_texts(guarded.verdict, policy, self.config, control_ids, call.get("tokenizer"))
+        hints, refusals = self.row_texts(guarded.verdict, policy, call.get("tokenizer"))
         call.update(edit_prompt(input_ids, attention_mask, tensors, hints, guarded.parts.hint_columns))
         self._keep_answer_length(call, call["input_ids"].shape[1] - input_ids.shape[1])
         enforcement = EnforcePolicy(

@@ -23,14 +23,8 @@ from .generation_safevlm import SafeVlmGenerationMixin
 from .loading_checks import check_loaded
 from .policy_texts import PolicyMixin
 from .prompt import check_inputs
-from .quantization import forget_quantization, keep_safety_modules, share_quantization, unpack
-from .safety_modules import (
-    IGNORE_INDEX,
-    SafetyModules,
-    SafetyTokens,
-    combine_losses,
-    safety_losses,
-)
+from .quantization import QuantizationMixin, keep_safety_modules, share_quantization
+from .safety_modules import IGNORE_INDEX, SafetyModules, SafetyTokens, combine_losses, safety_losses
 from .safety_policy import SafetyPolicy
 from .safety_verdict import HeadReading, SafetyVerdict, assess_rows
 
@@ -93,11 +87,8 @@ class SafeVlmPreTrainedModel(PreTrainedModel):
             nn.init.zeros_(module.bias)
 
 
-class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, PolicyMixin, SafeVlmGenerationMixin):
-    """
-    A safe vision-language model. `from_pretrained` loads a trained one; `from_base` of the package safevlm makes one
-    of a base model.
-    """
+class SafeVlmForConditionalGeneration(QuantizationMixin, SafeVlmPreTrainedModel, PolicyMixin, SafeVlmGenerationMixin):
+    """A safe vision-language model. The package safevlm makes one from a base model, with `from_base`."""
 
     def __init__(self, config: SafeVlmConfig, base: PreTrainedModel | None = None):
         if config.base_config is None:
@@ -173,13 +164,7 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, PolicyMixin, SafeV
                 )
             return None
         vision = self.backbone.encode(self.base, **image_inputs)
-        rows, units = units_of_images(
-            input_ids,
-            self.backbone.image_token_id,
-            self.config.safety_token_id,
-            self.config.tokens_per_image,
-            vision.tokens,
-        )
+        rows, units = units_of_images(input_ids, self.backbone.image_token_id, self.config, vision.tokens)
         patches, mask = patches_of_images(vision.patches, units)
         projector = self.safety.projector
         device, dtype = compute_device(projector), next(projector.parameters()).dtype
@@ -348,17 +333,6 @@ class SafeVlmForConditionalGeneration(SafeVlmPreTrainedModel, PolicyMixin, SafeV
         # Before there is a base, transformers sets one made from the wrapper's config; the base makes its own.
         if "base" in self._modules:
             self.base.generation_config = value
-
-    def train(self, mode: bool = True):
-        if mode:
-            unpack(self)
-        return super().train(mode)
-
-    def dequantize(self, dtype=None):
-        unpack(self)
-        model = super().dequantize(dtype or self.dtype)
-        forget_quantization(model)
-        return model
 
     def get_output_embeddings(self):
         return self.base.get_output_embeddings()

@@ -22,14 +22,23 @@ class PolicyMixin:
 
         Args:
             policy (`SafetyPolicy`, `dict`, file or preset name)
-            processor (*optional*): Needed if the policy has texts that the model has no token ids for.
+            processor (processor or tokenizer, *optional*): Needed if the policy has texts that the model has no token
+                ids for. Without a chat template each text is encoded alone.
 
         Raises:
             `ValueError`: The policy does not fit the model's labels, or the tokenizer cannot write one of its texts.
         """
         policy = SafetyPolicy.from_value(policy).for_labels(self.config.labels)
         if processor is not None:
-            store_policy_texts(self.config, policy, processor, self.control_token_ids())
+            opening, texts = _answer_opening(processor), policy.texts(self.config.labels)
+            token_ids = {hint: _hint_ids(processor, hint) for hint in texts["hints"]}
+            token_ids |= {refusal: _refusal_ids(processor, refusal, opening) for refusal in texts["refusals"]}
+            for text, ids in token_ids.items():
+                self._check_ids(text, ids, getattr(processor, "tokenizer", processor))
+            saved = {text: " ".join(map(str, ids)) for text, ids in token_ids.items()}  # keeps `config.json` readable
+            self.config.policy_token_ids = {**self.config.policy_token_ids, **saved}
+            self.config.generation_prompt_token_ids = _generation_prompt_ids(processor)
+            self.config.answer_opening_token_ids = _encode(processor, opening)
         self.config.safety_policy = policy.to_dict()
 
     def resolve_policy(self, policy=None) -> SafetyPolicy:
@@ -51,38 +60,122 @@ class PolicyMixin:
 
     def check_policy_texts(self, processor=None):
         """
-        Raises `ValueError` if the stored token ids of the policy's texts cannot be right. Only with a `processor` (or
-        tokenizer) can it check what the ids say, and that both have the same placeholder.
+        Raises `ValueError` if the saved token ids cannot be the policy's texts: a refusal must not be empty, end early
+        or say something else. Only with a `processor` (or tokenizer) can it check what the ids say, and that
+        placeholder and chat template are the model's.
         """
-        check_policy_texts(self.config, self.control_token_ids(), processor)
+        config = self.config
+        placeholder = getattr(processor, "safety_token_id", config.safety_token_id)
+        if placeholder != config.safety_token_id:
+            raise ValueError(
+                f"The processor's placeholder has the token id {placeholder}, the model's {config.safety_token_id}: "
+                f"use the processor that was saved with the model."
+            )
+        opening = config.answer_opening_token_ids
+        if opening and hasattr(processor, "chat_template"):
+            if opening != _encode(processor, _answer_opening(processor)):
+                raise ValueError(
+                    "`answer_opening_token_ids` are not what the processor's template writes before an answer: store "
+                    "the policy again with `model.set_safety_policy(policy, processor)`."
+                )
+        if opening:
+            self._check_ids(None, opening)
+        for text, ids in saved_token_ids(config).items():
+            self._check_ids(text, ids, getattr(processor, "tokenizer", processor))
 
-    def control_token_ids(self) -> set[int | None]:
-        """Ids that no text of a policy may have."""
+    def row_texts(self, verdict, policy: SafetyPolicy, tokenizer=None):
+        """
+        The token ids of each row's hint and of its forced refusal: two lists, with `None` where there is none.
+
+        Rows that the head could not assess are refused under every policy, since no hint could name their risk.
+
+        Args:
+            tokenizer (*optional*): Encodes texts that were not saved with the model, and checks those that were.
+
+        Raises:
+            `ValueError`: A text has no token ids, or wrong ones.
+        """
+        hints, refusals = [], []
+        rows = zip(verdict.action.tolist(), verdict.category.tolist(), verdict.failed.tolist(), strict=True)
+        for action, category, failed in rows:
+            name, hint, refusal = self.config.category_names[category], None, None
+            if failed:
+                refusal = policy.refusal(UNKNOWN_RISK)
+                if tokenizer is None and refusal not in self.config.policy_token_ids:
+                    refusal = policy.refusal(name)  # earlier releases saved the categories' texts only
+            elif ACTIONS[action] == "refuse" and policy.forced_refusal:
+                refusal = policy.refusal(name)
+            else:
+                hint = policy.hint(ACTIONS[action], name)
+            hints.append(None if hint is None else self._text_ids(hint, tokenizer))
+            refusals.append(None if refusal is None else self._text_ids(refusal, tokenizer))
+        return hints, refusals
+
+    def _text_ids(self, text: str, tokenizer) -> list[int]:
+        opening = self.config.answer_opening_token_ids
+        if text in self.config.policy_token_ids:
+            ids = saved_token_ids(self.config)[text]
+        elif tokenizer is not None:
+            ids = _encode_alone(tokenizer, text, opening)
+        else:
+            raise ValueError(
+                f"The policy's text {text!r} has no token ids in this model. Pass `tokenizer=processor.tokenizer` to "
+                f"`generate`, or store the policy with `model.set_safety_policy(policy, processor)`."
+            )
+        self._check_ids(text, ids, tokenizer)
+        if opening:
+            self._check_ids(None, opening)
+        return ids
+
+    def _check_ids(self, text: str | None, ids: list[int], tokenizer=None):
+        """
+        Args:
+            text (`str`, *optional*): `None` for the opening of an answer, which has no text to compare with.
+            tokenizer (*optional*): Needed to compare the ids with `text`.
+        """
+        control_ids, vocab_size = self._control_token_ids(), self.config.get_text_config().vocab_size
+        readable, problem = tokenizer is not None and text is not None, None
+        if readable:
+            control_ids |= set(tokenizer.all_special_ids)
+        if not ids:
+            problem = "no tokens at all"
+        elif strange := [i for i in ids if not isinstance(i, int)]:
+            problem = f"{strange[0]!r}, which is no token id"
+        elif outside := [i for i in ids if not 0 <= i < vocab_size]:
+            problem = f"the token id {outside[0]}, outside the vocabulary of {vocab_size}"
+        elif control := [i for i in ids if i in control_ids]:
+            problem = f"the special token {control[0]}"
+        elif readable:
+            decoded = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            if _letters(decoded) != _letters(text):
+                problem = f"tokens that say {decoded!r}"
+        if problem:
+            opening = "What opens an answer (`answer_opening_token_ids`)"
+            subject = opening if text is None else f"The policy's text {text!r}"
+            raise ValueError(
+                f"{subject} has {problem}. Use another text, or store the policy again with "
+                f"`model.set_safety_policy(policy, processor)`."
+            )
+
+    def _control_token_ids(self) -> set[int | None]:
+        """Ids that no text may have: placeholders, padding, starts and ends of sequences."""
         settings, eos = self.generation_config, self.generation_config.eos_token_id
         ends = [] if eos is None else torch.as_tensor(eos).flatten().tolist()
         placeholders = {self.config.safety_token_id, self.backbone.image_token_id}
         return placeholders | {*ends, settings.pad_token_id, settings.bos_token_id}
 
 
-# -- making ----------------------------------------------------------------------------------------------------------
+def saved_token_ids(config) -> dict[str, list[int]]:
+    """text -> token ids, for all texts that were saved with the model."""
+    return {text: [int(i) for i in ids.split()] for text, ids in config.policy_token_ids.items()}
 
 
-def store_policy_texts(config, policy: SafetyPolicy, processor, control_ids: set[int]):
-    """
-    Puts the token ids of all texts of `policy` into `config`, once they are checked (see [`check_policy_texts`]).
+def _letters(text: str) -> str:
+    """The text without what tokenizers may change: white space and the composition of characters."""
+    return "".join(unicodedata.normalize("NFKC", text).split())
 
-    Args:
-        processor: A processor or tokenizer. Without a chat template each text is encoded alone.
-    """
-    texts, opening = policy.texts(config.labels), _answer_opening(processor)
-    token_ids = {hint: _hint_ids(processor, hint) for hint in texts["hints"]}
-    token_ids |= {refusal: _refusal_ids(processor, refusal, opening) for refusal in texts["refusals"]}
-    for text, ids in token_ids.items():
-        _check_ids(text, ids, config, control_ids, getattr(processor, "tokenizer", processor))
-    saved = {text: " ".join(map(str, ids)) for text, ids in token_ids.items()}  # keeps `config.json` readable
-    config.policy_token_ids = {**config.policy_token_ids, **saved}
-    config.generation_prompt_token_ids = _generation_prompt_ids(processor)
-    config.answer_opening_token_ids = _encode(processor, opening)
+
+# -- rendering texts with the chat template --------------------------------------------------------------------------
 
 
 def _generation_prompt_ids(processor) -> list[int]:
@@ -163,128 +256,3 @@ def _encode_alone(processor, text: str, opening="") -> list[int]:
 
 def _encode(processor, text: str) -> list[int]:
     return getattr(processor, "tokenizer", processor)(text, add_special_tokens=False)["input_ids"]
-
-
-# -- checking --------------------------------------------------------------------------------------------------------
-
-
-def check_policy_texts(config, control_ids: set[int], processor=None):
-    """
-    Raises `ValueError` if the saved token ids cannot be the policy's texts: a refusal must not be empty, end early or
-    say something else.
-
-    Args:
-        control_ids (`set[int]`): Ids that no text may have: placeholders, padding, starts and ends of sequences.
-        processor (processor or tokenizer, *optional*): Needed to check that the ids decode to the texts, and that
-            placeholder and template are the model's.
-    """
-    placeholder = getattr(processor, "safety_token_id", config.safety_token_id)
-    if placeholder != config.safety_token_id:
-        raise ValueError(
-            f"The processor's placeholder has the token id {placeholder}, the model's {config.safety_token_id}: use "
-            f"the processor that was saved with the model."
-        )
-    opening = config.answer_opening_token_ids
-    if opening and hasattr(processor, "chat_template") and opening != _encode(processor, _answer_opening(processor)):
-        raise ValueError(
-            "`answer_opening_token_ids` are not what the processor's template writes before an answer: store the "
-            "policy again with `model.set_safety_policy(policy, processor)`."
-        )
-    _check_opening(config, control_ids)
-    for text, ids in config.policy_token_ids.items():
-        _check_ids(text, _parse(ids), config, control_ids, getattr(processor, "tokenizer", processor))
-
-
-def _check_opening(config, control_ids: set[int]):
-    if config.answer_opening_token_ids:
-        _check_ids(None, config.answer_opening_token_ids, config, control_ids)
-
-
-def _check_ids(text: str | None, ids: list[int], config, control_ids: set[int], tokenizer=None):
-    """
-    Args:
-        text (`str`, *optional*): `None` for the opening of an answer, which has no text to compare with.
-        tokenizer (*optional*): Needed to compare the ids with `text`.
-    """
-    readable = tokenizer is not None and text is not None
-    if readable:
-        control_ids = control_ids | set(tokenizer.all_special_ids)
-    vocab_size, problem = config.get_text_config().vocab_size, None
-    if not ids:
-        problem = "no tokens at all"
-    elif strange := [i for i in ids if not isinstance(i, int)]:
-        problem = f"{strange[0]!r}, which is no token id"
-    elif outside := [i for i in ids if not 0 <= i < vocab_size]:
-        problem = f"the token id {outside[0]}, outside the vocabulary of {vocab_size}"
-    elif control := [i for i in ids if i in control_ids]:
-        problem = f"the special token {control[0]}"
-    elif readable:
-        decoded = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        if _letters(decoded) != _letters(text):
-            problem = f"tokens that say {decoded!r}"
-    if problem:
-        subject = (
-            "What opens an answer (`answer_opening_token_ids`)" if text is None else f"The policy's text {text!r}"
-        )
-        raise ValueError(
-            f"{subject} has {problem}. Use another text, or store the policy again with "
-            f"`model.set_safety_policy(policy, processor)`."
-        )
-
-
-def _letters(text: str) -> str:
-    """The text without what tokenizers may change: white space and the composition of characters."""
-    return "".join(unicodedata.normalize("NFKC", text).split())
-
-
-# -- looking up ------------------------------------------------------------------------------------------------------
-
-
-def row_texts(verdict, policy: SafetyPolicy, config, control_ids: set[int], tokenizer=None):
-    """
-    The token ids of each row's hint and of its forced refusal: two lists, with `None` where there is none.
-
-    Rows that the head could not assess are refused under every policy, since no hint could name their risk.
-
-    Args:
-        tokenizer (*optional*): Encodes texts that `config` has no token ids for, and checks those that it has.
-
-    Raises:
-        `ValueError`: A text has no token ids, or wrong ones.
-    """
-    hints, refusals = [], []
-    rows = zip(verdict.action.tolist(), verdict.category.tolist(), verdict.failed.tolist(), strict=True)
-    for action, category, failed in rows:
-        name, hint, refusal = config.category_names[category], None, None
-        if failed:
-            refusal = policy.refusal(UNKNOWN_RISK)
-            if tokenizer is None and refusal not in config.policy_token_ids:
-                refusal = policy.refusal(name)  # earlier releases saved the categories' texts only
-        elif ACTIONS[action] == "refuse" and policy.forced_refusal:
-            refusal = policy.refusal(name)
-        else:
-            hint = policy.hint(ACTIONS[action], name)
-        hints.append(_text_ids(hint, config, control_ids, tokenizer))
-        refusals.append(_text_ids(refusal, config, control_ids, tokenizer))
-    return hints, refusals
-
-
-def _text_ids(text: str | None, config, control_ids: set[int], tokenizer) -> list[int] | None:
-    if text is None:
-        return None
-    if text in config.policy_token_ids:
-        ids = _parse(config.policy_token_ids[text])
-    elif tokenizer is not None:
-        ids = _encode_alone(tokenizer, text, config.answer_opening_token_ids)
-    else:
-        raise ValueError(
-            f"The policy's text {text!r} has no token ids in this model. Pass `tokenizer=processor.tokenizer` to "
-            f"`generate`, or store the policy with `model.set_safety_policy(policy, processor)`."
-        )
-    _check_ids(text, ids, config, control_ids, tokenizer)
-    _check_opening(config, control_ids)
-    return ids
-
-
-def _parse(ids: str) -> list[int]:
-    return [int(i) for i in ids.split()]

@@ -20,6 +20,25 @@ PACKED_OUTPUTS = 32  # number of outputs of a 4-bit layer that are packed togeth
 MARKS = ("is_quantized", "quantization_method", "is_loaded_in_8bit", "is_loaded_in_4bit")
 
 
+class QuantizationMixin:
+    """What a SafeVLM does where its base may be quantised."""
+
+    def train(self, mode: bool = True):
+        if mode:
+            unpack(self)
+        return super().train(mode)
+
+    def dequantize(self, dtype=None):
+        unpack(self)
+        model = super().dequantize(dtype or self.dtype)
+        for part in (model, model.base):
+            for mark in ("hf_quantizer", *MARKS):
+                part.__dict__.pop(mark, None)
+            if hasattr(part.config, "quantization_config"):
+                del part.config.quantization_config
+        return model
+
+
 def keep_safety_modules(quantization_config, base_only: bool = False):
     """
     A copy of a quantisation config that excludes the safety modules and the output layer.
@@ -67,15 +86,6 @@ def unpack(model):
         layer.state_dict()  # unpacks the weight, since a packed one cannot be saved
         if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
             raise RuntimeError("This release of bitsandbytes does not unpack its 4-bit weights. Use a GPU, or 8 bit.")
-
-
-def forget_quantization(model):
-    """To be called after `dequantize`: neither the SafeVLM nor its base is quantised any more."""
-    for part in (model, model.base):
-        for mark in ("hf_quantizer", *MARKS):
-            part.__dict__.pop(mark, None)
-        if hasattr(part.config, "quantization_config"):
-            del part.config.quantization_config
 
 
 def _packing_layers(model):

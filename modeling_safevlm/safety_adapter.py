@@ -1,11 +1,11 @@
-"""What training added to a base model, without the base: a small folder that `from_base` puts on the base again.
+"""A safety adapter: what training added to a base model, in a small folder that `from_base` can put on the base again.
 
     config.json                    the whole model's configuration
-    safety_adapter.safetensors     the safety modules, or, where LoRA trained the language model, too,
+    safety_adapter.safetensors     the safety modules; or, if LoRA trained the language model,
     lora/                          LoRA and safety modules, as PEFT saves them
 
-PEFT's files do not lie at the top: there, `AutoModel.from_pretrained` would take them for an adapter of the base and
-load that without any safety. Like from_base.py not part of the code that a saved model carries.
+PEFT's files are in a subfolder because at the top `AutoModel.from_pretrained` would take them for an adapter of the
+base and load the base without any safety. This file is not part of the code that a saved model carries.
 """
 
 import copy
@@ -19,29 +19,28 @@ from transformers.integrations.accelerate import load_offloaded_parameter
 
 from .adapter_files import ADAPTER_WEIGHTS, LORA_WEIGHTS
 from .configuration_safevlm import SafeVlmConfig
+from .files import is_hub_id, replacing
 from .loading_checks import check_safety_weights
 
 
 def save_safety_adapter(model, save_directory):
     """Saves the safety modules alone, for `from_base(base, safety_adapter=save_directory)`."""
     folder = Path(save_directory)
-    folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.contiguous() for name, tensor in whole_state_dict(model.safety).items()}
-    partial = folder / f"{ADAPTER_WEIGHTS}.partial"  # an interrupted save leaves the former file whole
-    save_file(weights, partial, metadata={"format": "pt"})
-    partial.replace(folder / ADAPTER_WEIGHTS)
+    with replacing(folder / ADAPTER_WEIGHTS) as partial:
+        save_file(weights, partial, metadata={"format": "pt"})
     model.config.save_pretrained(folder)
 
 
 def adapter_folder(safety_adapter) -> Path:
     """
-    The folder of an adapter, downloaded if it is a Hub id.
+    The folder of an adapter, downloaded if `safety_adapter` is a Hub id.
 
     Raises:
-        `ValueError`: It holds no adapter.
+        `ValueError`: The folder does not hold an adapter.
     """
     folder = Path(safety_adapter)
-    if not folder.is_dir() and str(safety_adapter).count("/") == 1:
+    if not folder.is_dir() and is_hub_id(str(safety_adapter)):
         folder = Path(snapshot_download(str(safety_adapter), allow_patterns=["*.json", "*.safetensors"]))
     if not any((folder / name).is_file() for name in (ADAPTER_WEIGHTS, LORA_WEIGHTS)):
         raise ValueError(
@@ -52,7 +51,12 @@ def adapter_folder(safety_adapter) -> Path:
 
 
 def adapter_config(folder: Path, base_config) -> SafeVlmConfig:
-    """The adapter's configuration, once it is sure that it fits the base."""
+    """
+    The adapter's configuration.
+
+    Raises:
+        `ValueError`: The adapter was made for another kind of base.
+    """
     config = SafeVlmConfig.from_pretrained(folder)
     made_for = config.base_config
     for what, get in (
@@ -72,7 +76,7 @@ def adapter_config(folder: Path, base_config) -> SafeVlmConfig:
 
 
 def load_adapter_weights(model, folder: Path):
-    """Loads an adapter's weights into a model that was made with its configuration; LoRA is merged. Returns it."""
+    """Loads an adapter's weights into a model with the adapter's configuration, merges LoRA, and returns the model."""
     if not (folder / LORA_WEIGHTS).is_file():
         model.safety.load_state_dict(load_file(folder / ADAPTER_WEIGHTS))
         check_safety_weights(model.safety, str(folder))
@@ -91,7 +95,7 @@ def load_adapter_weights(model, folder: Path):
     _check_complete(folder, weights, {f"base_model.model.safety.{name}" for name in model.safety.state_dict()})
     adapted = PeftModel.from_pretrained(model, (folder / LORA_WEIGHTS).parent)
     lora = {name for name in get_peft_model_state_dict(adapted) if ".safety." not in name}
-    _check_complete(folder, weights, lora)  # PEFT only warns of those
+    _check_complete(folder, weights, lora)  # PEFT only warns of missing ones
     if broken := [name for name, weight in weights.items() if not weight.isfinite().all()]:
         raise ValueError(f"The safety adapter {str(folder)!r} is damaged: {broken[0]} is not finite.")
     model = adapted.merge_and_unload()
@@ -109,7 +113,7 @@ def _check_complete(folder: Path, weights: dict, expected: set[str]):
 
 
 def whole_state_dict(module: nn.Module) -> dict[str, torch.Tensor]:
-    """`module.state_dict()` with the weights that are offloaded read back (to the CPU)."""
+    """`module.state_dict()`, with offloaded weights read back to the CPU."""
     return {
         name: load_offloaded_parameter(module, name) if tensor.device.type == "meta" else tensor
         for name, tensor in module.state_dict().items()

@@ -3,11 +3,11 @@
 Control tokens: a template sees dicts, lists and strings only. Whatever spells a special token in them (`<image>`,
 `<safety>`, `</s>`, ...) gets a space after its first character.
 
-Answers: the safety head reads questions, never answers. Which is which follows from the chat's messages alone. The
-rendered text cannot be trusted, because a user can spell any role marker. Nor can the template: some drop thoughts,
-move texts or write earlier turns differently from the last one. So the chat is rendered once more with two marks that
-nobody can guess around each text, and a text is where its marks are. Where the template does not leave them in place,
-nothing counts as an answer, and control tokens are counted against a render of the same chat without its words.
+Answers: the safety head reads questions, never answers. Only the chat's messages say which is which. The rendered
+text cannot: a user can spell any role marker. Nor can the template: some drop thoughts, move texts or write earlier
+turns differently from the last one. So the chat is rendered once more with two marks that nobody can guess around each
+text, and a text is where its marks are. If the template does not leave them in place, nothing counts as an answer, and
+control tokens are counted against a render of the same chat without its words.
 """
 
 import dataclasses
@@ -24,6 +24,7 @@ import numpy as np
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
+Span = tuple[int, int]  # start and end, in characters
 # Fields of a content part that say where a picture is. They reach the image loader unchanged.
 SOURCES = ("image", "image_url", "url", "path", "base64")
 # Where templates take an answer apart, to strip or move its thoughts.
@@ -35,13 +36,11 @@ class ChatPrompt(str):
     A prompt rendered by the chat template. Any string operation turns it into a plain `str`, without `answers`.
 
     Args:
-        answers (`list[tuple[int, int]]`, *optional*): Start and end, in characters, of what each assistant message
-            became; `None` where the template hides it.
+        answers (`list[tuple[int, int]]`, *optional*): What each assistant message became; `None` where the template
+            hides it.
     """
 
-    answers: list[tuple[int, int]] | None
-
-    def __new__(cls, text: str, answers: list[tuple[int, int]] | None):
+    def __new__(cls, text: str, answers: list[Span] | None):
         prompt = super().__new__(cls, text)
         prompt.answers = answers
         return prompt
@@ -51,23 +50,20 @@ class ControlTokens:
     """
     Args:
         tokens (`set[str]`): What the tokenizer reads as one token wherever it stands in a text.
-        normalise (`Callable`, *optional*): What the tokenizer does to a text before it looks for them.
+        normalise (`Callable`, *optional*): What the tokenizer does to a text before it looks for these tokens.
     """
 
-    def __init__(self, tokens: set[str], normalise: Callable[[str], str] | None = None):
+    def __init__(self, tokens: set[str], normalise: Callable[[str], str] = str):
         self.normalise = normalise
         self.tokens = {token for token in tokens if len(token) > 1 and not token.isspace()}
-        self.lengths = sorted({len(token) for token in self.tokens}, reverse=True)
+        self.lengths = sorted({len(token) for token in self.tokens})
         self.first = re.compile("[" + "".join({re.escape(token[0]) for token in self.tokens}) + "]")
 
-    def find(self, text: str) -> list[tuple[int, int]]:
-        """Start and end of each token in `text`; where several start at one place, the longest."""
-        found = []
-        for match in self.first.finditer(text) if self.tokens else ():
-            start = match.start()
-            ends = (start + length for length in self.lengths if text[start : start + length] in self.tokens)
-            found += [(start, end) for end in ends][:1]
-        return found
+    def find(self, text: str) -> list[Span]:
+        """Each token in `text`; where several start at one place, the longest."""
+        starts = [match.start() for match in self.first.finditer(text)]
+        longest = {i: i + length for i in starts for length in self.lengths if text[i : i + length] in self.tokens}
+        return list(longest.items())
 
     def count(self, text: str) -> Counter[str]:
         return Counter(text[start:end] for start, end in self.find(text))
@@ -146,10 +142,10 @@ def _plain_parts(content, where: str, tokens: ControlTokens) -> list[dict]:
             raise ValueError(f"`{place}['text']` must be a string, got {_short(part.get('text'))}.")
         sources = {name: part[name] for name in SOURCES if name in part}
         for name, source in sources.items():
-            for text in source.values() if isinstance(source, Mapping) else [source]:
-                for token in tokens.count(text) if isinstance(text, str) else ():
-                    place = f"{place}[{name!r}]"
-                    raise ValueError(f"`{place}` says where a picture is with the control token {token!r}: rename it.")
+            texts = source.values() if isinstance(source, Mapping) else [source]
+            for token in tokens.count("\n".join(text for text in texts if isinstance(text, str))):
+                place = f"{place}[{name!r}]"
+                raise ValueError(f"`{place}` says where a picture is with the control token {token!r}: rename it.")
         others = {name: part[name] for name in part if name not in SOURCES}
         parts.append({**plain(others, place, tokens), **sources})
     # Templates may join texts without anything between them: "<ima", "ge>" becomes "< ima", "ge>".
@@ -170,7 +166,7 @@ def _short(value) -> str:
 
 
 class MarkedText(NamedTuple):
-    """A text of a chat in its prompt, from `start` to `end`, and the template's words before and behind it."""
+    """Where a text of a chat is in the prompt, and what the template wrote between it and its neighbours."""
 
     start: int
     end: int
@@ -193,14 +189,13 @@ def render_chat(messages: list[dict], render: Callable[..., str], tokens: Contro
     prompt = render(messages, **flags)
     texts = find_texts(prompt, messages, render, **flags)
     if texts is not None:
-        of_texts = _cover([(text.start, text.end) for text in texts], len(prompt))
+        of_texts = _cover([(text.start, text.end) for text in texts])
         made = [prompt[start:end] for start, end in tokens.find(prompt) if any(of_texts[start:end])]
     else:
         wordless = [_each_text(message, lambda text: _between_tags(text, lambda piece: "x")) for message in messages]
         made = tokens.count(prompt) - tokens.count(render(wordless, **flags))
     _refuse(made, "chat template")
-    if tokens.normalise is not None:
-        _refuse(tokens.count(tokens.normalise(prompt)) - tokens.count(prompt), "tokenizer's normaliser")
+    _refuse(tokens.count(tokens.normalise(prompt)) - tokens.count(prompt), "tokenizer's normaliser")
     if not any(message["role"] == "assistant" for message in messages):
         return ChatPrompt(prompt, [])
     if texts is None:
@@ -208,12 +203,15 @@ def render_chat(messages: list[dict], render: Callable[..., str], tokens: Contro
             "The chat template does not show which parts of the prompt the assistant wrote: the safety head reads all."
         )
         return ChatPrompt(prompt, None)
-    return ChatPrompt(prompt, _answers(texts, *_around_an_answer(render)))
+    answers = _answers(texts, *_around_an_answer(render))
+    if flags.get("continue_final_message") and texts and texts[-1].author == len(messages) - 1:
+        answers[-1] = (answers[-1][0], len(prompt))
+    return ChatPrompt(prompt, answers)
 
 
 def _refuse(made, maker: str):
     for token in made:
-        raise ValueError(f"The {maker} makes the control token {token!r} of texts in `messages`. Change them.")
+        raise ValueError(f"The {maker} makes the control token {token!r} of texts in `messages`. Change these texts.")
 
 
 def find_texts(prompt: str, messages: list[dict], render, **flags) -> list[MarkedText] | None:
@@ -275,7 +273,7 @@ class Marks:
         return list(map(MarkedText, ends[::2], ends[1::2], authors, words[::2], words[2::2]))
 
 
-def _answers(texts: list[MarkedText], header: str, lead: str, tail: str) -> list[tuple[int, int]]:
+def _answers(texts: list[MarkedText], header: str, lead: str, tail: str) -> list[Span]:
     """Each assistant message as one span, from after the `header`, or from the `lead`, up to and with the `tail`."""
     answers, last_author = [], None
     for start, end, author, before, after in texts:
@@ -294,14 +292,12 @@ def _answers(texts: list[MarkedText], header: str, lead: str, tail: str) -> list
 
 def _around_an_answer(render) -> tuple[str, str, str]:
     """
-    What the template writes around an answer: the header that ends its generation prompt, the lead between that and
-    the answer (white space, an empty thought), and the tail (the end of the turn).
+    What the template writes around an answer: the header (the end of its generation prompt), the lead between header
+    and answer (white space, an empty thought), and the tail (the end of the turn).
     """
     question, answer = (f"\ue000{secrets.randbelow(10**12):012}" for _ in range(2))
-    turns = [
-        {"role": "user", "content": [{"type": "text", "text": question}]},
-        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
-    ]
+    roles = {"user": question, "assistant": answer}
+    turns = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in roles.items()]
     try:
         asked, answered = render(turns[:1], add_generation_prompt=True), render(turns)
     except Exception:  # a template may insist on another form of chat
@@ -312,20 +308,17 @@ def _around_an_answer(render) -> tuple[str, str, str]:
     return (header.lstrip(), before.removeprefix(shared), tail) if found else ("", "", "")
 
 
-def answer_mask(
-    token_offsets: list[tuple[int, int]], replacements: list[dict], answers: list[tuple[int, int]]
-) -> list[int]:
+def answer_mask(token_offsets: list[Span], replacements: list[dict], answers: list[Span]) -> list[int]:
     """
     Which tokens of a prompt an assistant wrote: 1 for each token that overlaps one of `answers`, else 0.
 
     Args:
-        token_offsets (`list[tuple[int, int]]`): Start and end of each token in the text that was encoded.
+        token_offsets (`list[tuple[int, int]]`): Where each token is in the text that was encoded.
         replacements (`list[dict]`): What the base's processor put in place of each image token before encoding: the
             token's `"span"` in the rendered prompt, and the `"new_span"` of its replacement.
-        answers (`list[tuple[int, int]]`): Start and end of each answer in the rendered prompt.
+        answers (`list[tuple[int, int]]`): Where each answer is in the rendered prompt.
     """
-    ends = [end for _, end in [*answers, *(image["span"] for image in replacements)]]
-    of_answers = _cover(answers, max(ends, default=0))
+    of_answers = _cover(answers)
     for image in reversed(replacements):  # from the end, so that the other spans stay valid
         start, end = image["span"]
         new_start, new_end = image["new_span"]
@@ -333,9 +326,9 @@ def answer_mask(
     return [int(any(of_answers[start:end])) for start, end in token_offsets]
 
 
-def _cover(spans: list[tuple[int, int]], length: int) -> bytearray:
-    """1 for each of `length` characters that lies in one of `spans`, else 0."""
-    covered = bytearray(length)
+def _cover(spans: list[Span]) -> bytearray:
+    """1 for each character in one of `spans`, else 0; ends with the last span."""
+    covered = bytearray(max((end for _, end in spans), default=0))
     for start, end in spans:
         covered[start:end] = b"\1" * (end - start)
     return covered

@@ -245,7 +245,7 @@ class SafeVlmProcessor(ProcessorMixin):
         # Few tokenizers look for special tokens in the normalised text.
         normaliser = getattr(getattr(self.tokenizer, "backend_tokenizer", None), "normalizer", None)
         normalised = normaliser is not None and any(t.normalized for t in added if t.content in special)
-        return ControlTokens(special, normaliser.normalize_str if normalised else None)
+        return ControlTokens(special, normaliser.normalize_str if normalised else str)
 
 
 def _as_batch(conversation) -> tuple[list, bool]:

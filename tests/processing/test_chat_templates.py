@@ -136,6 +136,18 @@ def test_thoughts_belong_to_the_answer(template):
         assert "two" not in questions and "four" not in questions
 
 
+@pytest.mark.parametrize("template", THINKING.values(), ids=THINKING)
+@pytest.mark.parametrize("first", ["one", "<think>\nhmm\n</think>\n\none", "one <think>"])
+@pytest.mark.parametrize("last", ["two", "<think>\nhmm\n</think>\n\ntwo", "<think>hmm</think>"])
+def test_every_answer_keeps_its_tags_and_its_end_of_turn_whatever_the_others_look_like(template, first, last):
+    processor = with_template("qwen3_5", template)
+    messages = [turn("user", "1?"), turn("assistant", first), turn("user", "2?"), turn("assistant", last)]
+    prompt = processor.apply_chat_template(messages)
+    questions, answers = parts(prompt)
+    assert len(prompt.answers) == 2 and answers.count("<|im_end|>\n") == 2
+    assert "hmm" not in questions and "</think>" not in questions
+
+
 @pytest.mark.parametrize("thoughts", ["", "<think>hmm</think>\n"])
 def test_tags_at_an_answers_ends_belong_to_it(published, thoughts):
     messages = [

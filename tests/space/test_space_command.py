@@ -108,7 +108,7 @@ def started(monkeypatch):
 def test_it_runs_the_page_with_what_was_asked_for(started, saved_model, tmp_path, monkeypatch):
     (tmp_path / "mine.yaml").write_text("risk_threshold: 0.1\n")
     monkeypatch.chdir(saved_model.parent)
-    arguments = ["--model", "model", "--policies", f"strict,{tmp_path / 'mine.yaml'}", "--no-compare"]
+    arguments = ["--model", saved_model.name, "--policies", f"strict,{tmp_path / 'mine.yaml'}", "--no-compare"]
     assert main(["space", *arguments, "--port", "7999", "--title", "Ours"]) == 0
     (call,) = started
     assert call.command == [sys.executable, "app.py"] and "app.py" in call.files and "mine.yaml" in call.files

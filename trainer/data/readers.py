@@ -91,7 +91,9 @@ def iter_rows(
     options = replace(options or ReadOptions(), **changes)
     skipped = [] if skipped is None else skipped
     paths = [path] if isinstance(path, (str, os.PathLike)) else path
-    return itertools.chain.from_iterable([_iter_path(one, image_folder, options, streaming, skipped) for one in paths])
+    return itertools.chain.from_iterable(
+        [_iter_path(path, image_folder, options, streaming, skipped) for path in paths]
+    )
 
 
 def _iter_path(

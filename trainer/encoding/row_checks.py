@@ -7,6 +7,7 @@ from functools import lru_cache
 from PIL import Image
 from tqdm.auto import tqdm
 
+from safevlm.policy_texts import saved_token_ids
 from safevlm.trainer.data import SafetyRow, probe_image
 
 from .encoded_datasets import EncodedDataset
@@ -98,8 +99,7 @@ class LengthEstimate:
 
     def __init__(self, encoder: RowEncoder):
         self.processor = encoder.processor
-        texts = encoder.config.policy_token_ids.values()
-        self.longest_hint = max((len(text.split()) for text in texts), default=0)
+        self.longest_hint = max(map(len, saved_token_ids(encoder.config).values()), default=0)
         self.image_tokens = lru_cache(maxsize=None)(self._image_tokens)
 
     def may_exceed(self, example: SafetyRow, limit: int) -> bool:

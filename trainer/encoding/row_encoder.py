@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import torch
 
+from safevlm.policy_texts import saved_token_ids
 from safevlm.processing.chat_prompt import ChatPrompt
 from safevlm.prompt import hint_column
 from safevlm.safety_modules import IGNORE_INDEX
@@ -75,7 +76,7 @@ class RowEncoder:
             return None
         action = ACTIONS[self.actions[example.category, example.level]]
         text = self.policy.hint(action, self.labels.category_names[example.category])
-        return None if text is None else [int(i) for i in self.config.policy_token_ids[text].split()]
+        return None if text is None else saved_token_ids(self.config)[text]
 
     def _chance(self, index: int) -> bool:
         """True for a fixed `hint_probability` of all indices."""

@@ -8,6 +8,7 @@ from logging import getLogger
 import torch
 from jinja2 import TemplateError
 
+from safevlm.policy_texts import saved_token_ids
 from safevlm.processing.pictures import PictureError, load_picture
 from safevlm.safety_verdict import OFF, SafetyVerdict
 from safevlm.trainer.asking import encode_chats
@@ -47,8 +48,8 @@ class Answering:
         text_config = model.config.get_text_config()
         self.vocab_size = text_config.vocab_size
         # `generate` adds one of the policy's hints to the prompt, which needs room, too.
-        hints = (len(ids.split()) for ids in model.config.policy_token_ids.values())
-        self.max_tokens = getattr(text_config, "max_position_embeddings", DEFAULT_CONTEXT) - max(hints, default=0)
+        longest_hint = max(map(len, saved_token_ids(model.config).values()), default=0)
+        self.max_tokens = getattr(text_config, "max_position_embeddings", DEFAULT_CONTEXT) - longest_hint
         self.max_characters = self.max_tokens * max(map(len, processor.tokenizer.get_vocab()))
         self.end_token_ids = frozenset(torch.as_tensor(model.generation_config.eos_token_id).flatten().tolist())
 

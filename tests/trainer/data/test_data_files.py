@@ -13,7 +13,7 @@ def record(number, **changes):
 
 
 def lines(*records):
-    return [json.dumps(one).encode() for one in records]
+    return [json.dumps(record).encode() for record in records]
 
 
 @pytest.fixture

@@ -108,7 +108,7 @@ def test_every_row_is_chosen_or_counted(build, root):
     lines = (root / "risky.jsonl").read_text()
     bad = [record("gone", "gone.png", 1, 3), record("label", "0.png", 77, 3), record("copy", "1.jpg", 1, 3)]
     bad += [record("clash", "2.png", 4, 2), record("leak", "23.jpg", 1, 1, "Other?")]
-    (root / "risky.jsonl").write_text(lines + "".join(json.dumps(one) + "\n" for one in bad))
+    (root / "risky.jsonl").write_text(lines + "".join(json.dumps(record) + "\n" for record in bad))
     against = [{"path": "test.jsonl", "images": "images"}]
     unlabelled = {**CLEAN, "name": "raw", "assume_safe": False}
     manifest, rows = build(sources=[RISKY, CLEAN, unlabelled], against=against, balance=False)
@@ -126,7 +126,7 @@ def test_what_was_dropped_is_listed_with_the_reason(build, root, tmp_path):
     )
     manifest, _ = build(against=[{"path": "test.jsonl", "images": "images"}], balance=False)
     dropped = [json.loads(line) for line in (tmp_path / "out/dropped.jsonl").read_text().splitlines()]
-    assert [(one["row_id"], one["reason"]) for one in dropped] == [("risky/c", "leak"), ("risky/b", "duplicate")]
+    assert [(entry["row_id"], entry["reason"]) for entry in dropped] == [("risky/c", "leak"), ("risky/b", "duplicate")]
     assert dropped[0]["detail"] == "has a near duplicate of an image of test row t0"
     assert dropped[1]["detail"] == "says the same as row risky/a"
     assert manifest["dropped"]["rows"] == 2
@@ -235,7 +235,7 @@ def test_two_processes_with_other_hash_seeds_and_file_order_write_the_same_bytes
 
 def test_another_seed_draws_other_rows(build):
     chosen = [ids(build(f"out{seed}", seed=seed)[1]) for seed in range(4)]
-    assert len({tuple(one) for one in chosen}) > 1
+    assert len({tuple(names) for names in chosen}) > 1
 
 
 def test_the_same_recipe_replaces_its_result_and_another_is_refused(build, root, tmp_path):

@@ -11,17 +11,17 @@ from PIL import Image
 from safevlm.trainer.data import DataError, SafetyRow, balance, split_holdout
 
 
-def row(number, category=6, images=()):
+def make_row(number, category=6, images=()):
     content = [{"type": "image"}] * len(images) + [{"type": "text", "text": "Hi"}]
     return SafetyRow(str(number), images, [{"role": "user", "content": content}], category)
 
 
 def counts(rows):
-    return Counter(example.category for example in rows)
+    return Counter(row.category for row in rows)
 
 
 CATEGORIES = [0] * 5 + [1] * 9 + [2] * 7 + [6] * 40
-MIXED = [row(number, category) for number, category in enumerate(CATEGORIES)]
+MIXED = [make_row(number, category) for number, category in enumerate(CATEGORIES)]
 
 
 def test_balance_defaults_to_the_smallest_risk_category_and_as_many_clean_rows():
@@ -31,7 +31,7 @@ def test_balance_defaults_to_the_smallest_risk_category_and_as_many_clean_rows()
 def test_balance_takes_the_counts_asked_for_without_repeats_in_file_order():
     chosen = balance(MIXED, per_category=3, clean=20)
     assert counts(chosen) == {0: 3, 1: 3, 2: 3, 6: 20}
-    numbers = [int(example.row_id) for example in chosen]
+    numbers = [int(row.row_id) for row in chosen]
     assert numbers == sorted(set(numbers))
 
 
@@ -46,8 +46,8 @@ def test_balance_depends_on_the_seed_alone():
         (MIXED, {"clean": 41}, "asked for 41 rows of category 'safe', which has 40; lower `clean`"),
         (MIXED, {"clean": -1}, "asked for -1"),
         (MIXED[-3:], {}, "no risky row among 3"),
-        ([row(0, None)], {}, "assume_safe=True"),
-        ([row(0, 9)], {}, "needs 0 to 6"),
+        ([make_row(0, None)], {}, "assume_safe=True"),
+        ([make_row(0, 9)], {}, "needs 0 to 6"),
     ],
 )
 def test_balance_never_gives_less_than_asked(rows, options, reason):
@@ -73,27 +73,29 @@ def test_holdout_depends_on_the_seed_alone():
     st.integers(0, 5),
 )
 def test_rows_sharing_an_image_stay_on_one_side(plan, fraction, seed):
-    rows = [row(n, category, tuple(f"{i}.png" for i in sorted(images))) for n, (category, images) in enumerate(plan)]
+    rows = [
+        make_row(n, category, tuple(f"{i}.png" for i in sorted(images))) for n, (category, images) in enumerate(plan)
+    ]
     try:
         rest, held_out = split_holdout(rows, fraction, seed)
     except DataError as error:
         assert "cannot hold out" in str(error)
         return
-    assert sorted(int(example.row_id) for example in rest + held_out) == list(range(len(rows)))
-    sides = [{image for example in side for image in example.images} for side in (rest, held_out)]
+    assert sorted(int(row.row_id) for row in rest + held_out) == list(range(len(rows)))
+    sides = [{image for row in side for image in row.images} for side in (rest, held_out)]
     assert not sides[0] & sides[1]
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.sampled_from([None, 0, 1, 2, 6]), min_size=20, max_size=60), st.floats(0.1, 0.9))
 def test_holdout_of_unshared_rows_has_the_size_asked_for(categories, fraction):
-    rows = [row(number, category) for number, category in enumerate(categories)]
+    rows = [make_row(number, category) for number, category in enumerate(categories)]
     _, held_out = split_holdout(rows, fraction)
     assert abs(len(held_out) - fraction * len(rows)) <= 1
 
 
 def test_holdout_counts_rows_not_groups():
-    rows = [row(number, 6, (f"{number // 5}.png",)) for number in range(100)]
+    rows = [make_row(number, 6, (f"{number // 5}.png",)) for number in range(100)]
     assert len(split_holdout(rows, 0.2)[1]) == 20
 
 
@@ -104,8 +106,8 @@ def test_the_same_picture_is_found_under_other_spellings_and_in_memory(tmp_path)
     red, again, blue = (Image.new("RGB", (2, 2), colour) for colour in ("red", "red", "blue"))
     for same in (paths, [(red,), (again,)], [(b"1",), (b"1",)]):
         with pytest.raises(DataError, match=r"1 group\(s\)"):
-            split_holdout([row(number, 6, images) for number, images in enumerate(same)], 0.5)
-    assert len(split_holdout([row(0, 6, (red,)), row(1, 6, (blue,))], 0.5)[1]) == 1
+            split_holdout([make_row(number, 6, images) for number, images in enumerate(same)], 0.5)
+    assert len(split_holdout([make_row(0, 6, (red,)), make_row(1, 6, (blue,))], 0.5)[1]) == 1
 
 
 @pytest.mark.parametrize("fraction", [0, 1, -0.1, 1.5, float("nan")])

@@ -55,8 +55,8 @@ def test_own_labels_are_read_by_name_and_index():
 
 def test_labels_of_tables_and_tensors_are_read():
     record = {"messages": [{"role": "user", "content": "Hi"}]}
-    for one in (1.0, np.int64(1), np.float32(1), np.array(1), torch.tensor(1)):
-        row = row_from_record({**record, "category": one, "level": float("nan")})
+    for label in (1.0, np.int64(1), np.float32(1), np.array(1), torch.tensor(1)):
+        row = row_from_record({**record, "category": label, "level": float("nan")})
         assert (row.category, row.level) == (1, None)
     with pytest.raises(DataError, match="unknown category 1.5"):
         row_from_record({**record, "category": 1.5})
