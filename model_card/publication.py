@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 
-import yaml
-
 from safevlm.adapter_files import ADAPTER_WEIGHTS, LORA_CONFIG, LORA_WEIGHTS
 from safevlm.files import read_json
+from safevlm.policy_file import policy_yaml
 from safevlm.safety_policy import SafetyPolicy
 
 from .card import CARD, can_be_regenerated, is_adapter, is_valid_repo_id, read_card, render_card
@@ -147,8 +146,7 @@ def _config(config: dict, adapter: bool) -> bytes | None:
 
 def _policy(config: dict) -> bytes:
     """The policy in force, for people to read and diff. The model itself reads it from its configuration."""
-    policy = SafetyPolicy.from_value(config["safety_policy"]).to_dict()
-    return yaml.safe_dump(policy, sort_keys=False, allow_unicode=True).encode()
+    return policy_yaml(SafetyPolicy.from_value(config["safety_policy"])).encode()
 
 
 def _check_texts(files: dict[str, Path | bytes]):

@@ -12,7 +12,12 @@ from .safety_policy import SafetyPolicy
 def write_policy(policy: SafetyPolicy, path: str | Path):
     """Writes the policy as YAML (`.yaml`, `.yml`) or JSON (any other ending)."""
     if str(path).endswith((".yaml", ".yml")):
-        text = yaml.safe_dump(policy.to_dict(), sort_keys=False, allow_unicode=True)
+        text = policy_yaml(policy)
     else:
         text = json.dumps(policy.to_dict(), indent=2, ensure_ascii=False) + "\n"
     replace_text(path, text)
+
+
+def policy_yaml(policy: SafetyPolicy) -> str:
+    """The policy as YAML."""
+    return yaml.safe_dump(policy.to_dict(), sort_keys=False, allow_unicode=True)

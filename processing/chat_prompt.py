@@ -203,10 +203,7 @@ def render_chat(messages: list[dict], render: Callable[..., str], tokens: Contro
             "The chat template does not show which parts of the prompt the assistant wrote: the safety head reads all."
         )
         return ChatPrompt(prompt, None)
-    answers = _answers(texts, *_around_an_answer(render))
-    if flags.get("continue_final_message") and texts and texts[-1].author == len(messages) - 1:
-        answers[-1] = (answers[-1][0], len(prompt))
-    return ChatPrompt(prompt, answers)
+    return ChatPrompt(prompt, _answers(texts, *_around_an_answer(render)))
 
 
 def _refuse(made, maker: str):
@@ -284,8 +281,10 @@ def _answers(texts: list[MarkedText], header: str, lead: str, tail: str) -> list
                 start -= len(before.rpartition(header)[2])
             elif before.endswith(lead):
                 start -= len(lead)
-            end += after.index(tail) + len(tail) if tail in after else len(commonprefix([after, tail]))
-            answers.append((start, end))
+            rest = after.partition(tail)[0] if tail else ""
+            if not TAGS.sub("", rest).strip():  # white space and tags at the answer's end
+                end, after = end + len(rest), after.removeprefix(rest)
+            answers.append((start, end + len(commonprefix([after, tail]))))
         last_author = author
     return answers
 

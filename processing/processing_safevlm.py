@@ -16,7 +16,7 @@ from transformers.utils.versions import require_version
 from .chat_prompt import ChatPrompt, ControlTokens, answer_mask, checked_text, plain, plain_messages, render_chat
 from .pictures import find_picture, load_picture
 
-# As in configuration_safevlm.py, which lies in another package: whoever loads the processor alone needs it, too.
+# As in configuration_safevlm.py, which is in another package, for programs that load only the processor.
 REQUIRED = "transformers>=5.23.dev0,<5.24.dev0"
 _FIX = REQUIRED.replace(".dev0", "")
 require_version(REQUIRED, f"This SafeVLM needs it: pip install --upgrade '{_FIX}' (and restart Python).")

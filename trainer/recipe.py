@@ -11,10 +11,9 @@ import yaml
 
 from safevlm.from_base import SAFETY_FIELDS
 
-from .settings import load_settings
+from .settings import RECIPES, load_settings
 from .stage.training_args import STAGES, SafeVlmTrainingArguments
 
-RECIPES = Path(__file__).parent / "recipes"
 NUMBERS = (int, float, int | None, float | None)
 
 

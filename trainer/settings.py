@@ -8,6 +8,8 @@ import yaml
 
 from safevlm.files import replace_json
 
+RECIPES = Path(__file__).parent / "recipes"  # the shipped ones
+
 
 def check_settings(path: Path, settings: dict, message: str, write: bool = True) -> None:
     """

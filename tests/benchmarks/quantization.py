@@ -20,7 +20,7 @@ from transformers import BitsAndBytesConfig
 
 from safevlm import SafeVlmForConditionalGeneration, SafeVlmProcessor
 from safevlm.trainer.asking import encode_chats, question_chat
-from safevlm.trainer.demo.world import make_examples
+from safevlm.trainer.demo.picture_world.examples import make_examples
 from safevlm.trainer.evaluation import head_metrics
 
 PRECISIONS = {

@@ -8,7 +8,6 @@ sys.path.insert(0, str(Path(__file__).parent))  # for `loopback`
 
 import pytest
 from loopback import taken_for_the_hub
-from tiny import safe_model, tiny_llava
 
 from safevlm.model_card import write_card
 
@@ -30,8 +29,9 @@ def waits(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def pushed_model(processor):
-    return safe_model(tiny_llava(), processor)
+def pushed_model(model, model_folders):
+    """The model that `model_folders` saved as `safe`; saving notes its architecture in its configuration."""
+    return model
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,12 @@
 
 import ast
 import importlib.metadata
+import io
 import json
 import re
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -173,3 +175,58 @@ def test_packages_beside_torch_and_transformers_come_with_transformers():
 def test_no_two_files_of_remote_code_have_the_same_name():
     names = [path.name for path in REMOTE_CODE]
     assert len(names) == len(set(names))
+
+
+# -- the size of that code: a reviewer reads all of it ---------------------------------------------------------------
+
+# Bars, not goals: whoever raises one says in the CHANGELOG what it pays for.
+MAX_FILES, MAX_LINES, MAX_CODE_LINES = 19, 4400, 2700
+# The five files that decide what a model answers, in the order to read them (modeling_safevlm/README.md).
+REVIEWERS_PATH = (
+    *("safety_modules.py", "safety_verdict.py", "safety_policy.py"),
+    *("modeling_safevlm.py", "generation_safevlm.py"),
+)
+MAX_PATH_LINES = 1650
+
+
+NOT_CODE = {
+    *(tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE),
+    *(tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER),
+}
+
+
+def num_code_lines(code: str) -> int:
+    """Lines of code, without docstrings, comments and blank lines."""
+    documented, lines = set(), set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            documented.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    for token in tokenize.generate_tokens(io.StringIO(code).readline):
+        if token.type not in NOT_CODE:
+            lines.update(range(token.start[0], token.end[0] + 1))
+    return len(lines - documented)
+
+
+def test_lines_of_code_are_counted_without_docstrings_comments_and_blank_lines():
+    code = '"""Two\nlines."""\n\n# why\nx = (\n    1,\n)\n\n\ndef f():\n    """Doc."""\n    return x  # here\n'
+    assert num_code_lines(code) == 5
+
+
+def test_remote_code_stays_small_enough_to_review():
+    texts = [path.read_text(encoding="utf-8") for path in REMOTE_CODE]
+    assert len(REMOTE_CODE) <= MAX_FILES, [path.name for path in REMOTE_CODE]
+    assert sum(text.count("\n") for text in texts) <= MAX_LINES
+    assert sum(map(num_code_lines, texts)) <= MAX_CODE_LINES
+
+
+def test_the_reviewers_path_is_five_files_and_the_readme_names_them():
+    folder = Path(safevlm.__file__).parent
+    assert sum((folder / name).read_text(encoding="utf-8").count("\n") for name in REVIEWERS_PATH) <= MAX_PATH_LINES
+    readme = (folder / "README.md").read_text(encoding="utf-8")
+    names = [name for name in re.findall(r"^\d\. `(\w+\.py)`", readme, re.MULTILINE)]
+    assert names == list(REVIEWERS_PATH)
+
+
+def test_the_readme_names_every_file_of_remote_code():
+    readme = (Path(safevlm.__file__).parent / "README.md").read_text(encoding="utf-8")
+    assert [path.name for path in REMOTE_CODE if f"`{path.name}`" not in readme] == []

@@ -382,7 +382,7 @@ def test_a_continued_answer_ends_the_prompt(published):
     assert prompt[start:end].strip().endswith("Sure,") and end == len(prompt) and "one?" not in prompt[start:end]
 
 
-def test_a_template_that_hides_its_answers_is_told_once(monkeypatch):
+def test_a_template_that_hides_its_answers_gets_one_warning(monkeypatch):
     from safevlm.processing import chat_prompt
 
     warnings = []

@@ -89,7 +89,7 @@ def _unpacked(source: ImageSource) -> ImageSource:
 
 
 def image_key(image: ImageSource) -> str:
-    """The same key for the same file or the same content in memory. Copies of a file under two names are not found."""
+    """A key that paths of the same file share, or equal images in memory. A copy of a file has a key of its own."""
     if isinstance(image, Image.Image):
         return hashlib.sha256(repr((image.mode, image.size)).encode() + image.tobytes()).hexdigest()
     if isinstance(image, bytes):
@@ -98,7 +98,7 @@ def image_key(image: ImageSource) -> str:
 
 
 def image_file(image: ImageSource) -> bytes | None:
-    """The bytes of an image's file, wherever it lies, `None` for an image in memory; `load_image` has accepted it."""
+    """The bytes of an image's file; `None` for an image in memory. `load_image` must have accepted the image."""
     if isinstance(image, Image.Image):
         return None
     if isinstance(image, ArchivedImage):

@@ -13,10 +13,10 @@ import yaml
 
 from safevlm.files import is_hub_id
 from safevlm.safety_labels import PAPER_LABELS, SafetyLabels
+from safevlm.trainer.settings import RECIPES
 
 from .errors import DataError, short
 
-RECIPES = Path(__file__).parents[1] / "recipes"
 _NAMES = tuple(field.name for field in fields(SafetyLabels))
 
 

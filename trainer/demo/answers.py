@@ -5,8 +5,8 @@ from typing import Literal
 from safevlm.safety_policy import SafetyPolicy
 from safevlm.trainer.data import SafetyRow
 
-from .scene import SAFE
-from .world import CATEGORY_NAMES, LEVEL_NAMES, Example
+from .picture_world.examples import CATEGORY_NAMES, LEVEL_NAMES, Example
+from .picture_world.scene import SAFE
 
 Reaction = Literal["refusal", "warning", "caution", "compliance", "answer"]
 

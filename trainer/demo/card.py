@@ -34,7 +34,7 @@ def write_demo_card(output_dir: Path, results: dict, recipe: Recipe, rows: list[
         output_dir (`Path`): The demo's, with `base/`, `model/`, `training/` and `sheet.png`.
         results (`dict`): As in `results.json`.
         rows (`list[SafetyRow]`): All training rows.
-        policy (`dict`): The one that the model was tested under.
+        policy (`dict`): The policy that the model was tested under.
     """
     model_dir = output_dir / "model"
     command = f"safevlm demo --seed {results['seed']}{' --fast' if fast else ''}"

@@ -7,7 +7,7 @@ from safevlm.trainer.asking import ask, question_chat
 from safevlm.trainer.evaluation import head_metrics
 
 from .answers import reaction
-from .world import CATEGORY_NAMES, LEVEL_NAMES, Example
+from .picture_world.examples import CATEGORY_NAMES, LEVEL_NAMES, Example
 
 
 @dataclass

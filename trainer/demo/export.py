@@ -8,7 +8,7 @@ from safevlm import SafetyPolicy
 from safevlm.trainer.data import write_safevlm_jsonl
 
 from .answers import to_row
-from .world import make_examples
+from .picture_world.examples import make_examples
 
 DEV_SEED_OFFSET = 9_000_011  # a random stream of its own, apart from the dev scenes that choices were made on
 

@@ -25,13 +25,13 @@ from safevlm.trainer.recipe import Recipe, StageFolder
 from safevlm.trainer.schedule import check_same_run, run_schedule
 
 from .answers import instructions, to_row
-from .base import build_base
+from .base.build import build_base
 from .card import write_demo_card
 from .evaluation import Record, ask_all, summarise
 from .export import write_dev_rows
 from .fresh_process import pair_requests, use_in_fresh_process
+from .picture_world.examples import Example, make_examples
 from .sheet import draw_sheet
-from .world import Example, make_examples
 
 # Test scenes come from a random stream of their own, apart from the dev scenes that choices are made on.
 TEST_SEED_OFFSET = 7_000_003

@@ -4,7 +4,7 @@ import textwrap
 from pathlib import Path
 
 from .evaluation import Record
-from .world import LEVEL_NAMES
+from .picture_world.examples import LEVEL_NAMES
 
 KINDS = ("clean", "lookalike", "risky_sounding", "risky", "pair_benign", "pair_risky")
 TITLES = {

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from safevlm.trainer.data import (
     DataError,
     ImageError,
+    ReadOptions,
     RowFormat,
     Rows,
     SafetyLabels,
@@ -269,6 +270,24 @@ def test_bad_lines_are_named_and_good_ones_kept(tmp_path):
     assert [row_id for row_id, _ in rows.skipped] == [f"rows.jsonl:{line}" for line in (3, 4, 5, 6)]
     with pytest.raises(DataError, match="line 3: invalid JSON"):
         read_rows(path)
+
+
+def test_several_paths_are_read_in_order_each_in_its_own_format(write, tmp_path, image_folder, safevlm_record):
+    first = write([safevlm_record(id="1"), safevlm_record(id="2", safe_type=17)])
+    second = write([{"id": "3", "conversations": dialogue("Hi", "Yes")}], as_list=True)
+    rows = read_rows([first, second], image_folder, on_error="skip")
+    assert [row.row_id for row in rows] == ["1", "3"]
+    assert [row_id for row_id, _ in rows.skipped] == ["2"]
+
+
+def test_single_options_go_before_those_of_the_options_object(write, image_folder, safevlm_record):
+    path = write([safevlm_record(id="1"), safevlm_record(id="2", image="broken.png")])
+    options = ReadOptions(check_images="none", source="mine")
+    assert [row.source for row in read_rows(path, image_folder, options)] == ["mine", "mine"]
+    with pytest.raises(ImageError, match="broken.png"):
+        read_rows(path, image_folder, options, check_images="full")
+    with pytest.raises(TypeError, match="'colour'"):
+        read_rows(path, image_folder, colour="red")
 
 
 def test_format_is_recognised_from_the_content(write, safevlm_record):

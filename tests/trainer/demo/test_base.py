@@ -5,12 +5,18 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaProcessor, pipeline
 
-from safevlm.trainer.demo.base import SPARE_ROWS, BaseRecipe, build_base, make_config
-from safevlm.trainer.demo.packing import Packer
-from safevlm.trainer.demo.scene import make_scenes
-from safevlm.trainer.demo.tokenization import CHAT_TEMPLATE, answer_text, make_processor, prompt_text, train_tokenizer
-from safevlm.trainer.demo.tower import to_pixel_values
-from safevlm.trainer.demo.world import make_examples, render
+from safevlm.trainer.demo.base.build import SPARE_ROWS, BaseRecipe, build_base, make_config
+from safevlm.trainer.demo.base.packing import Packer
+from safevlm.trainer.demo.base.tokenization import (
+    CHAT_TEMPLATE,
+    answer_text,
+    make_processor,
+    prompt_text,
+    train_tokenizer,
+)
+from safevlm.trainer.demo.base.tower import to_pixel_values
+from safevlm.trainer.demo.picture_world.examples import make_examples, render
+from safevlm.trainer.demo.picture_world.scene import make_scenes
 
 INSTRUCTIONS = [
     ("Note: you must refuse.", "I can't help with this request."),

@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 from tiny import picture
 
+from safevlm.trainer.demo.picture_world.examples import LEVEL_NAMES
 from safevlm.trainer.demo.sheet import KINDS, choose, draw_sheet, make_sheet
-from safevlm.trainer.demo.world import LEVEL_NAMES
 
 ORDINARY = ("clean", "lookalike", "risky_sounding")
 

@@ -6,10 +6,19 @@ import re
 import numpy as np
 import pytest
 
-from safevlm.trainer.demo.glyphs import CELL, COLOURS, KINDS, SIGN_NAMES, shape_tile, sign_tile, tiles
-from safevlm.trainer.demo.questions import BACKGROUND_NAMES, NUMBERS
-from safevlm.trainer.demo.scene import BACKGROUNDS, GRID, SAFE, Scene, Shape, Sign, make_scenes, patch_labels
-from safevlm.trainer.demo.world import CATEGORY_NAMES, make_examples, render
+from safevlm.trainer.demo.picture_world.examples import CATEGORY_NAMES, make_examples, render
+from safevlm.trainer.demo.picture_world.glyphs import CELL, COLOURS, KINDS, SIGN_NAMES, shape_tile, sign_tile, tiles
+from safevlm.trainer.demo.picture_world.questions import BACKGROUND_NAMES, NUMBERS
+from safevlm.trainer.demo.picture_world.scene import (
+    BACKGROUNDS,
+    GRID,
+    SAFE,
+    Scene,
+    Shape,
+    Sign,
+    make_scenes,
+    patch_labels,
+)
 
 
 @pytest.fixture(scope="module")

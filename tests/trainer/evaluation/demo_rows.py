@@ -10,7 +10,7 @@ from pathlib import Path
 from safevlm.safety_policy import SafetyPolicy
 from safevlm.trainer.data import write_safevlm_jsonl
 from safevlm.trainer.demo.answers import to_row
-from safevlm.trainer.demo.world import make_examples
+from safevlm.trainer.demo.picture_world.examples import make_examples
 
 LOOKALIKES = ("lookalike", "risky_sounding")
 

@@ -88,7 +88,7 @@ def _json_mapping(open_file: Callable[[], BinaryIO], name: Path) -> Iterator[Ite
     """The records of `{"0": {...}, "1": {...}}` with their keys as `id`; `None` if the file is JSONL."""
     with open_file() as stream:
         line = stream.readline(_MAX_MAPPING_BYTES).removeprefix(b"\xef\xbb\xbf")
-        while not line.strip():  # ends: the file has a {
+        while not line.strip():  # terminates: the file starts with a {
             line = stream.readline(_MAX_MAPPING_BYTES)
         try:
             content = _decode_json(line)

@@ -46,4 +46,4 @@ def flat_formats() -> dict[str, RowFormat]:
     return {taxonomy.name: RowFormat(taxonomy.recognises, _parse) for taxonomy in flat}
 
 
-FLAT = RowFormat(lambda record: False, _parse)  # never recognised: the taxonomy that names the fields asks for it
+FLAT = RowFormat(lambda record: False, _parse)  # for a user's taxonomy that names the fields

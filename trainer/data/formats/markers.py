@@ -30,8 +30,8 @@ def place_images(
         turns (`Sequence[tuple[str, str]]`): Role and text of each turn.
         num_images (`int`): How many images the row has.
         field (`str`): The field that holds them, in errors.
-        one_marker_for_all (`bool`): Whether a single marker stands for all images, and none for all of them in front
-            of the first question. Otherwise a single image needs no marker, as in LLaVA.
+        one_marker_for_all (`bool`): Whether a single marker stands for all images; without any marker they go before
+            the first question. Otherwise only a single image may lack its marker, as in LLaVA.
 
     Raises:
         `DataError`: The numbers of images and markers differ, or a user turn has a marker that no image belongs to.

@@ -47,7 +47,7 @@ def _question_field(record: dict) -> tuple[str, int | None]:
 
 
 def _single(record: dict, index: int, num_questions: int | None) -> dict:
-    """The record of one question: of each list as long as that of the questions, it has one entry."""
+    """The record of one question, with one entry of each list that is as long as the list of questions."""
     return {
         key: value[index] if isinstance(value, list) and len(value) == num_questions else value
         for key, value in record.items()

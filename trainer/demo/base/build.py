@@ -30,16 +30,16 @@ from transformers import (
 )
 
 from safevlm.trainer.asking import ask, question_chat
+from safevlm.trainer.demo.picture_world.examples import Example, make_examples, render
+from safevlm.trainer.demo.picture_world.glyphs import CELL
+from safevlm.trainer.demo.picture_world.questions import ask_ordinary, ask_risky
+from safevlm.trainer.demo.picture_world.scene import GRID, Scene, make_scenes
 
-from .base_recipe import FAST, FULL, BaseRecipe
-from .glyphs import CELL
 from .language_model import train_language_model
 from .packing import Instruction
-from .questions import ask_ordinary, ask_risky
-from .scene import GRID, Scene, make_scenes
+from .recipe import FAST, FULL, BaseRecipe
 from .tokenization import answer_text, make_processor, prompt_text, train_tokenizer
 from .tower import patch_features, train_tower
-from .world import Example, make_examples, render
 
 logger = logging.getLogger(__name__)
 

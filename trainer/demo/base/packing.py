@@ -6,9 +6,10 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from .base_recipe import BaseRecipe
-from .questions import ask_ordinary, ask_risky
-from .scene import GRID, Scene
+from safevlm.trainer.demo.picture_world.questions import ask_ordinary, ask_risky
+from safevlm.trainer.demo.picture_world.scene import GRID, Scene
+
+from .recipe import BaseRecipe
 from .tokenization import answer_text, prompt_text
 
 Instruction = tuple[str, str]  # a text put after the question, and the answer that follows it

@@ -8,10 +8,11 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from .base_recipe import BaseRecipe
+from safevlm.trainer.demo.picture_world.scene import Scene
+
 from .optimization import Muon, Optimizers, adamw
 from .packing import Instruction, Packer
-from .scene import Scene
+from .recipe import BaseRecipe
 from .tower import epochs
 
 

@@ -15,10 +15,11 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import CLIPVisionModel
 
-from .base_recipe import BaseRecipe
-from .glyphs import COLOURS, KINDS, SIGN_NAMES
+from safevlm.trainer.demo.picture_world.glyphs import COLOURS, KINDS, SIGN_NAMES
+from safevlm.trainer.demo.picture_world.scene import BACKGROUNDS, Scene, patch_labels
+
 from .optimization import Optimizers, adamw
-from .scene import BACKGROUNDS, Scene, patch_labels
+from .recipe import BaseRecipe
 
 
 def to_pixel_values(pixels: np.ndarray) -> torch.Tensor:

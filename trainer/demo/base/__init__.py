@@ -1,0 +1,1 @@
+"""The demo's base: a tiny LLaVA, trained on the spot."""

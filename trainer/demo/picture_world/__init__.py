@@ -1,0 +1,1 @@
+"""The picture world: its scenes, pictures, questions and risk labels."""
