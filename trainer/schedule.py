@@ -89,7 +89,7 @@ def _check_all_stages(model, processor, train_rows, eval_rows, recipe: Recipe, f
     for folder, arguments in zip(folders, recipe.stages, strict=True):
         arguments = {**arguments, "output_dir": str(folder.path.parent)}
         # The rows of the first stage that trains are checked by its trainer.
-        check_stage(model, processor, train_rows, eval_rows, arguments, check_rows=trains_before)
+        check_stage(model, processor, train_rows, eval_rows, arguments, trains_before)
         trains_before |= not folder.model.is_dir()
 
 
