@@ -50,8 +50,6 @@ def resharded(folder: Path, names: list[str], max_shard_size: str | int, scratch
         max_shard_size (`str` or `int`): Such as `"5GB"`, or a number of bytes.
         scratch (`Path`): Folder for the shards.
     """
-    from safetensors.torch import save_file  # loads torch, which checking does not need
-
     limit = _bytes(max_shard_size)
     if all((folder / name).stat().st_size <= limit + _header(folder / name)[0] for name in names):
         return {name: folder / name for name in (*names, *([INDEX] if (folder / INDEX).is_file() else []))}
@@ -63,6 +61,8 @@ def resharded(folder: Path, names: list[str], max_shard_size: str | int, scratch
         max_shard_size=limit,
     )
     paths = {}
+    from safetensors.torch import save_file  # loads torch, which checking does not need
+
     for shard, keys in plan.filename_to_tensors.items():
         tensors = {}
         for name in sorted({file_of[key] for key in keys}):

@@ -1,4 +1,4 @@
-"""The `safevlm` command. What each sub-command does is in `commands/`.
+"""The `safevlm` command. Its sub-commands are in `commands/`.
 
 Nothing heavy is imported before a command needs it: help, `--version` and wrong arguments are answered at once. What
 goes wrong later ends here, too, as one line.
@@ -20,24 +20,24 @@ from safevlm import __version__
 from .commands import ask, calibrate, code, data, demo, evaluate, push, serve, space, train
 from .commands.progress_bars import plain_progress
 
-# They say what is wrong in the user's words, or name the file. Anything else is named by its type, too.
+# Errors whose message is clear by itself. Of all others the type is shown, too.
 CLEAR = (ValueError, OSError, ImportError, yaml.YAMLError)
 LONGEST_MESSAGE = 2000
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command; returns the exit code. What goes wrong is one line, without a traceback unless `--verbose`."""
+    """Runs a command and returns the exit code. An error is one line, with a traceback only under `--verbose`."""
     args = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(levelname)s: %(message)s")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     plain_progress()
     try:
-        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # until here it ended the process
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # until here it ended the process silently
             signal.signal(signal.SIGINT, signal.default_int_handler)
         code = args.run(args) or 0
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # who read the output, `head` for example, has what they wanted
+    except BrokenPipeError:  # the reader of the output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (Exception, KeyboardInterrupt) as error:
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _explain(error: BaseException) -> str:
-    """What went wrong, in one line."""
+    """An error in one line."""
     if _interrupted(error):
         return "Interrupted; repeat the command to resume."
     message = textwrap.shorten(str(error), LONGEST_MESSAGE)
@@ -58,14 +58,14 @@ def _explain(error: BaseException) -> str:
 
 
 def _interrupted(error: BaseException | None) -> bool:
-    """Whether Ctrl-C is behind it: interrupted imports end in errors of other kinds."""
+    """Whether Ctrl-C is the cause: an interrupted import ends in an error of another kind."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error is not None
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that suggests what a misspelt command or choice may have meant, as Python 3.14's can."""
+    """A parser that suggests a correction for a misspelt command or choice, as Python 3.14's can."""
 
     def error(self, message: str):
         choice = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)

@@ -49,8 +49,9 @@ class StageFolder:
     @classmethod
     def find(cls, output_dir: str | os.PathLike) -> "list[StageFolder]":
         """The stages that a run left in `output_dir`, in order."""
-        found = [path.name.split("-", 1) for stage in STAGES for path in Path(output_dir).glob(f"[0-9]*-{stage}")]
-        return sorted((cls(Path(output_dir), int(number), stage) for number, stage in found), key=lambda f: f.number)
+        names = [path.name.split("-", 1) for stage in STAGES for path in Path(output_dir).glob(f"[0-9]*-{stage}")]
+        folders = [cls(Path(output_dir), int(number), stage) for number, stage in names]
+        return sorted(folders, key=lambda folder: folder.number)
 
 
 @dataclass(frozen=True)

@@ -169,7 +169,7 @@ def evaluate_head(model, processor, rows, folder: Path, arguments: dict) -> dict
 
     Args:
         folder (`Path`): For the trainer; nothing is written.
-        arguments (`dict`): Training arguments, of which those that matter for evaluation are used.
+        arguments (`dict`): Training arguments. Only those that matter for evaluation are used.
     """
     used = ("use_cpu", "seed", "per_device_eval_batch_size", "max_length")
     args = SafeVlmTrainingArguments(

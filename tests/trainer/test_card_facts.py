@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import yaml
-from tiny import SIZES, chat, picture, safe_model, tiny_llava, tiny_processor, write_rows
+from tiny import SIZES, chat, picture, safe_model, tiny_llava, write_rows
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from safevlm import SafeVlmConfig
@@ -131,9 +131,7 @@ def test_co2_is_noted_where_codecarbon_measured_it(args, monkeypatch, tmp_path):
     assert measured["co2_kg"] == pytest.approx(0.003) and measured["energy_kwh"] == pytest.approx(0.03)
 
 
-def test_train_writes_a_card_with_its_facts_and_keeps_a_person_s_words(tmp_path):
-    tiny_llava().save_pretrained(tmp_path / "base")
-    tiny_processor().save_pretrained(tmp_path / "base")
+def test_train_writes_a_card_with_its_facts_and_keeps_a_person_s_words(model_folders, tmp_path):
     rows = write_rows(tmp_path)
     (tmp_path / "recipe.yaml").write_text(
         yaml.safe_dump({"safety": dict(SIZES), "stages": [{**STAGE, "max_steps": 1}]})
@@ -142,7 +140,7 @@ def test_train_writes_a_card_with_its_facts_and_keeps_a_person_s_words(tmp_path)
     def train():
         return train_from_files(
             TrainOptions(
-                base=tmp_path / "base",
+                base=model_folders / "base",
                 data=[rows],
                 output=tmp_path / "out",
                 recipe=tmp_path / "recipe.yaml",

@@ -12,7 +12,7 @@ import zipfile
 import pytest
 import yaml
 from safetensors import SafetensorError
-from tiny import picture, tiny_llava, tiny_processor
+from tiny import picture
 
 from safevlm.trainer.cli import main
 from safevlm.trainer.commands import ask
@@ -136,18 +136,10 @@ def test_a_reader_that_has_enough_is_no_error(tmp_path):
 # -- models -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    tiny_llava().save_pretrained(folder)
-    tiny_processor().save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
-def world(tmp_path, base):
+def world(tmp_path, model_folders):
     picture(0).save(tmp_path / "0.png")
-    shutil.copytree(base, tmp_path / "base")
+    shutil.copytree(model_folders / "base", tmp_path / "base")
     (tmp_path / "rows.jsonl").write_text("{}\n")
     return tmp_path
 

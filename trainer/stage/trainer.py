@@ -142,9 +142,9 @@ class SafeVlmTrainer(Trainer):
         self._losses = MeanLosses()
         with zero_gradients(self.model.get_base_model() if self.args.uses_lora else self.model):
             result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        if isinstance(self.train_dataset, EncodedStream) and self.args.trains_head and not resume_from_checkpoint:
-            if not self._num_labels:
-                raise ValueError("No training row had a safety label and a picture: the safety head is untrained.")
+        is_new_stream = isinstance(self.train_dataset, EncodedStream) and not resume_from_checkpoint
+        if is_new_stream and self.args.trains_head and not self._num_labels:
+            raise ValueError("No training row had a safety label and a picture: the safety head is untrained.")
         self._set_model(self._stage.end(self._unwrapped(), empty))
         self._stage = None
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
@@ -269,8 +269,7 @@ class SafeVlmTrainer(Trainer):
         self._check_finite(loss, losses)
         if not model.training:
             self._add_missing_verdicts(outputs, len(inputs["input_ids"]))
-        means = self._losses if model.training else self._eval_losses
-        means.add(outputs, counts, num_items_in_batch)
+        (self._losses if model.training else self._eval_losses).add(outputs, counts, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def _coefs(self) -> tuple[float, float]:
@@ -299,8 +298,8 @@ class SafeVlmTrainer(Trainer):
 
     def _add_missing_verdicts(self, outputs, batch_size: int):
         """
-        Gives a batch without any image logits and a mask, as the others have. Raises `NonFiniteError` for a verdict
-        that is not finite, which would otherwise pass for a missing one.
+        Gives a batch without any image logits and a mask, as the others have. A verdict that is not finite raises
+        `NonFiniteError`: it would otherwise pass for a missing one.
         """
         if outputs.get("safety_assessed") is None:
             labels, device = self._config.labels, self.args.device
