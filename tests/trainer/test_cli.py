@@ -306,12 +306,12 @@ def test_a_bad_image_is_named(world, trained, run, command, image, parts):
 
 
 @pytest.mark.parametrize(
-    "model, what",
+    "name, what",
     [("base", "is of type 'llava', not a SafeVLM"), ("llama", "'llama'"), ("empty", ""), ("nowhere", "")],
 )
-def test_a_model_that_is_no_safevlm_is_named(world, run, model, what):
-    code, _, err = run("assess", world / "images/0.png", "--model", world / model)
-    assert_one_clear_line(code, err, "assess", world / model, what)
+def test_a_model_that_is_no_safevlm_is_named(world, run, name, what):
+    code, _, err = run("assess", world / "images/0.png", "--model", world / name)
+    assert_one_clear_line(code, err, "assess", world / name, what)
 
 
 @pytest.mark.parametrize("policy, parts", [("strikt", ["strikt", "strict"]), ("gone.yaml", ["gone.yaml"])])
