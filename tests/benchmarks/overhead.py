@@ -45,7 +45,7 @@ def build(args) -> SafeVlmForConditionalGeneration:
     )
     with torch.device(args.device):
         base = LlavaForConditionalGeneration(base_config).to(getattr(torch, args.dtype)).eval()
-        config = SafeVlmConfig.paper(base_config) if args.paper else SafeVlmConfig(base_config)
+        config = SafeVlmConfig.paper(base_config) if args.paper else SafeVlmConfig(base_config=base_config)
         config.safety_token_id = 32010
         model = wrap(SafeVlmForConditionalGeneration, base, config).eval()
     model.generation_config.pad_token_id = 0
