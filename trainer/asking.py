@@ -61,7 +61,7 @@ def encode_chats(
         images=[list(pictures) for pictures in images] if any(images) else None,
         text=prompts,
         return_tensors="pt",
-        padding=True,
+        padding=len(chats) > 1,  # not every tokenizer has a padding token
         padding_side="left",
         **options,
     ).to(model.device, model.dtype)
