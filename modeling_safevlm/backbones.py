@@ -10,7 +10,7 @@ from itertools import accumulate
 
 import torch
 
-from .safety_modules import IGNORE_INDEX
+from .safety_labels import IGNORE_INDEX
 
 
 @dataclass

@@ -27,7 +27,7 @@ class GuardedPrompt:
     What [`SafeVlmGenerationMixin.guard`] knows about a batch of prompts.
 
     Args:
-        verdict (`SafetyVerdict`): The verdict on each row; every action is `"off"` under a policy that is off.
+        verdict (`SafetyVerdict`): The verdict on each row.
         features (`ImageFeatures`, *optional*): `None` without images.
         parts (`PromptParts`, *optional*): Which tokens are questions.
     """
@@ -151,7 +151,7 @@ class SafeVlmGenerationMixin(GenerationMixin):
             guarded = self.guard(input_ids, attention_mask, policy, safety_question_mask, **image_inputs)
         else:
             guarded = GuardedPrompt(SafetyVerdict.unassessed(len(input_ids), self.config.labels, OFF))
-        enforcement = self._edit_prompt(call, input_ids, attention_mask, guarded, policy)
+        enforcement = self._prepare_prompt(call, input_ids, attention_mask, guarded, policy)
         output = self._answer(call, guarded, image_inputs, enforcement)
 
         is_dict = not isinstance(output, torch.Tensor)
@@ -165,7 +165,7 @@ class SafeVlmGenerationMixin(GenerationMixin):
         output["safety"] = guarded.verdict
         return output
 
-    def _edit_prompt(self, call: dict, input_ids, attention_mask, guarded: GuardedPrompt, policy):
+    def _prepare_prompt(self, call: dict, input_ids, attention_mask, guarded: GuardedPrompt, policy):
         """
         Writes the language model's prompt into `call`, and, under a policy, what enforces the verdict there: hints in
         the prompt, and a logits processor for forced refusals. Returns that processor.
@@ -194,8 +194,8 @@ class SafeVlmGenerationMixin(GenerationMixin):
 
     def _answer(self, call: dict, guarded: GuardedPrompt, image_inputs: dict, enforcement: EnforcePolicy | None):
         """
-        The base's `generate` on its own prompt, with safety embeddings conditioned on the verdict. Goes on from the
-        caller's cache as far as that fits.
+        The base's `generate` on its own prompt, with safety embeddings conditioned on the verdict. Continues from
+        the caller's cache as far as it matches the prompt.
         """
         self.backbone.forget(self.base)
         prompt, verdict, features = call["input_ids"], guarded.verdict, guarded.features
@@ -238,7 +238,7 @@ class SafeVlmGenerationMixin(GenerationMixin):
 
     def _no_continuous_batching(self, *args, **kwargs):
         raise NotImplementedError(
-            "Continuous batching (`generate_batch`, a paged cache) ignores images and would by-pass the safety head. "
+            "Continuous batching (`generate_batch`, a paged cache) ignores images and would bypass the safety head. "
             "Call `generate` with a batch of inputs instead."
         )
 

@@ -21,10 +21,11 @@ from .configuration_safevlm import SafeVlmConfig
 from .embedding_override import override_embeddings
 from .generation_safevlm import SafeVlmGenerationMixin
 from .loading_checks import check_loaded
-from .policy_texts import PolicyMixin
+from .model_policy import PolicyMixin
 from .prompt import check_inputs
 from .quantization import QuantizationMixin, keep_safety_modules, share_quantization
-from .safety_modules import IGNORE_INDEX, SafetyModules, SafetyTokens, combine_losses, safety_losses
+from .safety_labels import IGNORE_INDEX
+from .safety_modules import SafetyModules, SafetyTokens, combine_losses, safety_losses
 from .safety_policy import SafetyPolicy
 from .safety_verdict import HeadReading, SafetyVerdict, assess_rows
 
@@ -183,7 +184,7 @@ class SafeVlmForConditionalGeneration(QuantizationMixin, SafeVlmPreTrainedModel,
 
         Args:
             question_mask (`torch.BoolTensor` of shape `(batch_size, sequence_length)`, *optional*): What the head may
-                read; by default every token but padding. Answers must be left out.
+                read. By default every token but padding, so pass a mask if the prompt holds answers.
         """
         head, batch_size = self.safety.head, len(input_ids)
         device, dtype = compute_device(head), next(head.parameters()).dtype
@@ -232,7 +233,7 @@ class SafeVlmForConditionalGeneration(QuantizationMixin, SafeVlmPreTrainedModel,
         rows = features.rows.to(device)
         return embeddings(features.safety.to(device), action.to(device)[rows], category.to(device)[rows]).flatten(0, 1)
 
-    # -- training ----------------------------------------------------------------------------------------------------
+    # -- one pass, for training and measuring ------------------------------------------------------------------------
 
     @can_return_tuple
     def forward(

@@ -18,6 +18,7 @@ from torch import nn
 from transformers.integrations.accelerate import load_offloaded_parameter
 
 from .adapter_files import ADAPTER_WEIGHTS, LORA_WEIGHTS
+from .backbones import get_backbone
 from .configuration_safevlm import SafeVlmConfig
 from .files import is_hub_id, replacing
 from .loading_checks import check_safety_weights
@@ -62,7 +63,7 @@ def adapter_config(folder: Path, base_config) -> SafeVlmConfig:
     for what, get in (
         ("model type", lambda c: c.model_type),
         ("language model width", lambda c: c.get_text_config().hidden_size),
-        ("vision width", lambda c: c.vision_config.hidden_size),
+        ("vision width", lambda c: get_backbone(c).vision_hidden_size),
         ("image token id", lambda c: c.image_token_id),
     ):
         if get(made_for) != get(base_config):

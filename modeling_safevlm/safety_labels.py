@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+IGNORE_INDEX = -100
+"""The label id of rows without a label, such as clean instruction data in stage 2."""
+
 
 @dataclass(frozen=True)
 class SafetyLabels:

@@ -1,6 +1,6 @@
 """The three safety modules of SafeVLM (arXiv 2405.13581, section 3.2), and the losses that train them (section 3.3).
 
-    vision features -> SafetyProjector -> safety features -> SafetyHead (with the question) -> category, level
+    vision features -> safety projector -> safety features -> SafetyHead (with the question) -> category, level
                                               |                                                    | policy
                                               +-> SafetyEmbeddings <-------------------------------+
                                                      -> the language model's input, beside each image
@@ -14,10 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from .configuration_safevlm import SafeVlmConfig
+from .safety_labels import IGNORE_INDEX
 from .safety_policy import ACTIONS
-
-IGNORE_INDEX = -100
-"""Label of rows that have none, such as clean instruction data in stage 2."""
 
 
 class SafetyModules(nn.Module):
@@ -137,7 +135,7 @@ class Resampler(nn.Module):
 
 
 class SafetyTokens(nn.Module):
-    """A set of trainable tokens, drawn from N(0, 0.02) (paper section 3.2)."""
+    """A set of trainable tokens, drawn from N(0, `initializer_range`) (paper section 3.2: 0.02)."""
 
     def __init__(self, num_tokens: int, hidden_size: int, initializer_range: float):
         super().__init__()

@@ -32,7 +32,7 @@ _HINTS = {
     "warn": "Note: this request involves {category}. Warn the user; you may refuse.",
     "refuse": "Note: this request involves {category} at a high level. You must refuse.",
 }
-_REFUSALS = {
+_REFUSALS = {  # category names are English, so only the English text has them
     "en": "I can't help with this request: it involves {category}.",
     "de": "Dabei kann ich nicht helfen.",
     "es": "No puedo ayudar con esta solicitud.",
@@ -157,12 +157,13 @@ class SafetyPolicy:
         is_file = isinstance(value, Path) or (isinstance(value, str) and value.endswith((".yaml", ".yml", ".json")))
         if files and is_file:
             return cls.from_file(value)
-        raise ValueError(
-            f"`safety_policy` must be a SafetyPolicy, a dict, {'the path of a .yaml or .json file, ' * files}or one "
-            f"of the presets {', '.join(POLICY_PRESETS)}; got {value!r}."
-            + " A configuration holds the policy itself: read the file with `SafetyPolicy.from_file`."
-            * is_file
+        choices = "a SafetyPolicy, a dict, the path of a .yaml or .json file," if files else "a SafetyPolicy, a dict"
+        message = (
+            f"`safety_policy` must be {choices} or one of the presets {', '.join(POLICY_PRESETS)}; got {value!r}."
         )
+        if is_file:
+            message += " A configuration holds the policy itself: read the file with `SafetyPolicy.from_file`."
+        raise ValueError(message)
 
     @classmethod
     def from_file(cls, path: str | Path) -> "SafetyPolicy":
@@ -207,8 +208,8 @@ class SafetyPolicy:
         """
         The policy for a model with these labels.
 
-        A preset fits any levels, by rank: the first level keeps the first action, the last level the last, and a
-        level that falls between two actions gets the stricter one. Any other policy must fit as it is.
+        The `level_actions` of a preset fit any levels, by rank: the first level keeps the first action, the last level
+        the last, and a level that falls between two actions gets the stricter one. Others must fit as they are.
 
         Raises:
             `ValueError`: The policy names a level or category that the model does not have, or too few levels.
@@ -318,7 +319,7 @@ def _unique(pairs) -> dict:
     mapping = {}
     for key, value in pairs:
         if key in mapping:
-            raise ValueError(f"the key {key!r} is there twice.")
+            raise ValueError(f"the key {key!r} occurs twice.")
         mapping[key] = value
     return mapping
 

@@ -1,6 +1,6 @@
 """From the head's logits to a verdict: calibrated probabilities, category, level, score, and the policy's action.
 
-This is the only place that decides. If any of the head's numbers is not finite (overflowing weights or pixels, say),
+This is the only place that turns logits into a verdict. If any of the head's numbers is not finite (overflowing weights or pixels, say),
 there is no verdict, and the action is the strictest one whatever the policy says.
 """
 
@@ -57,8 +57,8 @@ class SafetyVerdict:
             the head failed; then only `action`, which is `"refuse"`, means something.
         level, category (`torch.LongTensor` of shape `(batch_size,)`): Ids. They agree: a risky level has a risky
             category.
-        action (`torch.LongTensor` of shape `(batch_size,)`): Ids into `ACTIONS`; -1, `"off"`, under a policy that is
-            off.
+        action (`torch.LongTensor` of shape `(batch_size,)`): Ids into `ACTIONS`; -1, `"off"`, in what `generate` returns
+            under a policy that is off (`assess` still reads the request, and allows it).
         assessed (`torch.BoolTensor` of shape `(batch_size,)`): `False` for a row without an image. Its probabilities
             are 0 and its action is `"allow"`.
         category_names, level_names (`list[str]`)
@@ -84,7 +84,7 @@ class SafetyVerdict:
 
     @classmethod
     def unassessed(cls, batch_size: int, labels: SafetyLabels, action: int = 0, device=None) -> "SafetyVerdict":
-        """What rows get that the head did not read."""
+        """The verdict on rows that the head did not read."""
         ids = torch.zeros(batch_size, dtype=torch.long, device=device)
         return cls(
             level_probabilities=torch.zeros(batch_size, len(labels.level_names), device=device),
@@ -158,7 +158,7 @@ def assess_logits(
     score = (risk_logits(level_logits.float()) / policy.level_temperature).sigmoid()
 
     # The levels decide whether there is a risk, the categories which one, so a verdict never says "high" and "safe".
-    # Logits, not probabilities: beside a head that is sure of "safe", all others round to 0.
+    # Logits, not probabilities: when the head is sure of "safe", all other probabilities round to 0.
     risky_category = category_logits.index_fill(
         1, torch.tensor([safe], device=category_logits.device), float("-inf")
     ).argmax(dim=-1)
@@ -255,8 +255,8 @@ def level_log_probabilities(level_logits: torch.Tensor, temperature: float) -> t
     Calibrated log probabilities of the levels, of the same shape; at temperature 1 the log softmax of the logits.
 
     The temperature (arXiv 1706.04599) divides the log odds of any risk, and separately the logits of the levels given
-    a risk. So it never reorders two scores, and a high one moves them to 1/2. Dividing all logits at once could
-    reorder scores, and would move them to `1 - 1 / num_levels`.
+    a risk. So it never reorders two scores, and a high temperature moves them towards 1/2. Dividing all logits at once
+    could reorder scores, and would move them towards `1 - 1 / num_levels`.
     """
     risk = risk_logits(level_logits).unsqueeze(1) / temperature
     given_risk = (level_logits[:, 1:] / temperature).log_softmax(dim=-1)

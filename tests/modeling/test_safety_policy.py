@@ -289,9 +289,9 @@ def test_a_preset_is_the_preset_whatever_the_models_own_policy_is_called(model, 
         ("p.json", '{"level_actions": {"high": "refuse", "high": "allow"}}'),
     ],
 )
-def test_a_key_that_is_there_twice_is_refused(tmp_path, name, text):
+def test_a_repeated_key_is_refused(tmp_path, name, text):
     (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match="(risk_threshold|high)' is there twice"):
+    with pytest.raises(ValueError, match="(risk_threshold|high)' occurs twice"):
         SafetyPolicy.from_file(tmp_path / name)
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from safevlm.safety_modules import IGNORE_INDEX
+from safevlm.safety_labels import IGNORE_INDEX
 
 ROW_LABELS = ("safety_level_labels", "safety_category_labels")
 

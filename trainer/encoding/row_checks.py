@@ -7,7 +7,7 @@ from functools import lru_cache
 from PIL import Image
 from tqdm.auto import tqdm
 
-from safevlm.policy_texts import saved_token_ids
+from safevlm.model_policy import saved_token_ids
 from safevlm.trainer.data import SafetyRow, probe_image
 
 from .encoded_datasets import EncodedDataset

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 
 import torch
 
-from safevlm.policy_texts import saved_token_ids
+from safevlm.model_policy import saved_token_ids
 from safevlm.processing.chat_prompt import ChatPrompt
 from safevlm.prompt import hint_column
-from safevlm.safety_modules import IGNORE_INDEX
+from safevlm.safety_labels import IGNORE_INDEX
 from safevlm.safety_policy import ACTIONS, SafetyPolicy
 from safevlm.trainer.data import DataError, SafetyRow, row_from_record
 

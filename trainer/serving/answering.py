@@ -8,7 +8,7 @@ from logging import getLogger
 import torch
 from jinja2 import TemplateError
 
-from safevlm.policy_texts import saved_token_ids
+from safevlm.model_policy import saved_token_ids
 from safevlm.processing.pictures import PictureError, load_picture
 from safevlm.safety_verdict import OFF, SafetyVerdict
 from safevlm.trainer.asking import encode_chats

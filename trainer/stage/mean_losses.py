@@ -2,7 +2,7 @@
 
 import torch
 
-from safevlm.safety_modules import IGNORE_INDEX
+from safevlm.safety_labels import IGNORE_INDEX
 
 LOSS_NAMES = ("lm_loss", "safety_level_loss", "safety_category_loss")
 

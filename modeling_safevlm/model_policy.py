@@ -87,7 +87,7 @@ class PolicyMixin:
         """
         The token ids of each row's hint and of its forced refusal: two lists, with `None` where there is none.
 
-        Rows that the head could not assess are refused under every policy, since no hint could name their risk.
+        Rows on which the head failed are refused under every policy, since no hint could name their risk.
 
         Args:
             tokenizer (*optional*): Encodes texts that were not saved with the model, and checks those that were.
