@@ -157,9 +157,9 @@ class SafetyPolicy:
         is_file = isinstance(value, Path) or (isinstance(value, str) and value.endswith((".yaml", ".yml", ".json")))
         if files and is_file:
             return cls.from_file(value)
-        choices = "a SafetyPolicy, a dict, the path of a .yaml or .json file," if files else "a SafetyPolicy, a dict"
+        path, presets = "the path of a .yaml or .json file, " if files else "", ", ".join(POLICY_PRESETS)
         message = (
-            f"`safety_policy` must be {choices} or one of the presets {', '.join(POLICY_PRESETS)}; got {value!r}."
+            f"`safety_policy` must be a SafetyPolicy, a dict, {path}or one of the presets {presets}; got {value!r}."
         )
         if is_file:
             message += " A configuration holds the policy itself: read the file with `SafetyPolicy.from_file`."

@@ -1,7 +1,7 @@
 """From the head's logits to a verdict: calibrated probabilities, category, level, score, and the policy's action.
 
-This is the only place that turns logits into a verdict. If any of the head's numbers is not finite (overflowing weights or pixels, say),
-there is no verdict, and the action is the strictest one whatever the policy says.
+This is the only place that turns logits into a verdict. If any of the head's numbers is not finite (overflowing
+weights or pixels, say), there is no verdict, and the action is the strictest one whatever the policy says.
 """
 
 from dataclasses import dataclass, fields
@@ -57,8 +57,8 @@ class SafetyVerdict:
             the head failed; then only `action`, which is `"refuse"`, means something.
         level, category (`torch.LongTensor` of shape `(batch_size,)`): Ids. They agree: a risky level has a risky
             category.
-        action (`torch.LongTensor` of shape `(batch_size,)`): Ids into `ACTIONS`; -1, `"off"`, in what `generate` returns
-            under a policy that is off (`assess` still reads the request, and allows it).
+        action (`torch.LongTensor` of shape `(batch_size,)`): Ids into `ACTIONS`; -1, `"off"`, in what `generate`
+            returns under a policy that is off (`assess` still reads the request, and allows it).
         assessed (`torch.BoolTensor` of shape `(batch_size,)`): `False` for a row without an image. Its probabilities
             are 0 and its action is `"allow"`.
         category_names, level_names (`list[str]`)
