@@ -177,13 +177,14 @@ def _thresholds_within(
     allowed = _allowed(all_rows.counts()["clean"], target_fpr)
     limits = {name: _allowed(rows.counts()["clean"], target_fpr) for name, rows in by_category.items()}
     own_thresholds: dict[str, float] = {}
+    highest = dict.fromkeys(labels.category_names, 1.0)  # of categories without a threshold of their own
     # If each category keeps its limit, the total is kept, too, with two exceptions: rows that count in several
     # categories, and scores of 1, which every threshold flags. Then all limits are lowered together.
     for fewer in range(max(limits.values(), default=-1) + 1):
         for name, rows in by_category.items():
             present = policy.category_risk_thresholds.get(name, policy.risk_threshold)
             own_thresholds[name] = rows.nearest_threshold(max(limits[name] - fewer, 0), present)
-        if (_flagged(outcomes, own_thresholds, labels) & ~outcomes.risky).sum() <= allowed:
+        if (_flagged(outcomes, {**highest, **own_thresholds}, labels) & ~outcomes.risky).sum() <= allowed:
             break
     flagged = _flagged(outcomes, own_thresholds, labels)
     without_own = [name not in own_thresholds for name in labels.category_names]

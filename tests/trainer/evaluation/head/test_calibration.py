@@ -176,6 +176,16 @@ def test_the_false_positive_rate_on_the_fit_half_is_at_most_the_target(rows, tar
             assert any(note.startswith(repr(name)) for note in notes)
 
 
+def test_rows_of_other_categories_that_every_threshold_flags_count_against_the_target():
+    rows = [scored(0.55 + 0.01 * i, images=[str(i)]) for i in range(30)]
+    rows += [scored(1 - 1e-12, verdict=1, images=[f"certain {i}"]) for i in range(10)]
+    rows += [scored(0.9, level=3, category=0, images=[f"risky {i}"]) for i in range(5)]
+    policy, _ = fit_thresholds(rows, SafetyPolicy(), LABELS, target_fpr=0.5, notes=(notes := []))
+    outcomes = head_outcomes(rows, policy, LABELS)
+    assert outcomes.flagged[~outcomes.risky].mean() <= 0.5
+    assert not any("out of reach" in note for note in notes)
+
+
 @settings(deadline=None, max_examples=100)
 @given(fit_halves(), st.sampled_from([0.0, 0.1, 0.5]), st.floats(0, 1))
 def test_no_other_single_threshold_within_the_target_catches_more(rows, target, other):
