@@ -281,10 +281,10 @@ def _answers(texts: list[MarkedText], header: str, lead: str, tail: str) -> list
                 start -= len(before.rpartition(header)[2])
             elif before.endswith(lead):
                 start -= len(lead)
-            rest = after.partition(tail)[0] if tail else ""
-            if not TAGS.sub("", rest).strip():  # white space and tags at the answer's end
-                end, after = end + len(rest), after.removeprefix(rest)
-            answers.append((start, end + len(commonprefix([after, tail]))))
+            rest, found, _ = after.partition(tail) if tail else ("", "", "")
+            if not found and TAGS.sub("", rest).strip():  # neither the turn's end nor the thoughts'
+                rest = commonprefix([after, tail])
+            answers.append((start, end + len(rest + found)))
         last_author = author
     return answers
 

@@ -148,6 +148,19 @@ def test_every_answer_keeps_its_tags_and_its_end_of_turn_whatever_the_others_loo
     assert "hmm" not in questions and "</think>" not in questions
 
 
+@pytest.mark.parametrize("family", ["gemma3", "internvl", "idefics3", "qwen2_5_vl"])
+def test_an_answer_that_ends_with_a_picture_keeps_its_end_of_turn(family):
+    processor = with_template(family, None)
+    picture = {"type": "image"}
+    begun, answered = (turn("assistant", text) for text in ("Yes, here is how", "no"))
+    begun["content"].append(picture)
+    for messages in ([turn("user", "one?"), begun], [turn("user", "1?"), answered, turn("user", "two?"), begun]):
+        prompt = processor.apply_chat_template(messages)
+        (start, end), plain = prompt.answers[-1], processor.apply_chat_template([*messages[:-1], answered])
+        ending = plain[plain.rindex("no") + len("no") :]
+        assert prompt[start:].lstrip().startswith("Yes") and prompt.endswith(ending) and end == len(prompt)
+
+
 @pytest.mark.parametrize("thoughts", ["", "<think>hmm</think>\n"])
 def test_tags_at_an_answers_ends_belong_to_it(published, thoughts):
     messages = [
