@@ -200,7 +200,7 @@ def test_embeddings_instead_of_ids_are_refused(model, one, policy):
 def test_paged_generation_is_refused(model, one):
     with pytest.raises(ValueError, match="`cache_implementation='paged'` bypasses the safety head. Use 'dynamic'"):
         model.generate(**one, cache_implementation="paged")
-    with pytest.raises(NotImplementedError, match="ignores images and would by-pass the safety head.*`generate`"):
+    with pytest.raises(NotImplementedError, match="ignores images and would bypass the safety head.*`generate`"):
         model.generate_batch([one["input_ids"][0].tolist()])
 
 

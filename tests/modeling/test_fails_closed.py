@@ -442,7 +442,7 @@ def test_every_public_method_that_generates_is_known_and_ours(model, one):
     for name in GENERATES:
         assert getattr(type(model), name) is not getattr(GenerationMixin, name, None)
     for name in GENERATES & public - {"generate"}:
-        with pytest.raises(NotImplementedError, match="by-pass the safety head"):
+        with pytest.raises(NotImplementedError, match="bypass the safety head"):
             getattr(model, name)([one["input_ids"][0].tolist()])
 
 
