@@ -140,7 +140,7 @@ class PolicyMixin:
         if not ids:
             problem = "no tokens at all"
         elif strange := [i for i in ids if not isinstance(i, int)]:
-            problem = f"{strange[0]!r}, which is no token id"
+            problem = f"{strange[0]!r}, which is not a token id"
         elif outside := [i for i in ids if not 0 <= i < vocab_size]:
             problem = f"the token id {outside[0]}, outside the vocabulary of {vocab_size}"
         elif control := [i for i in ids if i in control_ids]:

@@ -268,7 +268,7 @@ def base_processor_class(name: str, placeholders: str = "") -> type[ProcessorMix
     original = getattr(transformers, name, None)
     if not isinstance(original, type) or not issubclass(original, ProcessorMixin):
         raise ValueError(
-            f"`base_processor_class` {name!r} is no processor of transformers {transformers.__version__}."
+            f"`base_processor_class` {name!r} is not a processor of transformers {transformers.__version__}."
         )
     arguments = dict(inspect.signature(original.__init__).parameters)
     no_videos = {"video_processor": None} if arguments.pop("video_processor", None) else {}

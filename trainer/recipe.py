@@ -1,6 +1,6 @@
 """The two-stage schedule as data: a recipe lists stages, a stage is a set of training arguments.
 
-The shipped recipes are in `recipes/`; learning rates and everything else that a stage sets stand there.
+The shipped recipes are in `recipes/`; learning rates and everything else that a stage sets are there.
 """
 
 import os

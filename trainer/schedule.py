@@ -58,7 +58,7 @@ def run_schedule(
     folders = recipe.folders(output_dir)
     _check_all_stages(model, processor, train_rows, eval_rows, recipe, folders)
     for folder, arguments in zip(folders, recipe.stages, strict=True):
-        # First, because the arguments find out which of several processes this is.
+        # Made first: the arguments set up the process group, and `check_same_run` asks for this process's rank.
         args = SafeVlmTrainingArguments(**{**arguments, "output_dir": str(folder.path)})
         train, evaluation = (_of_stage(rows, args.stage) for rows in (train_rows, eval_rows))
         number_of_rows = {"number of rows": len(train)} if hasattr(train, "__len__") else {}
@@ -87,7 +87,7 @@ def _check_all_stages(model, processor, train_rows, eval_rows, recipe: Recipe, f
     """Checks every stage before the first one trains, so that no stage trains in vain."""
     trains_before = False
     for folder, arguments in zip(folders, recipe.stages, strict=True):
-        arguments = {**arguments, "output_dir": str(folder.path.parent)}
+        arguments = {**arguments, "output_dir": str(folder.path.parent)}  # a check makes no stage folder
         # The rows of the first stage that trains are checked by its trainer.
         check_stage(model, processor, train_rows, eval_rows, arguments, trains_before)
         trains_before |= not folder.model.is_dir()
@@ -128,7 +128,7 @@ def _of_stage(rows, stage: str):
 
 
 def _copy_model(trained: Path, final: Path):
-    """Copies the last stage's model to `final`, unless its weights are there: it may have been calibrated since."""
+    """Copies the last stage's model to `final`, unless `final` has these weights: it may have a newer policy."""
     state = PartialState()
     # One process decides: another would already see what this one writes.
     if state.is_main_process and not _same_weights(final, trained):

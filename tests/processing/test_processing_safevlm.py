@@ -311,5 +311,7 @@ def test_a_text_model_is_no_base(tmp_path):
 def test_wrong_settings_are_refused(base_processor):
     with pytest.raises(ValueError, match="`tokens_per_image` must be 0 or more, got -1"):
         SafeVlmProcessor.from_base(base_processor, tokens_per_image=-1)
-    with pytest.raises(ValueError, match="`base_processor_class` 'NoSuchProcessor' is no processor of transformers"):
+    with pytest.raises(
+        ValueError, match="`base_processor_class` 'NoSuchProcessor' is not a processor of transformers"
+    ):
         SafeVlmProcessor(base_processor.image_processor, tiny_tokenizer(), base_processor_class="NoSuchProcessor")

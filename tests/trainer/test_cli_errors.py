@@ -214,7 +214,7 @@ def test_a_device_that_is_not_there_is_named(world, run, command, monkeypatch, t
 @pytest.mark.parametrize(
     "tasks, message",
     [
-        ("nosuch", "--tasks 'nosuch' is no task. Ours are figstep,"),
+        ("nosuch", "--tasks 'nosuch' is not a known task. Ours are figstep,"),
         ("mme,figstep", "Task 'figstep': no file 'figstep/data/question/safebench.csv' in the data folder"),
         ("rtvlm", "Task 'rtvlm_misleading': no file "),
     ],

@@ -24,20 +24,20 @@ class RowCounts:
     Args:
         rows (`int`): All rows.
         labelled (`int`): Rows with a safety label.
-        assessed (`int`): Rows with a safety label and a picture, which the safety head learns from.
+        teaches_head (`int`): Rows with a safety label and a picture, which the safety head learns from.
         useless (`int`): Rows with neither a label nor an answer.
     """
 
     rows: int = 0
     labelled: int = 0
-    assessed: int = 0
+    teaches_head: int = 0
     useless: int = 0
 
     def add(self, row: SafetyRow):
         labelled = row.category is not None or row.level is not None
         self.rows += 1
         self.labelled += labelled
-        self.assessed += labelled and bool(row.images)
+        self.teaches_head += labelled and bool(row.images)
         self.useless += not labelled and row.messages[-1]["role"] != "assistant"
 
 
@@ -50,7 +50,7 @@ def count_rows(rows) -> RowCounts:
 
 def check_counts(counts: RowCounts):
     """Warns about rows without labels. Raises `ValueError` if the safety head could learn from none."""
-    if not counts.assessed:
+    if not counts.teaches_head:
         missing = "a safety label" if not counts.labelled else "both a safety label and a picture"
         raise ValueError(
             f"None of the {counts.rows} training rows has {missing}, so the safety head would stay untrained. Rows "
@@ -82,7 +82,7 @@ def check_rows(dataset: EncodedDataset, trains_head: bool, progress: bool = Fals
 
     Raises:
         `DataError`: A row breaks the schema or is longer than `max_length`.
-        `ValueError`: The head is to learn, but from none of the rows it can.
+        `ValueError`: The head is to be trained, but no row has both a label and a picture.
     """
     counts = RowCounts()
     limit = dataset.encoder.max_length

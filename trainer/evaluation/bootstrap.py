@@ -67,14 +67,14 @@ def resampled_means(
     """
     values = np.asarray(values, dtype=float)
     numbers: dict[Hashable, int] = {}
-    names = range(len(values)) if clusters is None else one_cluster_per_row(clusters, len(values))
+    names = range(len(values)) if clusters is None else check_clusters(clusters, len(values))
     groups = np.array([numbers.setdefault(name, len(numbers)) for name in names])
     chunks = [weights @ values / weights.sum(axis=1) for weights in resample_weights(groups, num_resamples, seed)]
     return np.concatenate(chunks)
 
 
-def one_cluster_per_row(clusters: Sequence[Hashable], num_rows: int) -> list[Hashable]:
-    """`clusters` as a list. Raises `ValueError` if their number is another."""
+def check_clusters(clusters: Sequence[Hashable], num_rows: int) -> list[Hashable]:
+    """`clusters` as a list. Raises `ValueError` if there are not `num_rows` of them."""
     clusters = list(clusters)
     if len(clusters) != num_rows:
         raise ValueError(f"`clusters` has {len(clusters)} entries for {num_rows} rows; give one per row.")

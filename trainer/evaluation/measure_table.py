@@ -2,7 +2,8 @@
 
 Reports, tables, plots, benchmark tasks and the model card read them from here. To add a measure:
 
-1. Compute it: of an answer in `benchmarks/answer_measures.py`, of the safety head in `head/measures.py`.
+1. Compute it: of an answer in `benchmarks/answer_measures.py`; of the safety head in `head/measures.py`, once as a
+   value and once for resamples, which gives the interval.
 2. Add a row to `_ROWS` below.
 
 Nothing heavy is imported, so any command may use the table.

@@ -43,7 +43,7 @@ class ServerLimits:
 
 
 # Answers
-DEFAULT_ANSWER_TOKENS = 1024  # if neither the request nor the model's generation_config asks for more
+DEFAULT_ANSWER_TOKENS = 1024  # if the request names no limit and the model's generation_config none above this
 
 
 def answer_tokens(requested: int | None, model_default: int | None, room: int) -> int:

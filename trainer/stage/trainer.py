@@ -4,14 +4,14 @@
                    train_dataset=rows, eval_dataset=rows, processing_class=processor).train()
 
 `__init__`     With a `train_dataset`: freezes everything the stage does not train, adds LoRA (`trainer.model` is then
-               PEFT's wrapper) and converts trainable half-precision weights to float32. Without one it changes
-               nothing: the trainer only evaluates.
+               PEFT's wrapper) and converts trainable half-precision weights to float32. Without one the trainer only
+               evaluates and changes no weights. Loss coefficients in `args` are written to the model's config.
 `train`        Checks all rows first. At its end the best weights are restored (`load_best_model_at_end`), LoRA is
                merged and its adapter saved to `output_dir/adapter`, and dtypes and `requires_grad` are as before.
                `trainer.model` is the plain model again: the object that was passed, except under FSDP. Another call
                starts the stage anew from these weights.
-`evaluate`, `predict`  At any time. They take rows in the same forms as `train_dataset`. Predictions are the head's
-               level and category logits, and whether it assessed the row at all (`False`: no picture).
+`evaluate`, `predict`  May be called at any time. They take rows in the same forms as `train_dataset`. Predictions are
+               the head's level and category logits, and whether it assessed the row at all (`False`: no picture).
 `save_model`, `push_to_hub`  Write a folder or repository that `SafeVlmForConditionalGeneration.from_pretrained` loads.
                During training LoRA is merged into a copy.
 checkpoints    `checkpoint-N/` is for resuming and for the best model: PEFT's adapter (LoRA and safety modules) with
@@ -48,7 +48,7 @@ from .training_args import SafeVlmTrainingArguments
 from .zero_gradients import zero_gradients
 
 ROW_IDS = "row_ids"
-SAVE_ONLY_MODEL = " (checkpoints of `save_only_model` are never complete: they lack the optimizer)"
+NEVER_COMPLETE = " (checkpoints of `save_only_model` are never complete: they lack the optimizer)"
 
 
 class NonFiniteError(ValueError):
@@ -130,20 +130,18 @@ class SafeVlmTrainer(Trainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
-                raise ValueError(
-                    f"No complete checkpoint to resume from in {self.args.output_dir!r}{SAVE_ONLY_MODEL}."
-                )
+                raise ValueError(f"No complete checkpoint to resume from in {self.args.output_dir!r}{NEVER_COMPLETE}.")
         elif resume_from_checkpoint and not is_complete(resume_from_checkpoint):
             raise ValueError(
-                f"{str(resume_from_checkpoint)!r} is not a complete checkpoint to resume from{SAVE_ONLY_MODEL}."
+                f"{str(resume_from_checkpoint)!r} is not a complete checkpoint to resume from{NEVER_COMPLETE}."
             )
         empty = without_weights(self.model) if self.is_fsdp_enabled else None
         self._num_labels = 0
         self._losses = MeanLosses()
         with zero_gradients(self.model.get_base_model() if self.args.uses_lora else self.model):
             result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        is_new_stream = isinstance(self.train_dataset, EncodedStream) and not resume_from_checkpoint
-        if is_new_stream and self.args.trains_head and not self._num_labels:
+        is_fresh_stream = isinstance(self.train_dataset, EncodedStream) and not resume_from_checkpoint
+        if is_fresh_stream and self.args.trains_head and not self._num_labels:
             raise ValueError("No training row had a safety label and a picture: the safety head is untrained.")
         self._set_model(self._stage.end(self._unwrapped(), empty))
         self._stage = None
@@ -228,10 +226,12 @@ class SafeVlmTrainer(Trainer):
 
     @contextmanager
     def _length_in_tokens(self):
-        """`Trainer` groups rows by the length of the processing class's first input; a processor's are the pixels."""
+        """`Trainer` measures rows by the processing class's first input: of a processor pixels, of a tokenizer ids."""
         processor, self.processing_class = self.processing_class, self.processing_class.tokenizer
-        yield
-        self.processing_class = processor
+        try:
+            yield
+        finally:
+            self.processing_class = processor
 
     def _prepare_inputs(self, inputs):
         if not self.model.training:
@@ -298,8 +298,8 @@ class SafeVlmTrainer(Trainer):
 
     def _add_missing_verdicts(self, outputs, batch_size: int):
         """
-        Gives a batch without any image logits and a mask, as the others have. A verdict that is not finite raises
-        `NonFiniteError`: it would otherwise pass for a missing one.
+        Adds zero logits and an all-false mask to the outputs of a batch without images, so that all batches have the
+        same outputs. A verdict that is not finite raises `NonFiniteError`, since it would pass for a missing one.
         """
         if outputs.get("safety_assessed") is None:
             labels, device = self._config.labels, self.args.device

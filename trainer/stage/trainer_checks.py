@@ -42,7 +42,7 @@ def check_parts(model, args, processing_class, train_dataset):
     if hasattr(model, "peft_config"):
         raise ValueError(
             "`model` already has PEFT adapters; pass the plain model, `lora_r` adds LoRA and merges it. If its "
-            "training was interrupted, go on with that trainer (`train(resume_from_checkpoint=True)`) or load it anew."
+            "training was interrupted, continue with that trainer (`train(resume_from_checkpoint=True)`) or reload it."
         )
     config = getattr(model, "config", None)
     if getattr(config, "model_type", None) != SafeVlmConfig.model_type:

@@ -137,7 +137,7 @@ def warnings(report: dict[str, Any]) -> list[str]:
     lines = []
     for name, facts in report["systems"].items():
         if unread := facts.get("num_guard_replies_without_verdict"):
-            lines.append(f"`{name}`: {unread} replies of the guard were no verdict; these items were refused.")
+            lines.append(f"`{name}`: {unread} replies of the guard had no verdict; these items were refused.")
         if failed := facts.get("num_failed_verdicts"):
             lines.append(
                 f"`{name}`: {failed} verdicts failed because the head's numbers were not finite; see the answers."
@@ -158,7 +158,7 @@ def plot_points(report: dict[str, Any]) -> tuple[dict[str, tuple[float, float]],
     `{system: (usefulness, safety)}` in percent, and a text on what each is the mean of. Empty if one is not measured.
 
     Safety is the mean of 100 - attack success rate. Usefulness is the mean of general ability in percent of the full
-    score and of 100 - over-refusal rate, as far as measured.
+    score and of 100 - over-refusal rate, where measured.
     """
     all_columns = columns(report)
     safety = [column for column in all_columns if column.measure.name == "attack_success_rate"]

@@ -49,7 +49,7 @@ def task_files(data: Path, task: str, path: str) -> list[Path]:
 def unknown_task(name: str) -> ValueError:
     known = ", ".join(sorted(path.stem for path in TASKS_FOLDER.glob("*.yaml")))
     return ValueError(
-        f"--tasks {name!r} is no task. Ours are {known}; lmms-eval's are listed by: lmms-eval tasks list"
+        f"--tasks {name!r} is not a known task. Ours are {known}; lmms-eval's are listed by: lmms-eval tasks list"
     )
 
 

@@ -137,7 +137,9 @@ def store_policy(folder: str | os.PathLike, policy: SafetyPolicy, model, process
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise ValueError(f"{str(folder)!r} is no model folder on this machine; load the model, then save it to one.")
+        raise ValueError(
+            f"{str(folder)!r} is not a model folder on this machine; load the model, then save it to one."
+        )
     texts = {text for group in policy.texts(model.config.labels).values() for text in group}
     new_texts = not texts <= model.config.policy_token_ids.keys()
     model.set_safety_policy(policy, processor if new_texts else None)

@@ -33,9 +33,9 @@ class HeadOutcomes:
         levels, categories (`np.ndarray` of `int`): The verdict after thresholds. A row below them has level 0 and the
             safe category.
         scores (`np.ndarray` of `float32`): The verdict's calibrated probability of any risk, in [0, 1].
-        category_scores (`np.ndarray` of `float32`, shape `(n, num_categories)`): For each category, the highest score
-            among the row's readings whose most probable risky category it is, so the score that its threshold is
-            compared with; -1 if it is the most probable risky category of no reading.
+        category_scores (`np.ndarray` of `float32`, shape `(n, num_categories)`): The score that each category's
+            threshold is compared with: the highest of the readings whose most probable risky category it is; -1 if
+            there is no such reading.
         category_confidence (`np.ndarray` of `float`): Probability of the most probable category, safe or risky.
         category_correct (`np.ndarray` of `bool`): Whether that category is the label.
         groups (`np.ndarray` of `int`): Rows with the same number share an image.
@@ -117,7 +117,7 @@ def readings(
     predictions: Sequence[HeadPrediction], labels: SafetyLabels, whole_conversation: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    All readings of the rows that count under policies with this `whole_conversation`.
+    The rows' readings that count under a policy with this `whole_conversation`.
 
     Returns:
         Level logits, a `torch.FloatTensor` of shape `(num_readings, num_levels)`; category logits, a

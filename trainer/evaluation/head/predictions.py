@@ -68,11 +68,11 @@ def parse_prediction(line: str, where: str) -> HeadPrediction:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        raise DataError(f"{where} is no valid JSON ({error}); delete the file to predict again.") from None
+        raise DataError(f"{where} is not valid JSON ({error}); delete the file to predict again.") from None
     names = {field.name for field in fields(HeadPrediction)}
     if not isinstance(record, dict) or record.keys() != names:
         raise DataError(
-            f"{where} is no prediction of this version, whose fields are {', '.join(sorted(names))}; delete the "
+            f"{where} is not a prediction of this version, whose fields are {', '.join(sorted(names))}; delete the "
             f"file to predict again."
         )
     for name in ("level_logits", "category_logits"):

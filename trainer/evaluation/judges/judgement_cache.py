@@ -28,7 +28,7 @@ class JudgementCache:
                 self._judgements[key] = Judgement(**record)
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 raise ValueError(
-                    f"Judgement cache {path}, line {number} is no judgement ({error}): remove the line, or use "
+                    f"Judgement cache {path}, line {number} is not a judgement ({error}): remove the line, or use "
                     "another file."
                 ) from None
 

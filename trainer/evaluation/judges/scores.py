@@ -8,7 +8,7 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-from safevlm.trainer.evaluation.bootstrap import one_cluster_per_row, percentile_interval, resampled_means
+from safevlm.trainer.evaluation.bootstrap import check_clusters, percentile_interval, resampled_means
 
 from .judgements import Judgement, add_usage
 
@@ -79,6 +79,6 @@ def _scored(
     """The scores, and the clusters of the rows that have one."""
     indices = [index for index, judgement in enumerate(judgements) if judgement.status == "scored"]
     if clusters is not None:
-        clusters = one_cluster_per_row(clusters, len(judgements))
+        clusters = check_clusters(clusters, len(judgements))
         clusters = [clusters[index] for index in indices]
     return [judgements[index].score for index in indices], clusters

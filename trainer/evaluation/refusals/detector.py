@@ -63,7 +63,7 @@ class LinearModel:
 
 class RefusalDetector:
     """
-    Classifies answers without a model or network, in about 3 ms per answer.
+    Classifies answers without a language model or network, in about 3 ms per answer.
 
     Args:
         models (`dict[str, LinearModel]`, *optional*): `"refusal"` (against compliance) and `"partial"` (against a full
@@ -101,7 +101,7 @@ class RefusalDetector:
                     return RefusalVerdict(self._kind(features), pattern.name, sentence, float("inf"))
         score = self.models["refusal"].score(features)
         sign = self._strongest_sign(parts, features)
-        # Word groups alone, without a named sign, are no evidence that could be shown.
+        # Word groups alone, without a named sign, are not evidence that can be shown.
         if score <= 0 or sign is None:
             return RefusalVerdict("compliance", None, None, score)
         return RefusalVerdict(self._kind(features), sign, parts.sentences[parts.signs[sign]], score)

@@ -300,7 +300,7 @@ def test_missing_data_is_said_before_a_model_is_loaded(world, tmp_path, monkeypa
         run(world, tmp_path, tasks=["own", "mossbench"])
     with pytest.raises(ValueError, match="no copy of lmms-lab-encoder/POPE at .*hf download lmms-lab-encoder/POPE"):
         run(world, tmp_path, tasks=["pope"])
-    with pytest.raises(ValueError, match="--tasks 'figstepp' is no task. Ours are figstep, "):
+    with pytest.raises(ValueError, match="--tasks 'figstepp' is not a known task. Ours are figstep, "):
         run(world, tmp_path, tasks=["figstepp"])
     with pytest.raises(ValueError, match="--limit 3: MME scores its questions in pairs"):
         run(world, tmp_path, tasks=["mme"], limit=3)

@@ -366,5 +366,5 @@ def test_an_interrupted_store_leaves_the_old_policy(model, processor, folder, mo
 
 
 def test_a_hub_id_cannot_take_a_policy(model, processor):
-    with pytest.raises(ValueError, match="'someone/model' is no model folder"):
+    with pytest.raises(ValueError, match="'someone/model' is not a model folder"):
         store_policy("someone/model", SafetyPolicy(), copy.deepcopy(model), processor)

@@ -246,7 +246,7 @@ def test_a_cached_judgement_takes_the_name_of_the_item_asked_about(endpoint, mak
 def test_a_cache_line_that_is_no_judgement_is_named(tmp_path):
     path = tmp_path / "judgements.jsonl"
     path.write_text('{"key": "a"}\n')
-    with pytest.raises(ValueError, match="line 1 is no judgement"):
+    with pytest.raises(ValueError, match="line 1 is not a judgement"):
         JudgementCache(path)
 
 
