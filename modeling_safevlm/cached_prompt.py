@@ -71,7 +71,7 @@ def token_keys(
     """
     is_placeholder = input_ids == (-1 if safety_token_id is None else safety_token_id)
     conditions = torch.tensor(verdicts, device=input_ids.device).unsqueeze(1) * is_placeholder.unsqueeze(2)
-    tokens = torch.stack([input_ids, attention_mask.to(input_ids), pictures.to(input_ids)], dim=2)
+    tokens = torch.stack([input_ids.long(), attention_mask.long(), pictures.to(input_ids.device)], dim=2)
     return torch.cat([tokens, conditions], dim=2)
 
 

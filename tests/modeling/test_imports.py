@@ -180,13 +180,13 @@ def test_no_two_files_of_remote_code_have_the_same_name():
 # -- the size of that code: a reviewer reads all of it ---------------------------------------------------------------
 
 # Bars, not goals: whoever raises one says in the CHANGELOG what it pays for.
-MAX_FILES, MAX_LINES, MAX_CODE_LINES = 19, 4400, 2700
+MAX_FILES, MAX_LINES, MAX_CODE_LINES = 19, 4300, 2660
 # The five files that decide what a model answers, in the order to read them (modeling_safevlm/README.md).
 REVIEWERS_PATH = (
     *("safety_modules.py", "safety_verdict.py", "safety_policy.py"),
     *("modeling_safevlm.py", "generation_safevlm.py"),
 )
-MAX_PATH_LINES = 1650
+MAX_PATH_LINES = 1570
 
 
 NOT_CODE = {

@@ -30,7 +30,7 @@ def test_a_record_survives_its_file(logits, name, label, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "line, reason", [("{", "not valid JSON"), ('{"row_id": "1"}', "not a prediction"), ("3", "no pred")]
+    "line, reason", [("{", "not valid JSON"), ('{"row_id": "1"}', "not a prediction"), ("3", "not a pred")]
 )
 def test_a_line_that_is_no_record_is_named(line, reason, tmp_path):
     path = tmp_path / "records.jsonl"
