@@ -118,7 +118,7 @@ def test_a_table_says_what_was_refused_unread_and_what_was_cut_off(tmp_path):
     }
     write_comparison(facts, tmp_path)
     text = (tmp_path / "comparison.md").read_text()
-    assert "`guard`: 3 replies of the guard were no verdict; these items were refused." in text
+    assert "`guard`: 3 replies of the guard had no verdict; these items were refused." in text
     assert "`guard`: 1 verdicts failed" in text
     assert "`guard`: 2 answers were cut off in their reasoning" in text
 
