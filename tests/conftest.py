@@ -1,5 +1,6 @@
 """Tiny models and processors, built once per session. A test that changes one works on a `copy.deepcopy`."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -118,3 +119,12 @@ def pytest_terminal_summary(terminalreporter, config):
                     results.setdefault(tuple(cell), []).append(outcome)
     write_table(Path(path), results)
     terminalreporter.write_line(f"Wrote the table of families into {path}.")
+
+
+@pytest.fixture
+def uncollected():
+    """For input so deep that it ends in a `RecursionError`: what other tests left behind is not finalised in there."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()

@@ -72,6 +72,7 @@ def test_line_break_before_a_marker_belongs_to_it(read, image_folder):
         (json.dumps({"rows": [record(1)]}).encode(), r"no known format, it has the keys \['rows'\]"),
     ],
 )
+@pytest.mark.usefixtures("uncollected")
 def test_file_that_is_not_what_it_seems_is_an_error_that_says_why(read, content, reason):
     for on_error in ("raise", "skip"):
         with pytest.raises(DataError, match=reason):
@@ -95,6 +96,7 @@ def test_line_longer_than_the_limit_is_an_error_whatever_comes_next(read, monkey
         read(b"\n".join([*lines(record(1)), long, *lines(record(3))]), on_error="skip")
 
 
+@pytest.mark.usefixtures("uncollected")
 def test_deeply_nested_metadata_is_kept_or_refused_but_breaks_nothing(read):
     for depth in (50, 500, 5000):
         content = lines(record(1))[0][:-1] + b', "deep": ' + b"[" * depth + b"]" * depth + b"}"

@@ -249,6 +249,7 @@ def test_check_images_decides_when_damage_is_found(write, image_folder, safevlm_
     ],
 )
 @pytest.mark.parametrize("on_error", ["raise", "skip"])
+@pytest.mark.usefixtures("uncollected")
 def test_unreadable_file_is_an_error_in_any_case(tmp_path, content, reason, on_error):
     path = tmp_path / "x.json"
     path.write_bytes(content)

@@ -88,6 +88,7 @@ def test_the_demanded_format_is_read(score):
         "[" * 100_000,
     ],
 )
+@pytest.mark.usefixtures("uncollected")
 def test_anything_but_the_demanded_format_is_unparseable(text):
     assert parse_reply(text, NONCE) is None
 
